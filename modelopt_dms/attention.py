@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attention function that transformers calls by the name "dms": picks the op, appends to the cache."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
+
+from modelopt_dms.cache import DMSLayer, LayerStep
+from modelopt_dms.ops import (
+    Scoring,
+    decode_attention,
+    merge_partials,
+    partial_attention,
+    past_bias,
+    plain_attention,
+    prefill_attention,
+    prefill_partial,
+    with_sinks,
+)
+
+ATTENTION_NAME = "dms"
+
+# From one list's cached rows [L, .] to keys [N, L, D] and values [N, L, Dv].
+Expand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def register_attention() -> None:
+    """Make "dms" a valid attn_implementation. Once: ModelOpt's quantized attention pins what it found first."""
+    AttentionInterface.register(ATTENTION_NAME, dms_attention)
+    AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
+
+
+def dms_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one layer: with eviction if a `LayerStep` is staged on the module, else plain.
+
+    Args:
+        module: the attention module; layers that were not converted come here too.
+        query: [B, H, T, D].
+        key: [B, K, S, D]; of the new tokens only, if the layer's cache is a DMS layer.
+        value: [B, K, S, Dv].
+        attention_mask: bool or additive [B, 1, T, S'], or None for causal.
+        scaling: factor on q.k, 1 / sqrt(D) by default.
+        dropout: refused; decisions are trained without it.
+        softcap: Gemma 2's soft cap on scores.
+        s_aux: gpt-oss' sink logits [H].
+        **kwargs: what other implementations use.
+
+    Returns:
+        Output [B, T, H, Dv] and None (weights are never materialised).
+    """
+    if dropout:
+        raise ValueError(f"attention dropout {dropout} is not supported; set attention_dropout=0 in the model's config")
+    scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
+    mask = _as_bool(attention_mask)
+    step: LayerStep | None = getattr(module, "dms_step", None)
+    if step is None:
+        out = plain_attention(query, key, value, mask, scoring)
+    else:
+        step.used = True
+        silence = getattr(module.dms_gate, "silence_rotated", None)
+        query = query if silence is None else silence(query)
+        log_keep = step.log_keep.expand(-1, key.shape[1], -1)
+        if step.layer is None:
+            out = prefill_attention(query, key, value, log_keep, module.dms_gate.window, mask, scoring)
+        else:
+            out = _cached_attention(module, query, key, value, mask, scoring)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _cached_attention(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scoring: Scoring
+) -> Tensor:
+    """Attention of T new tokens over what lives and among themselves, after which they are taken in."""
+    step: LayerStep = module.dms_step
+    layer, evict = step.layer, step.evict
+    assert layer is not None and evict is not None
+    # MLA caches one latent a token, and expands it to the keys and values of all heads for attention.
+    latent = hasattr(module, "expand_kv")
+    expand = _expander(module) if latent else _as_one_head
+    rows = layer.new_rows if latent else (k, v)
+    evict = evict.expand(-1, rows[0].shape[1], -1)
+    T = q.shape[2]
+    mask = None if mask is None else mask[..., -T:]
+    valid = None if mask is None else mask[:, 0].diagonal(dim1=-2, dim2=-1).expand(len(q), -1)
+    if T == 1 and (valid is None or bool(valid.all())):
+        layer.slots.append(*rows, evict, None)
+        held = [expand(*layer.rows(i)) for i in range(layer.slots.lists)]
+        return decode_attention(q, [x for x, _ in held], [x for _, x in held], scoring)
+    log_keep = step.log_keep.expand(-1, k.shape[1], -1)
+    out, lse = prefill_partial(q, k, v, log_keep, layer.slots.window, mask, scoring)
+    if layer.slots.seen:
+        layer.slots.decide_previous(evict[..., 0])
+        out, lse = merge_partials(out, lse, *_attend_past(layer, q, expand, scoring))
+    layer.slots.append(*rows, evict, valid)
+    return with_sinks(out, lse, scoring.sinks)
+
+
+def _attend_past(
+    layer: DMSLayer, q: Tensor, expand: Expand, scoring: Scoring
+) -> tuple[Tensor, Tensor]:
+    """Attention of new tokens [B, H, T, D] over the slots that lived before them, list by list."""
+    slots = layer.slots
+    B, H, T, _ = q.shape
+    queries = torch.arange(slots.seen, slots.seen + T, device=q.device)
+    grouped = q.reshape(slots.lists, -1, T, q.shape[-1])  # [B, H, T, D] -> [B*K, H/K, T, D]
+    outs, lses = [], []
+    for i in range(slots.lists):
+        k, v = expand(*layer.rows(i))
+        bias = past_bias(queries, *slots.pending(i), k.shape[1], slots.window)
+        heads = grouped[i].unflatten(0, (len(k), -1))  # [H/K, T, D] -> [N, G, T, D]
+        out, lse = partial_attention(heads, k[:, None], v[:, None], bias, scoring)
+        outs.append(out)
+        lses.append(lse)
+    return torch.stack(outs).reshape(B, H, T, -1), torch.stack(lses).reshape(B, H, T)
+
+
+def _as_one_head(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return k[None], v[None]
+
+
+def _expander(module: nn.Module) -> Expand:
+    def expand(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = module.expand_kv(k[None, None], v[None, None])
+        return k[0], v[0]
+
+    return expand
+
+
+def _as_bool(mask: Tensor | None) -> Tensor | None:
+    if mask is None or mask.dtype == torch.bool:
+        return mask
+    return mask > torch.finfo(mask.dtype).min / 2

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hugging Face's face of the slots: a cache layer with a logical and a live length, and what it costs."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+
+from modelopt_dms.pages import SlotLists, Usage
+
+
+class DMSLayer(CacheLayerMixin):
+    """Stands where `DynamicLayer` stood in a DynamicCache; holds only what the gate lets live.
+
+    `update` hands the new rows through: the attention function appends them, together with their decisions.
+    """
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, window: int, shift: int) -> None:
+        """Make an empty layer.
+
+        Args:
+            window: tokens a marked token stays readable.
+            shift: 1 if a token's logit governs the token before it, else 0.
+        """
+        super().__init__()
+        self.slots = SlotLists(window, shift)
+
+    def rows(self, index: int) -> tuple[Tensor, Tensor]:
+        """Live keys [L, Dk] and values [L, Dv] of list `index` = b * K + k."""
+        return self.slots.rows(index, int(self.slots.live.view(-1)[index]))
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to allocate before the decisions are known."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Hand the new rows [B, K, T, .] to the attention function, which appends them."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.new_rows = (key_states, value_states)
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        """Positions seen, evicted ones included: the next token's position."""
+        return self.slots.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the attention mask that the model prepares."""
+        return self.slots.seen + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No limit."""
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """No limit (the name before transformers 5.15)."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.slots = SlotLists(self.slots.window, self.slots.shift)
+        self.is_initialized = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Roll back: a negative count of tokens to remove, or (transformers before 5.15) the length to keep.
+
+        Raises:
+            ValueError: the rows needed for going back that far are gone.
+        """
+        keep = tokens_to_remove if tokens_to_remove > 0 else self.slots.seen + tokens_to_remove
+        self.slots.crop(max(0, self.slots.seen - keep))
+
+    def activate_past_recording(self) -> None:
+        """From now on, keep what a rollback within the whole delay window needs."""
+        self.slots.rollback = max(self.slots.rollback, self.slots.window)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follow the beams [B]."""
+        if self.slots.seen:
+            self.slots.select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these sequences."""
+        if self.slots.seen:
+            index = torch.arange(self.slots.B, device=indices.device)
+            self.slots.select(index[indices])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every sequence."""
+        if self.slots.seen:
+            self.slots.select(torch.arange(self.slots.B).repeat_interleave(repeats))
+
+    def offload(self) -> None:
+        """Refuse: see `adopt`."""
+        raise ValueError("an offloaded cache cannot hold a DMS layer; use the default dynamic cache")
+
+    prefetch = offload
+
+
+@dataclass
+class LayerStep:
+    """The one hand-over from a layer's pre-forward hook to its attention function.
+
+    Attributes:
+        layer: the cache layer of this forward, or None without a cache.
+        log_keep: log(1 - alpha) [B, K, T] float32 of the tokens that the decisions govern; hard ones are 0 and -inf.
+        evict: hard decisions [B, K, T] as made, for the cache; None while training.
+        used: set by the attention function; tells a forward that went past it.
+    """
+
+    layer: DMSLayer | None
+    log_keep: Tensor
+    evict: Tensor | None
+    used: bool = False
+
+
+def adopt(cache: Cache, layer_idx: int, window: int, shift: int) -> DMSLayer:
+    """The DMS layer at `layer_idx` of a cache, put there in place of an untouched DynamicLayer.
+
+    Raises:
+        ValueError: the cache stores keys and values in a way that cannot forget (static, quantized, offloaded), or
+            was filled by a model that was not converted.
+    """
+    while len(cache.layers) <= layer_idx and cache.layer_class_to_replicate is not None:
+        cache.layers.append(cache.layer_class_to_replicate())
+    layer = cache.layers[layer_idx]
+    if isinstance(layer, DMSLayer):
+        return layer
+    name = f"{type(cache).__name__} with {type(layer).__name__} at layer {layer_idx}"
+    if type(layer) is not DynamicLayer or getattr(cache, "offloading", False):
+        raise ValueError(
+            f"{name}{' (offloaded)' if getattr(cache, 'offloading', False) else ''} cannot evict; a DMS model accepts "
+            "a DynamicCache (the default of generate: leave past_key_values and cache_implementation unset)"
+        )
+    if layer.get_seq_length():
+        raise ValueError(
+            f"{name} already holds {layer.get_seq_length()} tokens about which no gate has decided; start from an "
+            "empty DynamicCache or one that this model returned"
+        )
+    cache.layers[layer_idx] = adopted = DMSLayer(window, shift)
+    return adopted
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """One layer's cache: `live` [B, K] and `logical` [B] tokens, bytes allocated, bytes a dense cache needs."""
+
+    layer_idx: int
+    live: Tensor
+    logical: Tensor
+    kv_bytes: int
+    dense_bytes: int
+
+
+@dataclass(frozen=True)
+class KVStats:
+    """What the DMS layers of a cache hold. Layers with sliding-window attention are not counted."""
+
+    layers: list[LayerStats]
+
+    @property
+    def live_tokens(self) -> float:
+        """Mean live tokens of a KV head."""
+        return sum(x.live.sum().item() for x in self.layers) / sum(x.live.numel() for x in self.layers)
+
+    @property
+    def logical_tokens(self) -> float:
+        """Mean tokens seen by a sequence."""
+        return self.layers[0].logical.double().mean().item()
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes allocated for keys and values."""
+        return sum(x.kv_bytes for x in self.layers)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes that the same tokens need without eviction."""
+        return sum(x.dense_bytes for x in self.layers)
+
+    @property
+    def compression_ratio(self) -> float:
+        """Logical over live tokens, averaged over layers and heads by bytes."""
+        rows = [(x.dense_bytes, x.live, x.logical) for x in self.layers]
+        live = sum(
+            dense * (held.sum() / (seen.sum() * held.shape[1])).item() for dense, held, seen in rows
+        )
+        return self.dense_bytes / live
+
+    def __str__(self) -> str:
+        """A table, one line a layer."""
+        lines = ["layer  logical  live (min / mean / max of heads)        bytes  compression"]
+        for x in self.layers:
+            live, logical = x.live.double(), x.logical.double().mean().item()
+            lines.append(
+                f"{x.layer_idx:5d} {logical:8.0f}  {live.min():8.0f} / {live.mean():8.1f} / {live.max():8.0f}"
+                f" {x.kv_bytes:12d} {x.logical.double().mean() / live.mean():11.2f}x"
+            )
+        lines.append(
+            f"total {self.logical_tokens:8.0f}  {self.live_tokens:8.1f} live on average {'':12s}"
+            f" {self.kv_bytes:12d} {self.compression_ratio:11.2f}x"
+        )
+        return "\n".join(lines)
+
+
+def kv_stats(source: nn.Module | Cache) -> KVStats:
+    """Live and logical tokens and bytes of a cache, or of the last cache that a model used.
+
+    Args:
+        source: a converted model after a forward or `generate`, or the cache it returned.
+
+    Raises:
+        ValueError: no DMS layer has been used yet.
+    """
+    if isinstance(source, Cache):
+        used = [(i, x.slots.usage) for i, x in enumerate(source.layers) if isinstance(x, DMSLayer) and x.slots.seen]
+    else:
+        found = [(x.layer_idx, x.dms_usage) for x in source.modules() if hasattr(x, "dms_usage")]
+        used = [(index, usage) for index, usage in found if usage is not None]
+    if not used:
+        raise ValueError("no KV cache with DMS layers has been used yet: run generate() or a forward with a cache first")
+    return KVStats([_layer_stats(index, usage) for index, usage in used])
+
+
+def _layer_stats(index: int, usage: Usage) -> LayerStats:
+    return LayerStats(index, usage.live.clone(), usage.tokens.clone(), usage.kv_bytes, usage.dense_bytes)

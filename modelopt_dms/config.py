@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a DMS model is (`DMSConfig`) and how its gates were trained (`RetrofitConfig`). Values only."""
+
+from typing import Literal
+
+from modelopt.torch.opt.config import ModeloptBaseConfig, ModeloptField
+from pydantic import field_validator, model_validator
+
+
+class DMSConfig(ModeloptBaseConfig):
+    """The facts about a DMS model that its weights alone do not tell. Stored with the model."""
+
+    target_cr: float = ModeloptField(
+        default=4.0,
+        ge=1.0,
+        title="Target compression ratio",
+        description="Wanted ratio of logical to live tokens in the KV cache on long sequences; 4 keeps a quarter.",
+    )
+    window: int = ModeloptField(
+        default=256,
+        ge=1,
+        title="Delay window in tokens",
+        description="A token marked for eviction stays readable until it is more than this many tokens old.",
+    )
+    gate: Literal["adapter", "neuron"] = ModeloptField(
+        default="adapter",
+        title="Gate parameterisation",
+        description="'adapter': one zero-initialised linear row per KV head on the hidden state. 'neuron': one "
+        "dimension of the first query head of each KV group is read as the eviction logit and zeroed.",
+    )
+    granularity: Literal["head", "layer"] = ModeloptField(
+        default="head",
+        title="Granularity of decisions",
+        description="'head': one decision per KV head. 'layer': all KV heads of a layer share one.",
+    )
+    scale: float = ModeloptField(
+        default=100.0,
+        gt=0.0,
+        title="Logit scale",
+        description="z = scale * (w . x) - offset. A large scale lets small weight changes move the gate.",
+    )
+    offset: float = ModeloptField(
+        default=5.0,
+        title="Logit offset",
+        description="Subtracted from the logit, so that an untrained gate evicts nothing.",
+    )
+    threshold: float = ModeloptField(
+        default=0.0,
+        title="Eviction threshold",
+        description="A token is marked for eviction when its logit is above this value.",
+    )
+    decision_shift: Literal[0, 1] = ModeloptField(
+        default=0,
+        title="Decision shift",
+        description="0: a token's own logit decides about it. 1: the next token's logit does (NVIDIA's checkpoints).",
+    )
+    protect_first: int = ModeloptField(
+        default=0,
+        ge=0,
+        title="Protected first tokens",
+        description="This many tokens at the start of every sequence are never evicted.",
+    )
+    neuron_dim: int = ModeloptField(
+        default=0,
+        ge=0,
+        title="Borrowed dimension",
+        description="Which dimension of the query head the 'neuron' gate borrows.",
+    )
+    layers: list[str] = ModeloptField(
+        default=["*"],
+        title="Layers",
+        description="Wildcards of attention module names to convert; full-attention layers only.",
+    )
+
+    @field_validator("layers")
+    @classmethod
+    def _at_least_one_pattern(cls, value: list[str]) -> list[str]:
+        if not value:
+            raise ValueError("layers must name at least one wildcard, for example ['*']")
+        return value
+
+
+class RetrofitConfig(ModeloptBaseConfig):
+    """How the gates learn: distillation from the same model with eviction off, plus a rate loss."""
+
+    steps: int = ModeloptField(
+        default=500, ge=1, title="Optimizer steps", description="Length of the retrofit."
+    )
+    sequence_length: int = ModeloptField(
+        default=4096, ge=8, title="Tokens per sample", description="Documents are packed to this length."
+    )
+    batch_size: int = ModeloptField(
+        default=1, ge=1, title="Samples per device and micro-step", description="Packed samples in one forward."
+    )
+    gradient_accumulation_steps: int = ModeloptField(
+        default=1, ge=1, title="Gradient accumulation", description="Micro-steps per optimizer step."
+    )
+    learning_rate: float = ModeloptField(
+        default=1e-4, gt=0.0, title="Peak learning rate", description="AdamW learning rate after warm-up."
+    )
+    lr_scheduler: str = ModeloptField(
+        default="cosine",
+        title="Learning-rate schedule",
+        description="Any transformers scheduler name, for example 'constant', 'linear', 'cosine'.",
+    )
+    warmup_steps: int = ModeloptField(
+        default=10, ge=0, title="Warm-up steps", description="Steps of linear learning-rate warm-up."
+    )
+    weight_decay: float = ModeloptField(
+        default=0.0, ge=0.0, title="Weight decay", description="AdamW weight decay."
+    )
+    max_grad_norm: float = ModeloptField(
+        default=1.0, gt=0.0, title="Gradient clipping", description="Largest global gradient norm."
+    )
+    ramp_fraction: float = ModeloptField(
+        default=0.7,
+        gt=0.0,
+        le=1.0,
+        title="Ramp of the compression ratio",
+        description="The scheduled ratio rises linearly from 1 to target_cr over this fraction of the steps, then holds.",
+    )
+    rate_weight: float = ModeloptField(
+        default=1.0, ge=0.0, title="Weight of the rate loss", description="Loss = KL + weight * rate loss."
+    )
+    kl_direction: Literal["forward", "reverse"] = ModeloptField(
+        default="forward",
+        title="Direction of the distillation loss",
+        description="'forward': KL(teacher || student). 'reverse': KL(student || teacher).",
+    )
+    kl_chunk_tokens: int = ModeloptField(
+        default=1024,
+        ge=1,
+        title="Tokens per logits chunk",
+        description="Logits over the vocabulary exist for at most this many tokens at a time.",
+    )
+    tau: float = ModeloptField(
+        default=0.1,
+        gt=0.0,
+        title="Gumbel-sigmoid temperature",
+        description="alpha = sigmoid((z + logistic noise) / tau) while training.",
+    )
+    noise: bool = ModeloptField(
+        default=True, title="Logistic noise", description="Sample the relaxed decision while training."
+    )
+    train: Literal["gates", "all"] = ModeloptField(
+        default="gates",
+        title="What learns",
+        description="'gates': the base model stays frozen. 'all': every weight learns, against a frozen copy.",
+    )
+    gradient_checkpointing: bool = ModeloptField(
+        default=False,
+        title="Gradient checkpointing",
+        description="Recompute activations in the backward pass to save memory.",
+    )
+    logging_steps: int = ModeloptField(
+        default=10, ge=1, title="Logging interval", description="Steps between log lines and TensorBoard points."
+    )
+    save_steps: int = ModeloptField(
+        default=100, ge=1, title="Checkpoint interval", description="Steps between resumable checkpoints."
+    )
+    seed: int = ModeloptField(
+        default=0, ge=0, title="Seed", description="Seeds data order and gate noise; same seed, same result."
+    )
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> "RetrofitConfig":
+        if self.warmup_steps >= self.steps and self.steps > 1:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} must be smaller than steps={self.steps}"
+            )
+        return self

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which modules are full-attention layers, and what is put on them: a gate, two hooks, no new forward."""
+
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+from modelopt.torch.opt.dynamic import DynamicModule, _DMRegistryCls
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from modelopt_dms.attention import ATTENTION_NAME, register_attention
+from modelopt_dms.cache import LayerStep, adopt
+from modelopt_dms.config import DMSConfig
+from modelopt_dms.gate import EvictionGate, NeuronGate
+from modelopt_dms.ops import shift_decisions
+from modelopt_dms.pages import Usage
+
+DMSRegistry = _DMRegistryCls("DMS")
+
+
+class UnsupportedModelError(ValueError):
+    """A model that cannot be converted; the message says which layer and why."""
+
+
+class DMSAttention(DynamicModule):
+    """An attention module with a gate. ModelOpt's way of changing a module in place.
+
+    ModelOpt matches layers by their forward(); overriding it would drop the KV quantizers of a later mtq.quantize.
+    """
+
+    def _setup(self, gate: EvictionGate) -> None:
+        self.dms_gate = gate
+        self.dms_usage: Usage | None = None  # numbers of the last KV cache, for kv_stats
+        self.register_forward_pre_hook(_stage_step, with_kwargs=True)
+        self.register_forward_hook(_drop_step, with_kwargs=True, always_call=True)
+
+
+@dataclass(frozen=True)
+class ConvertSummary:
+    """Names of the layers that were converted, and of those left alone with the reason."""
+
+    converted: list[str]
+    left_alone: dict[str, str]
+
+
+def dms_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Converted attention modules by name, in layer order; each has its gate as `dms_gate`."""
+    return {name: x for name, x in model.named_modules() if isinstance(x, DMSAttention)}
+
+
+def is_converted(model: nn.Module) -> bool:
+    """Whether any layer of a model has a gate."""
+    return any(isinstance(x, DMSAttention) for x in model.modules())
+
+
+def convert_model(model: nn.Module, config: DMSConfig) -> ConvertSummary:
+    """Put a gate on every full-attention layer of a causal LM, in place.
+
+    Raises:
+        UnsupportedModelError: nothing to convert, or a layer that cannot be; nothing was changed.
+    """
+    if is_converted(model):
+        raise UnsupportedModelError("the model already has DMS gates; start from the original checkpoint")
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(f"expected a transformers PreTrainedModel, got {type(model).__name__}")
+    plan, left_alone = _plan(model, config)
+    register_attention()
+    for module, gate in plan.values():
+        if type(module) not in DMSRegistry:
+            DMSRegistry.register({type(module): type(module).__name__})(DMSAttention)
+        reference = next(module.parameters())
+        DMSRegistry.convert(module, gate=gate.to(reference.device))
+    model.set_attn_implementation(ATTENTION_NAME)
+    return ConvertSummary(list(plan), left_alone)
+
+
+def _plan(
+    model: PreTrainedModel, config: DMSConfig
+) -> tuple[dict[str, tuple[nn.Module, EvictionGate]], dict[str, str]]:
+    """Everything that can go wrong goes wrong here, before the model is touched."""
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError(f"{type(model).__name__} is an encoder-decoder; DMS needs a causal LM")
+    if not type(model)._can_set_attn_implementation():
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not use transformers' attention interface, so its layers cannot be hooked"
+        )
+    plan: dict[str, tuple[nn.Module, EvictionGate]] = {}
+    left_alone: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if not _is_attention(module):
+            continue
+        reason = _reason_to_leave(module)
+        if reason is None and not any(fnmatch(name, pattern) for pattern in config.layers):
+            reason = f"not matched by dms.layers={config.layers}"
+        if reason is None:
+            plan[name] = (module, _make_gate(name, module, config))
+        else:
+            left_alone[name] = reason
+    if not plan:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in left_alone.items())
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no full-attention layer to convert ({reasons or 'no attention layer found'})"
+        )
+    return plan, left_alone
+
+
+def _is_attention(module: nn.Module) -> bool:
+    """What transformers' attention classes have in common; linear attention and decoder layers lack is_causal."""
+    return (
+        isinstance(getattr(module, "layer_idx", None), int)
+        and hasattr(module, "is_causal")
+        and isinstance(getattr(module, "config", None), PreTrainedConfig)
+    )
+
+
+def _reason_to_leave(module: nn.Module) -> str | None:
+    """Why a layer stays as it is, or None: bounded already, or its keys are not its own."""
+    config, index = _text_config(module), module.layer_idx
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        if kinds[index] != "full_attention":
+            return f"{kinds[index]} is bounded already"
+    elif getattr(config, "sliding_window", None) is not None:
+        return f"sliding-window attention ({config.sliding_window} tokens) is bounded already"
+    elif getattr(config, "attention_chunk_size", None) is not None:
+        return f"chunked attention ({config.attention_chunk_size} tokens) is bounded already"
+    if not module.is_causal:
+        return "attention is not causal"
+    if getattr(module, "is_kv_shared_layer", False) or getattr(config, "num_kv_shared_layers", 0):
+        return "its keys and values are shared between layers"
+    return None
+
+
+def _make_gate(name: str, module: nn.Module, config: DMSConfig) -> EvictionGate:
+    text = _text_config(module)
+    heads = text.num_attention_heads
+    # MLA: one latent a token, so one decision.
+    latent = getattr(module, "kv_lora_rank", None) is not None
+    kv_heads = 1 if latent else heads // getattr(module, "num_key_value_groups", 1)
+    if config.gate == "adapter":
+        return EvictionGate(config, module.layer_idx, kv_heads, text.hidden_size)
+    q_proj, head_dim = getattr(module, "q_proj", None), getattr(module, "head_dim", None)
+    if latent or not isinstance(q_proj, nn.Linear) or head_dim is None:
+        raise UnsupportedModelError(
+            f"{name}: dms.gate='neuron' borrows from a plain q_proj, which {type(module).__name__} does not have; "
+            "use dms.gate='adapter'"
+        )
+    if config.neuron_dim >= head_dim:
+        raise UnsupportedModelError(f"dms.neuron_dim={config.neuron_dim} must be below {name}'s head_dim={head_dim}")
+    return NeuronGate(config, module.layer_idx, kv_heads, q_proj, head_dim)
+
+
+def _text_config(module: nn.Module) -> Any:
+    return module.config.get_text_config(decoder=True)
+
+
+def _stage_step(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Before a layer's forward: decide about its tokens, and make its cache layer one that can forget."""
+    gate: EvictionGate = module.dms_gate
+    if module.config._attn_implementation != ATTENTION_NAME:
+        raise RuntimeError(
+            f"attn_implementation is {module.config._attn_implementation!r}, but a DMS model runs only with "
+            f"{ATTENTION_NAME!r}; call model.set_attn_implementation({ATTENTION_NAME!r})"
+        )
+    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    cache = next((x for x in (*args, *kwargs.values()) if isinstance(x, Cache)), None)
+    if module.training:
+        # Relaxed decisions need the whole sequence; HF makes a cache in training too, and nobody reads it.
+        if cache is not None and cache.get_seq_length(module.layer_idx):
+            raise ValueError("a DMS model in training mode cannot continue from a cache; call model.eval()")
+        if gate.enabled:
+            log_keep = gate.relax(hidden, _positions(hidden, kwargs, 0))
+            module.dms_step = LayerStep(None, shift_decisions(log_keep, gate.shift), None)
+    elif cache is not None:
+        layer = adopt(cache, module.layer_idx, gate.window, gate.shift)
+        evict = gate.decide(hidden, _positions(hidden, kwargs, layer.get_seq_length()))
+        module.dms_step = LayerStep(layer, _hard_log_keep(evict, gate.shift), evict)
+    elif gate.enabled:
+        evict = gate.decide(hidden, _positions(hidden, kwargs, 0))
+        module.dms_step = LayerStep(None, _hard_log_keep(evict, gate.shift), None)
+
+
+def _drop_step(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """After it, also when it failed: nothing stays staged, and a cache layer's numbers are remembered."""
+    step: LayerStep | None = module.__dict__.pop("dms_step", None)
+    if step is not None and step.layer is not None and step.used:
+        module.dms_usage = step.layer.slots.usage
+
+
+def _hard_log_keep(evict: Tensor, shift: int) -> Tensor:
+    governed = shift_decisions(evict, shift)
+    return torch.zeros(governed.shape, device=evict.device).masked_fill(governed, float("-inf"))
+
+
+def _positions(hidden: Tensor, kwargs: dict[str, Any], seen: int) -> Tensor:
+    """Positions [B or 1, T] of the new tokens within their document, as the model counts them."""
+    positions = kwargs.get("position_ids")
+    if isinstance(positions, Tensor) and positions.ndim == 2:
+        return positions
+    return torch.arange(seen, seen + hidden.shape[1], device=hidden.device)[None]

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hidden state -> eviction logit per KV head -> decision, hard or relaxed. Knows neither cache nor attention."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modelopt_dms.config import DMSConfig
+
+
+@dataclass
+class AlphaRecord:
+    """The decisions of one forward pass, by layer index.
+
+    Attributes:
+        alphas: relaxed decisions [B, K, T] in [0, 1], with gradient (training mode only).
+        hard: decisions at the threshold [B, K, T], bool.
+    """
+
+    alphas: dict[int, Tensor] = field(default_factory=dict)
+    hard: dict[int, Tensor] = field(default_factory=dict)
+
+
+class EvictionGate(nn.Module):
+    """One attention layer's gate: z = scale * (w . x) - offset for every KV head, in float32 (paper section 3.1).
+
+    Attributes:
+        enabled: False while the model must behave as if it had never been converted.
+        noise_seed: seed of the logistic noise of the next training forward; None for no noise.
+        tau: temperature of the relaxed decision.
+        record: where decisions are recorded, or None.
+    """
+
+    def __init__(self, config: DMSConfig, layer_idx: int, kv_heads: int, hidden_size: int) -> None:
+        """Make a gate that evicts nothing yet.
+
+        Args:
+            config: the model's DMS facts.
+            layer_idx: index of the layer in the model.
+            kv_heads: K, decisions a token.
+            hidden_size: C, width of the hidden state.
+        """
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.kv_heads = kv_heads
+        self.window = config.window
+        self.protect_first = config.protect_first
+        self.shift = int(config.decision_shift)
+        self.scale = config.scale
+        self.offset = config.offset
+        rows = 1 if config.granularity == "layer" else kv_heads
+        if config.gate == "adapter":
+            self.weight = nn.Parameter(torch.zeros(rows, hidden_size, dtype=torch.float32))
+        self.register_buffer("threshold", torch.full((rows,), config.threshold, dtype=torch.float32))
+        self.threshold: Tensor
+        self.enabled = True
+        self.noise_seed: int | None = None
+        self.tau = 0.1
+        self.record: AlphaRecord | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Eviction logits [B, K or 1, T] in float32 from hidden states [B, T, C]."""
+        z = self.scale * F.linear(hidden.float(), self.weight.float()) - self.offset
+        return z.transpose(1, 2)  # [B, T, K] -> [B, K, T]
+
+    def decide(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        """Hard decisions [B, K, T], True to evict, of tokens at positions [B or 1, T]."""
+        if not self.enabled:
+            B, T = hidden.shape[:2]
+            return torch.zeros(B, self.kv_heads, T, dtype=torch.bool, device=hidden.device)
+        z = self.logits(hidden)
+        evict = (z > self.threshold[:, None]).expand(-1, self.kv_heads, -1)
+        evict = evict & self._may_evict(positions)
+        self._remember("hard", evict)
+        return evict
+
+    def relax(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        """Relaxed decisions as log(1 - alpha) [B, K, T] float32, differentiable (Gumbel-sigmoid)."""
+        z = self.logits(hidden)
+        allowed = self._may_evict(positions)
+        with torch.no_grad():
+            self._remember("hard", (z > self.threshold[:, None]).expand(-1, self.kv_heads, -1) & allowed)
+        z = (z - self.threshold[:, None] + self._noise(z)) / self.tau
+        # Below this, exp() underflows to an exact 0 for alpha and its gradient.
+        z = torch.where(allowed, z, -1e4).expand(-1, self.kv_heads, -1)
+        self._remember("alphas", torch.sigmoid(z))
+        return F.logsigmoid(-z)
+
+    def _may_evict(self, positions: Tensor) -> Tensor:
+        return (positions >= self.protect_first)[:, None]
+
+    def _noise(self, z: Tensor) -> Tensor | float:
+        if self.noise_seed is None:
+            return 0.0
+        # A generator of its own: the noise is the same when a checkpointed layer is recomputed or a run resumed.
+        generator = torch.Generator(z.device).manual_seed(self.noise_seed * 1009 + self.layer_idx)
+        uniform = torch.rand(z.shape, generator=generator, device=z.device).clamp(1e-6, 1 - 1e-6)
+        return torch.logit(uniform)
+
+    def _remember(self, kind: str, decisions: Tensor) -> None:
+        # The first recording counts: a checkpointed layer runs a second time in the backward pass.
+        if self.record is not None:
+            getattr(self.record, kind).setdefault(self.layer_idx, decisions)
+
+
+class NeuronGate(EvictionGate):
+    """Reads one dimension of the first query head of each KV group as the logit, and keeps attention from using it.
+
+    Adds no parameter: what learns is the query projection. Source: paper section 3.1.
+    """
+
+    def __init__(
+        self, config: DMSConfig, layer_idx: int, kv_heads: int, q_proj: nn.Linear, head_dim: int
+    ) -> None:
+        """Borrow from `q_proj` [H * D, C].
+
+        Args:
+            config: the model's DMS facts.
+            layer_idx: index of the layer in the model.
+            kv_heads: K, decisions a token.
+            q_proj: the layer's query projection.
+            head_dim: D.
+        """
+        super().__init__(config, layer_idx, kv_heads, q_proj.in_features)
+        self.borrowed_dim = config.neuron_dim
+        heads = q_proj.out_features // head_dim
+        self.borrowed_heads = range(0, heads, heads // kv_heads)
+        self.borrowed = [head * head_dim + config.neuron_dim for head in self.borrowed_heads]
+        # In a list, so that the projection is not registered (and saved) a second time under the gate.
+        self._q_proj = [q_proj]
+        q_proj.register_forward_hook(self._silence)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Eviction logits [B, K, T] in float32 from hidden states [B, T, C]."""
+        q_proj = self._q_proj[0]
+        bias = None if q_proj.bias is None else q_proj.bias[self.borrowed].float()
+        z = F.linear(hidden.float(), q_proj.weight[self.borrowed].float(), bias)
+        z = self.scale * z - self.offset
+        if self.threshold.numel() == 1:
+            z = z.mean(-1, keepdim=True)
+        return z.transpose(1, 2)
+
+    def _silence(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        if not self.enabled:
+            return output
+        keep = torch.ones(output.shape[-1], dtype=output.dtype, device=output.device)
+        keep[self.borrowed] = 0
+        return output * keep
+
+    def silence_rotated(self, query: Tensor) -> Tensor:
+        """Zero the borrowed dimension [B, H, T, D] again after RoPE has mixed its partner into it."""
+        if not self.enabled:
+            return query
+        keep = torch.ones(query.shape[1], 1, query.shape[-1], dtype=query.dtype, device=query.device)
+        keep[list(self.borrowed_heads), :, self.borrowed_dim] = 0
+        return query * keep
+
+
+def gates(model: nn.Module) -> list[EvictionGate]:
+    """All gates of a model, in layer order."""
+    return [module for module in model.modules() if isinstance(module, EvictionGate)]
+
+
+def gate_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Names and parameters of all gates."""
+    return [
+        (f"{name}.{key}", parameter)
+        for name, module in model.named_modules()
+        if isinstance(module, EvictionGate)
+        for key, parameter in module.named_parameters()
+    ]
+
+
+def set_noise(model: nn.Module, seed: int | None, tau: float) -> None:
+    """Fix the noise and temperature of the next training forward of every gate; seed None is no noise."""
+    for gate in gates(model):
+        gate.noise_seed, gate.tau = seed, tau
+
+
+@contextmanager
+def eviction_off(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is the one it was before conversion: the teacher."""
+    before = [(gate, gate.enabled) for gate in gates(model)]
+    try:
+        for gate, _ in before:
+            gate.enabled = False
+        yield
+    finally:
+        for gate, enabled in before:
+            gate.enabled = enabled
+
+
+@contextmanager
+def record_alpha(model: nn.Module) -> Iterator[AlphaRecord]:
+    """Record the decisions of one forward pass; read them after it, also under gradient checkpointing."""
+    record = AlphaRecord()
+    found = gates(model)
+    try:
+        for gate in found:
+            gate.record = record
+        yield record
+    finally:
+        for gate in found:
+            gate.record = None

@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each DMS op means, in plain PyTorch: the specification and, with its loop over lists, the CPU path.
+
+Shapes: B batch, T query tokens, S key tokens, H query heads, K KV heads, G = H / K, D head dim, L live slots.
+Source: arXiv 2506.05345, section 3. A query i reads a key j with
+
+    score(i, j) += 0 if i - j <= W;  log(1 - alpha_j) if i - j > W;  -inf if j > i.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Scores exist for at most this many query rows at a time.
+QUERY_ROWS = 512
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How a model turns q.k into attention weights.
+
+    Attributes:
+        scale: factor on q.k.
+        softcap: scores become softcap * tanh(score / softcap) (Gemma 2), or None.
+        sinks: logits [H] of one extra key per head with no value (gpt-oss), or None.
+    """
+
+    scale: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether PyTorch's scaled_dot_product_attention computes the same."""
+        return self.softcap is None and self.sinks is None
+
+
+def shift_decisions(decisions: Tensor, shift: int) -> Tensor:
+    """Move decisions [.., T] from the token whose hidden state made them to the token they govern.
+
+    With shift 1 (NVIDIA's checkpoints) token j + 1 decides about token j; nobody has decided about the
+    last token yet, so it is kept (0 / False).
+    """
+    if shift == 0:
+        return decisions
+    return F.pad(decisions[..., shift:], (0, shift))
+
+
+def delay_bias(keep_logprob: Tensor, queries: Tensor, keys: Tensor, window: int) -> Tensor:
+    """Additive bias [B, K, T, S] of the delayed-eviction mask; the one definition that all paths share.
+
+    Args:
+        keep_logprob: log(1 - alpha) [B, K, S]; hard decisions are 0 and -inf.
+        queries: positions [T] of the queries.
+        keys: positions [S] of the keys.
+        window: tokens a marked key stays readable.
+    """
+    age = queries[:, None] - keys[None, :]
+    bias = torch.where(age > window, keep_logprob[:, :, None, :], 0.0)  # [B, K, T, S]
+    return bias.masked_fill(age < 0, float("-inf"))
+
+
+def past_bias(queries: Tensor, pending: Tensor, slots: Tensor, live: int, window: int) -> Tensor:
+    """Bias [T, live] of new queries on a list's slots, of which some are marked and will expire.
+
+    Args:
+        queries: positions [T] of the queries.
+        pending: positions [N] of the marked tokens that are not evicted yet.
+        slots: slots [N] that hold them.
+        live: number of slots in use.
+        window: tokens a marked key stays readable.
+    """
+    bias = torch.zeros(len(queries), live, device=queries.device)
+    expired = queries[:, None] - pending[None, :] > window
+    bias[:, slots] = torch.zeros_like(expired, dtype=bias.dtype).masked_fill(expired, float("-inf"))
+    return bias
+
+
+def partial_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scoring: Scoring
+) -> tuple[Tensor, Tensor]:
+    """Attention over a part of the keys: output [.., T, Dv] and log-sum-exp [.., T] in float32.
+
+    A row that sees no key has output 0 and log-sum-exp -inf. Sinks are not part of any part: see `with_sinks`.
+
+    Args:
+        q: queries [.., T, D].
+        k: keys [.., S, D].
+        v: values [.., S, Dv].
+        bias: additive float bias broadcastable to [.., T, S], or None.
+        scoring: scale and softcap.
+    """
+    scores = (q @ k.transpose(-1, -2) * scoring.scale).float()
+    if scoring.softcap is not None:
+        scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
+    if bias is not None:
+        scores = scores + bias
+    lse = scores.logsumexp(-1)
+    empty = lse == float("-inf")
+    weights = torch.exp(scores - lse.masked_fill(empty, 0.0)[..., None])
+    return weights.to(v.dtype) @ v, lse
+
+
+def merge_partials(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Join attention over two disjoint sets of keys; either side may be empty (log-sum-exp -inf)."""
+    lse = torch.logaddexp(lse_a, lse_b)
+    both_empty = lse == float("-inf")
+    safe = lse.masked_fill(both_empty, 0.0)
+    share_a = torch.exp(lse_a - safe)[..., None].to(out_a.dtype)
+    share_b = torch.exp(lse_b - safe)[..., None].to(out_b.dtype)
+    return out_a * share_a + out_b * share_b, lse
+
+
+def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor:
+    """Account for one value-less key per head: out [B, H, T, Dv], lse [B, H, T], sinks [H]."""
+    if sinks is None:
+        return out
+    return out * torch.sigmoid(lse - sinks.float()[:, None])[..., None].to(out.dtype)
+
+
+def prefill_partial(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep_logprob: Tensor,
+    window: int,
+    mask: Tensor | None,
+    scoring: Scoring,
+) -> tuple[Tensor, Tensor]:
+    """Attention among T tokens under the delayed-eviction mask, without sinks.
+
+    Args:
+        q: queries [B, H, T, D].
+        k: keys [B, K, T, D].
+        v: values [B, K, T, Dv].
+        keep_logprob: log(1 - alpha) [B, K, T] float32, of the token each value governs.
+        window: tokens a marked key stays readable.
+        mask: bool [B or 1, 1, T, T], True where the model itself lets a query see a key (padding, documents);
+            None is causal.
+        scoring: scale and softcap.
+
+    Returns:
+        Output [B, H, T, Dv] and log-sum-exp [B, H, T].
+    """
+    B, H, T, _ = q.shape
+    K = k.shape[1]
+    grouped = q.unflatten(1, (K, H // K))  # [B, H, T, D] -> [B, K, G, T, D]
+    positions = torch.arange(T, device=q.device)
+    outs, lses = [], []
+    for start in range(0, T, QUERY_ROWS):
+        end = min(start + QUERY_ROWS, T)
+        bias = delay_bias(keep_logprob[..., :end], positions[start:end], positions[:end], window)
+        if mask is not None:
+            bias = bias.masked_fill(~mask[:, :, start:end, :end], float("-inf"))
+        out, lse = partial_attention(
+            grouped[..., start:end, :],
+            k[:, :, None, :end],
+            v[:, :, None, :end],
+            bias[:, :, None],
+            scoring,
+        )
+        outs.append(out)
+        lses.append(lse)
+    return torch.cat(outs, dim=3).flatten(1, 2), torch.cat(lses, dim=3).flatten(1, 2)
+
+
+def prefill_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep_logprob: Tensor,
+    window: int,
+    mask: Tensor | None,
+    scoring: Scoring,
+) -> Tensor:
+    """As `prefill_partial`, with sinks; output [B, H, T, Dv]."""
+    out, lse = prefill_partial(q, k, v, keep_logprob, window, mask, scoring)
+    return with_sinks(out, lse, scoring.sinks)
+
+
+def decode_attention(
+    q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], scoring: Scoring
+) -> Tensor:
+    """One query token per sequence over each KV head's own slots.
+
+    Args:
+        q: queries [B, H, 1, D].
+        keys: one tensor [N, L, D] for every (sequence, list), sequences outermost; L differs from list to list.
+            N is 1, or H where a shared latent was expanded to per-head keys (MLA).
+        values: likewise [N, L, Dv].
+        scoring: scale, softcap, sinks.
+
+    Returns:
+        Output [B, H, 1, Dv].
+    """
+    B, H = q.shape[:2]
+    rows = q.reshape(len(keys), keys[0].shape[0], -1, q.shape[-1])  # [B, H, 1, D] -> [B*K, N, G, D]
+    if scoring.is_plain:
+        out = torch.cat(
+            [
+                F.scaled_dot_product_attention(rows[i : i + 1], k[None], v[None], scale=scoring.scale)
+                for i, (k, v) in enumerate(zip(keys, values, strict=True))
+            ]
+        )
+        return out.reshape(B, H, 1, -1)
+    parts = [
+        partial_attention(rows[i], k, v, None, scoring)
+        for i, (k, v) in enumerate(zip(keys, values, strict=True))
+    ]
+    out = torch.stack([part[0] for part in parts]).reshape(B, H, 1, -1)
+    lse = torch.stack([part[1] for part in parts]).reshape(B, H, 1)
+    return with_sinks(out, lse, scoring.sinks)
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scoring: Scoring) -> Tensor:
+    """Ordinary attention, no eviction: q [B, H, T, D], k [B, K, S, D], v [B, K, S, Dv] -> [B, H, T, Dv].
+
+    mask is bool [B or 1, 1, T, S]; None is causal, with the queries at the end of the keys.
+    """
+    B, H, T, _ = q.shape
+    K, S = k.shape[1:3]
+    if scoring.is_plain:
+        k, v = (x.repeat_interleave(H // K, dim=1) if H != K else x for x in (k, v))
+        if mask is None and T not in (1, S):
+            mask = _causal(T, S, q.device)
+        causal = mask is None and T > 1
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, scale=scoring.scale
+        )
+    seen = _causal(T, S, q.device) if mask is None else mask
+    bias = torch.zeros(seen.shape, device=q.device).masked_fill(~seen, float("-inf"))
+    grouped = q.unflatten(1, (K, H // K))
+    out, lse = partial_attention(grouped, k[:, :, None], v[:, :, None], bias[:, :, None], scoring)
+    return with_sinks(out.flatten(1, 2), lse.flatten(1, 2), scoring.sinks)
+
+
+def assign_slots(expired: Tensor, marked: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the next token of every list is written, and the list's new length.
+
+    The slot of the token that leaves the window is reused if that token was marked for eviction, else the list
+    grows by one: lists have no holes and never shrink while decoding.
+
+    Args:
+        expired: slot [B, K] of the token that just left the window, -1 if there is none.
+        marked: whether [B, K] that token was marked.
+        live: slots in use [B, K].
+    """
+    reuse = marked & (expired >= 0)
+    return torch.where(reuse, expired, live), live + (~reuse).long()
+
+
+def _causal(T: int, S: int, device: torch.device) -> Tensor:
+    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)[None, None]
