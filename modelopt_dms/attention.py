@@ -102,12 +102,14 @@ def _cached_attention(
         held = [expand(*layer.rows(i)) for i in range(layer.slots.lists)]
         return decode_attention(q, [x for x, _ in held], [x for _, x in held], scoring)
     log_keep = step.log_keep.expand(-1, k.shape[1], -1)
-    out, lse = prefill_partial(q, k, v, log_keep, layer.slots.window, mask, scoring)
-    if layer.slots.seen:
-        layer.slots.decide_previous(evict[..., 0])
-        out, lse = merge_partials(out, lse, *_attend_past(layer, q, expand, scoring))
+    if not layer.slots.seen:
+        layer.slots.append(*rows, evict, valid)
+        return prefill_attention(q, k, v, log_keep, layer.slots.window, mask, scoring)
+    layer.slots.decide_previous(evict[..., 0])
+    new = prefill_partial(q, k, v, log_keep, layer.slots.window, mask, scoring)
+    past = _attend_past(layer, q, expand, scoring)
     layer.slots.append(*rows, evict, valid)
-    return with_sinks(out, lse, scoring.sinks)
+    return with_sinks(*merge_partials(*new, *past), scoring.sinks)
 
 
 def _attend_past(

@@ -34,6 +34,8 @@ class DMSAttention(DynamicModule):
     def _setup(self, gate: EvictionGate) -> None:
         self.dms_gate = gate
         self.dms_usage: Usage | None = None  # numbers of the last KV cache, for kv_stats
+        if isinstance(gate, NeuronGate):
+            gate.attach()
         self.register_forward_pre_hook(_stage_step, with_kwargs=True)
         self.register_forward_hook(_drop_step, with_kwargs=True, always_call=True)
 
@@ -62,11 +64,7 @@ def convert_model(model: nn.Module, config: DMSConfig) -> ConvertSummary:
     Raises:
         UnsupportedModelError: nothing to convert, or a layer that cannot be; nothing was changed.
     """
-    if is_converted(model):
-        raise UnsupportedModelError("the model already has DMS gates; start from the original checkpoint")
-    if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModelError(f"expected a transformers PreTrainedModel, got {type(model).__name__}")
-    plan, left_alone = _plan(model, config)
+    plan, left_alone = plan_conversion(model, config)
     register_attention()
     for module, gate in plan.values():
         if type(module) not in DMSRegistry:
@@ -77,10 +75,18 @@ def convert_model(model: nn.Module, config: DMSConfig) -> ConvertSummary:
     return ConvertSummary(list(plan), left_alone)
 
 
-def _plan(
-    model: PreTrainedModel, config: DMSConfig
+def plan_conversion(
+    model: nn.Module, config: DMSConfig
 ) -> tuple[dict[str, tuple[nn.Module, EvictionGate]], dict[str, str]]:
-    """Everything that can go wrong goes wrong here, before the model is touched."""
+    """Layers to convert with their new gates, and layers left alone with the reason; the model is not touched.
+
+    Raises:
+        UnsupportedModelError: nothing to convert, or a layer that cannot be.
+    """
+    if is_converted(model):
+        raise UnsupportedModelError("the model already has DMS gates; start from the original checkpoint")
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(f"expected a transformers PreTrainedModel, got {type(model).__name__}")
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(f"{type(model).__name__} is an encoder-decoder; DMS needs a causal LM")
     if not type(model)._can_set_attn_implementation():

@@ -132,7 +132,10 @@ class NeuronGate(EvictionGate):
         self.borrowed = [head * head_dim + config.neuron_dim for head in self.borrowed_heads]
         # In a list, so that the projection is not registered (and saved) a second time under the gate.
         self._q_proj = [q_proj]
-        q_proj.register_forward_hook(self._silence)
+
+    def attach(self) -> None:
+        """Start silencing the borrowed dimension of the query projection."""
+        self._q_proj[0].register_forward_hook(self._silence)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Eviction logits [B, K, T] in float32 from hidden states [B, T, C]."""

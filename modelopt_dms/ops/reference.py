@@ -7,15 +7,15 @@ Source: arXiv 2506.05345, section 3. A query i reads a key j with
     score(i, j) += 0 if i - j <= W;  log(1 - alpha_j) if i - j > W;  -inf if j > i.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Scores exist for at most this many query rows at a time.
-QUERY_ROWS = 512
+# Scores exist for at most this many query rows at a time; more than this falls out of a CPU core's cache.
+QUERY_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,8 @@ def partial_attention(
         bias: additive float bias broadcastable to [.., T, S], or None.
         scoring: scale and softcap.
     """
-    scores = (q @ k.transpose(-1, -2) * scoring.scale).float()
-    if scoring.softcap is not None:
-        scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
+    scores = _capped(q @ k.transpose(-1, -2) * scoring.scale, scoring.softcap)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if bias is not None:
         scores = scores + bias
     lse = scores.logsumexp(-1)
@@ -148,13 +147,8 @@ def prefill_partial(
     B, H, T, _ = q.shape
     K = k.shape[1]
     grouped = q.unflatten(1, (K, H // K))  # [B, H, T, D] -> [B, K, G, T, D]
-    positions = torch.arange(T, device=q.device)
     outs, lses = [], []
-    for start in range(0, T, QUERY_ROWS):
-        end = min(start + QUERY_ROWS, T)
-        bias = delay_bias(keep_logprob[..., :end], positions[start:end], positions[:end], window)
-        if mask is not None:
-            bias = bias.masked_fill(~mask[:, :, start:end, :end], float("-inf"))
+    for start, end, bias in _query_blocks(keep_logprob, window, mask):
         out, lse = partial_attention(
             grouped[..., start:end, :],
             k[:, :, None, :end],
@@ -176,9 +170,24 @@ def prefill_attention(
     mask: Tensor | None,
     scoring: Scoring,
 ) -> Tensor:
-    """As `prefill_partial`, with sinks; output [B, H, T, Dv]."""
-    out, lse = prefill_partial(q, k, v, keep_logprob, window, mask, scoring)
-    return with_sinks(out, lse, scoring.sinks)
+    """As `prefill_partial` with sinks, and fast: output [B, H, T, Dv], differentiable in all tensors."""
+    B, H, T, D = q.shape
+    K = k.shape[1]
+    G = H // K
+    grouped = q.reshape(B * K, G, T, D)
+    k, v = k.flatten(0, 1), v.flatten(0, 1)
+    sinks = None if scoring.sinks is None else scoring.sinks.float().view(K, G).repeat(B, 1)
+    outs = []
+    for start, end, bias in _query_blocks(keep_logprob, window, mask):
+        rows = grouped[:, :, start:end].flatten(1, 2)  # [B*K, G*t, D]
+        bias = bias[:, :, None].expand(-1, -1, G, -1, -1).reshape(B * K, -1, end)
+        scores = _biased_scores(rows, k[:, :end].transpose(1, 2), bias, scoring)
+        if sinks is not None:
+            column = sinks.repeat_interleave(end - start, dim=1)[..., None]
+            scores = torch.cat([scores, column], dim=-1)
+        weights = scores.softmax(-1)[..., :end].to(v.dtype)
+        outs.append((weights @ v[:, :end]).unflatten(1, (G, -1)))
+    return torch.cat(outs, dim=2).reshape(B, H, T, -1)
 
 
 def decode_attention(
@@ -250,6 +259,34 @@ def assign_slots(expired: Tensor, marked: Tensor, live: Tensor) -> tuple[Tensor,
     """
     reuse = marked & (expired >= 0)
     return torch.where(reuse, expired, live), live + (~reuse).long()
+
+
+def _query_blocks(
+    keep_logprob: Tensor, window: int, mask: Tensor | None
+) -> Iterator[tuple[int, int, Tensor]]:
+    """Blocks of query rows start..end with their bias [B, K, t, end] on the keys up to their end."""
+    T = keep_logprob.shape[-1]
+    positions = torch.arange(T, device=keep_logprob.device)
+    for start in range(0, T, QUERY_ROWS):
+        end = min(start + QUERY_ROWS, T)
+        bias = delay_bias(keep_logprob[..., :end], positions[start:end], positions[:end], window)
+        if mask is not None:
+            # A padding token sees itself: a row without any key would be NaN, and spread through its value.
+            itself = positions[start:end, None] == positions[:end]
+            bias = bias.masked_fill(~(mask[:, :, start:end, :end] | itself), float("-inf"))
+        yield start, end, bias
+
+
+def _biased_scores(rows: Tensor, keys: Tensor, bias: Tensor, scoring: Scoring) -> Tensor:
+    """Scores [N, R, S] in float32 (float64 stays) from rows [N, R, D] and keys [N, D, S]."""
+    if scoring.softcap is None and rows.dtype == bias.dtype:
+        return torch.baddbmm(bias, rows, keys, alpha=scoring.scale)
+    scores = _capped(rows @ keys * scoring.scale, scoring.softcap)
+    return scores.to(torch.promote_types(scores.dtype, bias.dtype)) + bias
+
+
+def _capped(scores: Tensor, softcap: float | None) -> Tensor:
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 
 
 def _causal(T: int, S: int, device: torch.device) -> Tensor:
