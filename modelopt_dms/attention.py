@@ -64,7 +64,9 @@ def dms_attention(
         Output [B, T, H, Dv] and None (weights are never materialised).
     """
     if dropout:
-        raise ValueError(f"attention dropout {dropout} is not supported; set attention_dropout=0 in the model's config")
+        raise ValueError(
+            f"attention dropout {dropout} is not supported; set attention_dropout=0 in the model's config"
+        )
     scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
     mask = _as_bool(attention_mask)
     step: LayerStep | None = getattr(module, "dms_step", None)
@@ -76,7 +78,9 @@ def dms_attention(
         query = query if silence is None else silence(query)
         log_keep = step.log_keep.expand(-1, key.shape[1], -1)
         if step.layer is None:
-            out = prefill_attention(query, key, value, log_keep, module.dms_gate.window, mask, scoring)
+            out = prefill_attention(
+                query, key, value, log_keep, module.dms_gate.window, mask, scoring
+            )
         else:
             out = _cached_attention(module, query, key, value, mask, scoring)
     return out.transpose(1, 2).contiguous(), None

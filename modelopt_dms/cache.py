@@ -99,7 +99,9 @@ class DMSLayer(CacheLayerMixin):
 
     def offload(self) -> None:
         """Refuse: see `adopt`."""
-        raise ValueError("an offloaded cache cannot hold a DMS layer; use the default dynamic cache")
+        raise ValueError(
+            "an offloaded cache cannot hold a DMS layer; use the default dynamic cache"
+        )
 
     prefetch = offload
 
@@ -168,7 +170,9 @@ class KVStats:
     @property
     def live_tokens(self) -> float:
         """Mean live tokens of a KV head."""
-        return sum(x.live.sum().item() for x in self.layers) / sum(x.live.numel() for x in self.layers)
+        return sum(x.live.sum().item() for x in self.layers) / sum(
+            x.live.numel() for x in self.layers
+        )
 
     @property
     def logical_tokens(self) -> float:
@@ -220,14 +224,22 @@ def kv_stats(source: nn.Module | Cache) -> KVStats:
         ValueError: no DMS layer has been used yet.
     """
     if isinstance(source, Cache):
-        used = [(i, x.slots.usage) for i, x in enumerate(source.layers) if isinstance(x, DMSLayer) and x.slots.seen]
+        used = [
+            (i, x.slots.usage)
+            for i, x in enumerate(source.layers)
+            if isinstance(x, DMSLayer) and x.slots.seen
+        ]
     else:
         found = [(x.layer_idx, x.dms_usage) for x in source.modules() if hasattr(x, "dms_usage")]
         used = [(index, usage) for index, usage in found if usage is not None]
     if not used:
-        raise ValueError("no KV cache with DMS layers has been used yet: run generate() or a forward with a cache first")
+        raise ValueError(
+            "no KV cache with DMS layers has been used yet: run generate() or a forward with a cache first"
+        )
     return KVStats([_layer_stats(index, usage) for index, usage in used])
 
 
 def _layer_stats(index: int, usage: Usage) -> LayerStats:
-    return LayerStats(index, usage.live.clone(), usage.tokens.clone(), usage.kv_bytes, usage.dense_bytes)
+    return LayerStats(
+        index, usage.live.clone(), usage.tokens.clone(), usage.kv_bytes, usage.dense_bytes
+    )

@@ -87,16 +87,28 @@ class RetrofitConfig(ModeloptBaseConfig):
         default=500, ge=1, title="Optimizer steps", description="Length of the retrofit."
     )
     sequence_length: int = ModeloptField(
-        default=4096, ge=8, title="Tokens per sample", description="Documents are packed to this length."
+        default=4096,
+        ge=8,
+        title="Tokens per sample",
+        description="Documents are packed to this length.",
     )
     batch_size: int = ModeloptField(
-        default=1, ge=1, title="Samples per device and micro-step", description="Packed samples in one forward."
+        default=1,
+        ge=1,
+        title="Samples per device and micro-step",
+        description="Packed samples in one forward.",
     )
     gradient_accumulation_steps: int = ModeloptField(
-        default=1, ge=1, title="Gradient accumulation", description="Micro-steps per optimizer step."
+        default=1,
+        ge=1,
+        title="Gradient accumulation",
+        description="Micro-steps per optimizer step.",
     )
     learning_rate: float = ModeloptField(
-        default=1e-4, gt=0.0, title="Peak learning rate", description="AdamW learning rate after warm-up."
+        default=1e-4,
+        gt=0.0,
+        title="Peak learning rate",
+        description="AdamW learning rate after warm-up.",
     )
     lr_scheduler: str = ModeloptField(
         default="cosine",
@@ -104,7 +116,10 @@ class RetrofitConfig(ModeloptBaseConfig):
         description="Any transformers scheduler name, for example 'constant', 'linear', 'cosine'.",
     )
     warmup_steps: int = ModeloptField(
-        default=10, ge=0, title="Warm-up steps", description="Steps of linear learning-rate warm-up."
+        default=10,
+        ge=0,
+        title="Warm-up steps",
+        description="Steps of linear learning-rate warm-up.",
     )
     weight_decay: float = ModeloptField(
         default=0.0, ge=0.0, title="Weight decay", description="AdamW weight decay."
@@ -117,10 +132,13 @@ class RetrofitConfig(ModeloptBaseConfig):
         gt=0.0,
         le=1.0,
         title="Ramp of the compression ratio",
-        description="The scheduled ratio rises linearly from 1 to target_cr over this fraction of the steps, then holds.",
+        description="The scheduled ratio rises linearly from 1 to target_cr over this fraction of the steps.",
     )
     rate_weight: float = ModeloptField(
-        default=1.0, ge=0.0, title="Weight of the rate loss", description="Loss = KL + weight * rate loss."
+        default=1.0,
+        ge=0.0,
+        title="Weight of the rate loss",
+        description="Loss = KL + weight * rate loss.",
     )
     kl_direction: Literal["forward", "reverse"] = ModeloptField(
         default="forward",
@@ -140,7 +158,9 @@ class RetrofitConfig(ModeloptBaseConfig):
         description="alpha = sigmoid((z + logistic noise) / tau) while training.",
     )
     noise: bool = ModeloptField(
-        default=True, title="Logistic noise", description="Sample the relaxed decision while training."
+        default=True,
+        title="Logistic noise",
+        description="Sample the relaxed decision while training.",
     )
     train: Literal["gates", "all"] = ModeloptField(
         default="gates",
@@ -153,13 +173,22 @@ class RetrofitConfig(ModeloptBaseConfig):
         description="Recompute activations in the backward pass to save memory.",
     )
     logging_steps: int = ModeloptField(
-        default=10, ge=1, title="Logging interval", description="Steps between log lines and TensorBoard points."
+        default=10,
+        ge=1,
+        title="Logging interval",
+        description="Steps between log lines and TensorBoard points.",
     )
     save_steps: int = ModeloptField(
-        default=100, ge=1, title="Checkpoint interval", description="Steps between resumable checkpoints."
+        default=100,
+        ge=1,
+        title="Checkpoint interval",
+        description="Steps between resumable checkpoints.",
     )
     seed: int = ModeloptField(
-        default=0, ge=0, title="Seed", description="Seeds data order and gate noise; same seed, same result."
+        default=0,
+        ge=0,
+        title="Seed",
+        description="Seeds data order and gate noise; same seed, same result.",
     )
 
     @model_validator(mode="after")

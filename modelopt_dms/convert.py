@@ -84,11 +84,17 @@ def plan_conversion(
         UnsupportedModelError: nothing to convert, or a layer that cannot be.
     """
     if is_converted(model):
-        raise UnsupportedModelError("the model already has DMS gates; start from the original checkpoint")
+        raise UnsupportedModelError(
+            "the model already has DMS gates; start from the original checkpoint"
+        )
     if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModelError(f"expected a transformers PreTrainedModel, got {type(model).__name__}")
+        raise UnsupportedModelError(
+            f"expected a transformers PreTrainedModel, got {type(model).__name__}"
+        )
     if model.config.is_encoder_decoder:
-        raise UnsupportedModelError(f"{type(model).__name__} is an encoder-decoder; DMS needs a causal LM")
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is an encoder-decoder; DMS needs a causal LM"
+        )
     if not type(model)._can_set_attn_implementation():
         raise UnsupportedModelError(
             f"{type(model).__name__} does not use transformers' attention interface, so its layers cannot be hooked"
@@ -155,7 +161,9 @@ def _make_gate(name: str, module: nn.Module, config: DMSConfig) -> EvictionGate:
             "use dms.gate='adapter'"
         )
     if config.neuron_dim >= head_dim:
-        raise UnsupportedModelError(f"dms.neuron_dim={config.neuron_dim} must be below {name}'s head_dim={head_dim}")
+        raise UnsupportedModelError(
+            f"dms.neuron_dim={config.neuron_dim} must be below {name}'s head_dim={head_dim}"
+        )
     return NeuronGate(config, module.layer_idx, kv_heads, q_proj, head_dim)
 
 
@@ -163,9 +171,7 @@ def _text_config(module: nn.Module) -> Any:
     return module.config.get_text_config(decoder=True)
 
 
-def _stage_step(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
+def _stage_step(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Before a layer's forward: decide about its tokens, and make its cache layer one that can forget."""
     gate: EvictionGate = module.dms_gate
     if module.config._attn_implementation != ATTENTION_NAME:
@@ -178,7 +184,9 @@ def _stage_step(
     if module.training:
         # Relaxed decisions need the whole sequence; HF makes a cache in training too, and nobody reads it.
         if cache is not None and cache.get_seq_length(module.layer_idx):
-            raise ValueError("a DMS model in training mode cannot continue from a cache; call model.eval()")
+            raise ValueError(
+                "a DMS model in training mode cannot continue from a cache; call model.eval()"
+            )
         if gate.enabled:
             log_keep = gate.relax(hidden, _positions(hidden, kwargs, 0))
             module.dms_step = LayerStep(None, shift_decisions(log_keep, gate.shift), None)
@@ -191,7 +199,9 @@ def _stage_step(
         module.dms_step = LayerStep(None, _hard_log_keep(evict, gate.shift), None)
 
 
-def _drop_step(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+def _drop_step(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> None:
     """After it, also when it failed: nothing stays staged, and a cache layer's numbers are remembered."""
     step: LayerStep | None = module.__dict__.pop("dms_step", None)
     if step is not None and step.layer is not None and step.used:

@@ -55,7 +55,9 @@ class EvictionGate(nn.Module):
         rows = 1 if config.granularity == "layer" else kv_heads
         if config.gate == "adapter":
             self.weight = nn.Parameter(torch.zeros(rows, hidden_size, dtype=torch.float32))
-        self.register_buffer("threshold", torch.full((rows,), config.threshold, dtype=torch.float32))
+        self.register_buffer(
+            "threshold", torch.full((rows,), config.threshold, dtype=torch.float32)
+        )
         self.threshold: Tensor
         self.enabled = True
         self.noise_seed: int | None = None
@@ -83,7 +85,9 @@ class EvictionGate(nn.Module):
         z = self.logits(hidden)
         allowed = self._may_evict(positions)
         with torch.no_grad():
-            self._remember("hard", (z > self.threshold[:, None]).expand(-1, self.kv_heads, -1) & allowed)
+            self._remember(
+                "hard", (z > self.threshold[:, None]).expand(-1, self.kv_heads, -1) & allowed
+            )
         z = (z - self.threshold[:, None] + self._noise(z)) / self.tau
         # Below this, exp() underflows to an exact 0 for alpha and its gradient.
         z = torch.where(allowed, z, -1e4).expand(-1, self.kv_heads, -1)
@@ -158,7 +162,9 @@ class NeuronGate(EvictionGate):
         """Zero the borrowed dimension [B, H, T, D] again after RoPE has mixed its partner into it."""
         if not self.enabled:
             return query
-        keep = torch.ones(query.shape[1], 1, query.shape[-1], dtype=query.dtype, device=query.device)
+        keep = torch.ones(
+            query.shape[1], 1, query.shape[-1], dtype=query.dtype, device=query.device
+        )
         keep[list(self.borrowed_heads), :, self.borrowed_dim] = 0
         return query * keep
 

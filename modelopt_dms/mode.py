@@ -56,7 +56,9 @@ class DMSModeDescriptor(ModeDescriptor):
         return _restore
 
 
-def _convert(model: nn.Module | ModelLikeModule, config: DMSConfig) -> tuple[nn.Module, dict[str, Any]]:
+def _convert(
+    model: nn.Module | ModelLikeModule, config: DMSConfig
+) -> tuple[nn.Module, dict[str, Any]]:
     model = model.init_modellike() if isinstance(model, ModelLikeModule) else model
     summary = convert_model(model, config)
     # Plain transformers keeps unknown config fields: the marker survives save, load and export.
@@ -68,7 +70,7 @@ def _restore(model: nn.Module, config: DMSConfig, metadata: dict[str, Any]) -> n
     model, found = _convert(model, config)
     if found["layers"] != metadata["layers"]:
         raise CheckpointError(
-            f"the checkpoint has gates on {metadata['layers']}, but this model has full-attention layers {found['layers']}"
+            f"the checkpoint has gates on {metadata['layers']}, but this model would have them on {found['layers']}"
         )
     return model
 
@@ -84,7 +86,9 @@ def apply_dms(model: PreTrainedModel, config: DMSConfig | dict[str, Any]) -> Pre
         UnsupportedModelError: the model cannot be converted; it was not changed.
     """
     config = config if isinstance(config, DMSConfig) else DMSConfig(**config)
-    return apply_mode(model, mode=[(MODE_NAME, config.model_dump())], registry=KVSparsityModeRegistry)
+    return apply_mode(
+        model, mode=[(MODE_NAME, config.model_dump())], registry=KVSparsityModeRegistry
+    )
 
 
 def load(
@@ -107,15 +111,23 @@ def load(
     """
     path = Path(path)
     if not (path / "config.json").is_file():
-        raise CheckpointError(f"{path} has no config.json; expected a directory written by save_pretrained")
+        raise CheckpointError(
+            f"{path} has no config.json; expected a directory written by save_pretrained"
+        )
     config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     facts = getattr(config, "dms_config", None)
     if facts is None:
-        raise CheckpointError(f"{path} is not a DMS model: config.json has no dms_config; compress it first")
+        raise CheckpointError(
+            f"{path} is not a DMS model: config.json has no dms_config; compress it first"
+        )
     stored = _read_gates(path)
     if not stored:
-        raise CheckpointError(f"{path} says it is a DMS model, but its safetensors hold no *{GATE_KEY}* tensors")
-    model = _load_base(path, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code)
+        raise CheckpointError(
+            f"{path} says it is a DMS model, but its safetensors hold no *{GATE_KEY}* tensors"
+        )
+    model = _load_base(
+        path, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
+    )
     if not is_converted(model):
         apply_dms(model, DMSConfig(**facts))
     _put_gates(model, stored, path)
@@ -135,7 +147,9 @@ def _read_gates(path: Path) -> dict[str, Tensor]:
     for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
-                stored.update({key: tensors.get_tensor(key) for key in tensors.keys() if GATE_KEY in key})
+                stored.update(
+                    {key: tensors.get_tensor(key) for key in tensors.keys() if GATE_KEY in key}
+                )
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} cannot be read: {error}") from error
     return stored
@@ -167,5 +181,7 @@ def _put_gates(model: nn.Module, stored: dict[str, Tensor], path: Path) -> None:
         raise CheckpointError(f"{path}: gates in the file and in the model differ: {differ}")
     for key, tensor in wanted.items():
         if stored[key].shape != tensor.shape:
-            raise CheckpointError(f"{path}: {key} has shape {tuple(stored[key].shape)}, expected {tuple(tensor.shape)}")
+            raise CheckpointError(
+                f"{path}: {key} has shape {tuple(stored[key].shape)}, expected {tuple(tensor.shape)}"
+            )
         tensor.data = stored[key].to(tensor.device)

@@ -177,7 +177,9 @@ class SlotLists:
         for i in range(self.B * self.K):
             b, h = divmod(i, self.K)
             holes = self.ring_slot[b, h][gone[b, h]]
-            slots[b, h, keep[b, h]] = self._place(i, k[b, h, keep[b, h]], v[b, h, keep[b, h]], holes)
+            slots[b, h, keep[b, h]] = self._place(
+                i, k[b, h, keep[b, h]], v[b, h, keep[b, h]], holes
+            )
         recent = positions[-self.ring :]
         self.ring_slot[..., recent % self.ring] = slots[..., -self.ring :]
         self.ring_evict[..., recent % self.ring] = evict[..., -self.ring :]
@@ -211,7 +213,9 @@ class SlotLists:
         ring = self.ring_slot[b, h]
         moved = ring[:, None] == source[None, :]
         which = moved.int().argmax(-1)
-        self.ring_slot[b, h] = torch.where(moved.any(-1), target[which], ring) if len(source) else ring
+        self.ring_slot[b, h] = (
+            torch.where(moved.any(-1), target[which], ring) if len(source) else ring
+        )
 
     def _grow(self, index: int, live: int, needed: int) -> None:
         capacity = len(self.keys[index])
@@ -282,7 +286,9 @@ class SlotLists:
         for i, live in enumerate(self.live.flatten().tolist()):
             b, h = divmod(i, self.K)
             held = self.ring_slot[b, h][(positions >= 0) & (self.ring_slot[b, h] >= 0)]
-            assert live <= len(self.keys[i]) == len(self.values[i]), f"list {i} is longer than its buffer"
+            assert live <= len(self.keys[i]) == len(self.values[i]), (
+                f"list {i} is longer than its buffer"
+            )
             assert len(held.unique()) == len(held), f"list {i}: two tokens share a slot"
             assert bool((held < live).all()), f"list {i}: a pending token lies beyond the list"
             assert live >= len(held), f"list {i}: pending tokens are missing"
@@ -293,5 +299,3 @@ class SlotLists:
         last = self.seen - 1
         columns = torch.arange(self.ring, device=self.ring_slot.device)
         return last - (last - columns) % self.ring
-
-

@@ -1,2 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Retrofit: teach the gates by distillation from the same model with eviction off."""
+
+from modelopt_dms.train.loop import RetrofitResult, prepare, retrofit
+
+__all__ = ["RetrofitResult", "prepare", "retrofit"]

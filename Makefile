@@ -1,0 +1,55 @@
+# Everything sets itself up in .venv: a machine needs Python 3.10+ with pip, and nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export PYTHONUNBUFFERED := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export HF_HUB_OFFLINE ?= 1
+
+INPUTS := pyproject.toml constraints.txt
+# torch goes in first: whatever else asks for torch must find this build, not choose another.
+# Files are compiled when first imported; compiling all of them at once costs a minute.
+PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
+
+.PHONY: help demo test test-all lint bench clean
+
+help:
+	@echo "make demo   compress the embedded model, compare it with its peers, write demo_output/"
+	@echo "make test   the test suite (make test-all: the slow tests too)"
+	@echo "make lint   ruff and mypy"
+	@echo "make bench  the CPU benchmark, benchmarks/results/cpu.json"
+	@echo "make clean  remove .venv and demo_output"
+
+demo: $(VENV)/.runtime
+	$(BIN)/python examples/demo.py
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+
+test-all: $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.runtime
+	$(BIN)/python benchmarks/cpu.py --output benchmarks/results/cpu.json
+
+# The stamp is written last: an interrupted set-up starts over.
+$(VENV)/.runtime: $(INPUTS)
+	@echo "setting up $(VENV) (about 2 minutes)"
+	@rm -f $@ $(VENV)/.dev
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(PIP) "$$(sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)"
+	@$(PIP) --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.runtime
+	@rm -f $@
+	@$(PIP) --editable ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) demo_output

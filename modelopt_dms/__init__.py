@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dynamic Memory Sparsification for NVIDIA Model Optimizer: a causal LM learns what its KV cache may forget.
+
+    import modelopt_dms as dms
+
+    model = dms.compress(model, "dms_cr4", tokenizer=tokenizer, data=texts)
+    model.generate(**inputs)
+    print(dms.kv_stats(model))
+
+Importing the package costs nothing; the first use of a name below imports transformers and ModelOpt, and registers
+the ModelOpt mode "dms". Whoever calls only `mto.restore` calls `register()` first.
+"""
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from modelopt_dms.cache import KVStats, kv_stats
+    from modelopt_dms.config import DMSConfig, RetrofitConfig
+    from modelopt_dms.flow import compress
+    from modelopt_dms.gate import eviction_off
+    from modelopt_dms.mode import apply_dms, load
+    from modelopt_dms.recipe import Recipe, load_recipe
+    from modelopt_dms.train import RetrofitResult, retrofit
+
+try:
+    __version__ = version("modelopt-dms")
+except PackageNotFoundError:
+    __version__ = "0+unknown"
+
+# No module bears the name of a public function: importing it would put the module in the function's place.
+_HOME = {
+    "DMSConfig": "config",
+    "KVStats": "cache",
+    "Recipe": "recipe",
+    "RetrofitConfig": "config",
+    "RetrofitResult": "train",
+    "apply_dms": "mode",
+    "compress": "flow",
+    "eviction_off": "gate",
+    "kv_stats": "cache",
+    "load": "mode",
+    "load_recipe": "recipe",
+    "retrofit": "train",
+}
+
+__all__ = [
+    "DMSConfig",
+    "KVStats",
+    "Recipe",
+    "RetrofitConfig",
+    "RetrofitResult",
+    "apply_dms",
+    "compress",
+    "eviction_off",
+    "kv_stats",
+    "load",
+    "load_recipe",
+    "register",
+    "retrofit",
+]
+
+
+def register() -> None:
+    """Make ModelOpt know the mode "dms", for `mto.restore` and for checkpoints that ModelOpt restores by itself."""
+    import_module("modelopt_dms.mode")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    register()
+    globals()[name] = found = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

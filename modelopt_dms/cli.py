@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: modelopt-dms {compress, generate, eval, recipes}. Imports what is heavy only when needed."""
+
+import os
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from modelopt_dms.shelf import embedded_model_dir, list_recipes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+EMBEDDED = "embedded"
+DEBUG = "MODELOPT_DMS_TRACEBACK"
+
+app = typer.Typer(
+    help="Teach a causal LM what its KV cache may forget (Dynamic Memory Sparsification).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+recipes_app = typer.Typer(help="List the shipped recipes, or show one in full.")
+app.add_typer(recipes_app, name="recipes", invoke_without_command=True)
+out, err = Console(), Console(stderr=True)
+
+
+class Dtype(str, Enum):
+    """Dtypes a base model can be loaded in."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+ModelArg = Annotated[
+    str, typer.Argument(help=f"Directory, hub id, or '{EMBEDDED}' for the carried model.")
+]
+DirArg = Annotated[
+    Path, typer.Argument(help="Directory of a model; a compressed one, or any causal LM.")
+]
+DataOpt = Annotated[
+    list[Path] | None,
+    typer.Option("--data", help=".jsonl, .txt or .parquet file; may be repeated."),
+]
+DtypeOpt = Annotated[Dtype, typer.Option(help="Dtype of the base model.")]
+DeviceOpt = Annotated[
+    str | None, typer.Option(help="Device or device_map, for example 'cuda' or 'auto'.")
+]
+TrustOpt = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+]
+
+
+@app.command()
+def compress(
+    model: ModelArg,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the result.")],
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="Name or YAML file.")] = "dms_cr4",
+    data: DataOpt = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change the recipe, e.g. dms.window=512; may be repeated."),
+    ] = None,
+    dtype: DtypeOpt = Dtype.auto,
+    device: DeviceOpt = None,
+    resume: Annotated[bool, typer.Option(help="Go on from an interrupted run in OUTPUT.")] = True,
+    trust_remote_code: TrustOpt = False,
+) -> None:
+    """Retrofit MODEL so that its KV cache forgets, and save it to OUTPUT."""
+    from modelopt_dms.flow import check_output
+    from modelopt_dms.flow import compress as run
+    from modelopt_dms.recipe import load_recipe
+
+    chosen = load_recipe(recipe, changes or [])
+    check_output(output)
+    if data is None and model != EMBEDDED:
+        raise ValueError(
+            "--data is missing: a .jsonl, .txt or .parquet file with text like the model will serve"
+        )
+    _check_files(data or [])
+    network, tokenizer = _load_base(model, dtype, device, trust_remote_code)
+    texts: Any = data or _embedded_documents(tokenizer, chosen)
+    run(network, chosen, tokenizer=tokenizer, data=texts, output_dir=output, resume=resume)
+    out.print(f"saved to [bold]{escape(str(output))}[/bold]")
+    out.print((output / "dms_summary.json").read_text(), end="", highlight=True)
+
+
+@app.command()
+def generate(
+    model: DirArg,
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", help="Text to continue; '-' reads standard input.")
+    ],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed for sampling.")] = 0,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Show what the KV cache held at the end.")
+    ] = False,
+    dtype: DtypeOpt = Dtype.auto,
+    device: DeviceOpt = None,
+    trust_remote_code: TrustOpt = False,
+) -> None:
+    """Continue a prompt, streaming."""
+    from transformers import TextStreamer, set_seed
+
+    from modelopt_dms.cache import kv_stats
+
+    network, tokenizer = _load_any(model, dtype, device, trust_remote_code)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    inputs = tokenizer(text, return_tensors="pt").to(network.device)
+    sampling: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        set_seed(seed)
+        sampling["temperature"] = temperature
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    network.generate(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=max_new_tokens,
+        streamer=streamer,
+        **sampling,
+    )
+    if stats:
+        out.print(str(kv_stats(network)), highlight=False)
+
+
+@app.command("eval")
+def evaluate(
+    model: DirArg,
+    data: DataOpt = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="recall, tracking, arithmetic, text; comma-separated. All, unless --data is given."
+        ),
+    ] = None,
+    lengths: Annotated[
+        str, typer.Option(help="Context lengths in tokens, comma-separated.")
+    ] = "512,1024,2048",
+    count: Annotated[int, typer.Option(min=1, help="Samples per task and length.")] = 16,
+    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the rows here.")
+    ] = None,
+    dtype: DtypeOpt = Dtype.auto,
+    device: DeviceOpt = None,
+    trust_remote_code: TrustOpt = False,
+) -> None:
+    """Score a model through its physical KV cache: long-memory tasks, and perplexity on text."""
+    from modelopt_dms.evaluation import score
+    from modelopt_dms.evaluation.files import score_files
+    from modelopt_dms.report import results_table, write_json
+
+    _check_files(data or [])
+    sizes = [_length(x) for x in lengths.split(",")]
+    network, tokenizer = _load_any(model, dtype, device, trust_remote_code)
+    rows: list[dict[str, Any]] = []
+    if data:
+        rows += score_files(network, tokenizer, data, sizes, count)
+    if tasks is not None or not data:
+        names = tasks.split(",") if tasks else score.EVALUATIONS
+        rows += score.evaluate(network, tokenizer, names, sizes, count, seed)
+    if json_file is not None:
+        write_json(json_file, rows)
+    out.print(results_table(rows))
+
+
+@recipes_app.callback()
+def recipes(context: typer.Context) -> None:
+    """List the shipped recipes."""
+    if context.invoked_subcommand is None:
+        table = Table("recipe", "what you get")
+        for name, description in list_recipes().items():
+            table.add_row(name, description)
+        out.print(table)
+
+
+@recipes_app.command()
+def show(
+    name: Annotated[str, typer.Argument(help="Name or YAML file.")],
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", help="Change it, e.g. dms.window=512.")
+    ] = None,
+) -> None:
+    """Print a recipe in full, imports and defaults resolved."""
+    from modelopt_dms.recipe import load_recipe, recipe_to_yaml
+
+    out.print(
+        recipe_to_yaml(load_recipe(name, changes or [])), end="", highlight=False, markup=False
+    )
+
+
+def _load_base(
+    name: str, dtype: Dtype, device: str | None, trust: bool
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = str(embedded_model_dir()) if name == EMBEDDED else name
+    if Path(path).exists() and not (Path(path) / "config.json").is_file():
+        raise ValueError(
+            f"{path} has no config.json; expected the directory of a Hugging Face model"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype.value, device_map=device, trust_remote_code=trust
+    )
+    return model.eval(), tokenizer
+
+
+def _load_any(
+    path: Path, dtype: Dtype, device: str | None, trust: bool
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """A compressed model, or a plain one to compare it with."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    from modelopt_dms.mode import load
+
+    name = str(embedded_model_dir()) if str(path) == EMBEDDED else str(path)
+    if Path(name).exists() and not (Path(name) / "config.json").is_file():
+        raise ValueError(
+            f"{name} has no config.json; expected the directory of a Hugging Face model"
+        )
+    config = AutoConfig.from_pretrained(name, trust_remote_code=trust)
+    if getattr(config, "dms_config", None) is None:
+        return _load_base(name, dtype, device, trust)
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
+    return load(name, dtype=dtype.value, device_map=device, trust_remote_code=trust), tokenizer
+
+
+def _embedded_documents(tokenizer: "PreTrainedTokenizerBase", recipe: Any) -> list[list[int]]:
+    """The embedded model's own kind of text, enough for the recipe."""
+    from modelopt_dms.evaluation.tasks import training_documents
+
+    retrofit = recipe.retrofit
+    if retrofit is None:
+        return []
+    wanted = retrofit.steps * retrofit.batch_size * retrofit.gradient_accumulation_steps
+    count = min(wanted, 2048) + 32
+    length = retrofit.sequence_length
+    return [x.ids for x in training_documents(tokenizer, count, length, seed=retrofit.seed)]
+
+
+def _check_files(paths: list[Path]) -> None:
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"--data {path} does not exist or is not a file")
+        if path.stat().st_size == 0:
+            raise ValueError(f"--data {path} is empty")
+
+
+def _length(text: str) -> int:
+    if not text.strip().isdigit() or int(text) < 64:
+        raise ValueError(f"--lengths: {text!r} must be a whole number of at least 64 tokens")
+    return int(text)
+
+
+def main() -> None:
+    """Run the command line; an expected error is one line, not a traceback."""
+    import warnings
+
+    # We test this combination ourselves; ModelOpt's own list of versions is older.
+    warnings.filterwarnings(
+        "ignore", message="transformers .* is not tested with current version of modelopt"
+    )
+    try:
+        app()
+    except KeyboardInterrupt:
+        err.print("[red]interrupted[/red]; the same command goes on from the newest checkpoint")
+        sys.exit(130)
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get(DEBUG):
+            raise
+        err.print(
+            f"[bold red]error:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True
+        )
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

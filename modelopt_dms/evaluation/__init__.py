@@ -1,0 +1,1 @@
+"""Measuring what a compressed model can still do."""

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Perplexity on a user's own files, through the cache that `generate` uses."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from modelopt_dms.evaluation.score import Row, perplexity
+from modelopt_dms.train.data import Documents, open_documents
+
+
+def score_files(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    files: Sequence[Path],
+    lengths: Sequence[int],
+    count: int,
+) -> list[Row]:
+    """Rows {task: "data", length, metric: "perplexity", value, ...}, one for each length.
+
+    Args:
+        model: a causal LM in eval mode.
+        tokenizer: the model's.
+        files: .jsonl, .txt or .parquet files.
+        lengths: tokens of a sample.
+        count: samples of each length, from the start of the files.
+
+    Raises:
+        ValueError: unusable files, or none has a document of that many tokens.
+    """
+    documents = open_documents(list(files), tokenizer, model)
+    cut = {length: _samples(documents, length, count) for length in lengths}
+    return [
+        {"task": "data", "length": length, **perplexity(model, samples).row()}
+        for length, samples in cut.items()
+    ]
+
+
+def _samples(documents: Documents, length: int, count: int) -> list[list[int]]:
+    samples: list[list[int]] = []
+    longest = 0
+    for ids in documents:
+        longest = max(longest, len(ids))
+        for start in range(0, len(ids) - length + 1, length):
+            samples.append(ids[start : start + length].tolist())
+            if len(samples) == count:
+                return samples
+    if not samples:
+        raise ValueError(
+            f"no document has {length} tokens, the longest has {longest}; choose shorter lengths"
+        )
+    return samples

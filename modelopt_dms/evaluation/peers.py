@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What DMS is compared with: the same model and physical cache, with decisions nobody learnt."""
+
+import copy
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from modelopt_dms.config import DMSConfig
+from modelopt_dms.convert import dms_modules
+from modelopt_dms.gate import EvictionGate, NeuronGate, gates
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+SINKS = 4
+
+
+class PeerGate(EvictionGate):
+    """A gate without weights that stands where a learnt one stood."""
+
+    def __init__(self, replaced: EvictionGate, window: int, protect_first: int = 0) -> None:
+        """Take over the place of a gate.
+
+        Args:
+            replaced: the gate that stood there.
+            window: tokens a marked token stays readable.
+            protect_first: tokens at the start of every sequence that are never evicted.
+        """
+        config = DMSConfig(window=window, protect_first=protect_first)
+        super().__init__(config, replaced.layer_idx, replaced.kv_heads, 1)
+        self.enabled = replaced.enabled
+        if isinstance(replaced, NeuronGate):
+            # The model learnt to live without the borrowed dimension; it stays silent.
+            self.silence_rotated = replaced.silence_rotated
+
+
+class SlidingWindowGate(PeerGate):
+    """Marks every token: what is left is a sliding window behind the protected first tokens."""
+
+    def decide(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        """Hard decisions [B, K, T] of tokens at positions [B or 1, T]."""
+        B, T = hidden.shape[:2]
+        return self._may_evict(positions).expand(B, self.kv_heads, T)
+
+
+class RandomGate(PeerGate):
+    """Marks a fixed share of tokens, drawn anew for every layer, head and position."""
+
+    def __init__(self, replaced: EvictionGate, evicted_fraction: float, seed: int) -> None:
+        """Take over the place and the window of a gate.
+
+        Args:
+            replaced: the gate that stood there.
+            evicted_fraction: share of tokens to mark, in [0, 1].
+            seed: draws the decisions.
+        """
+        super().__init__(replaced, replaced.window)
+        self.evicted_fraction = evicted_fraction
+        self.seed = seed
+
+    def decide(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        """Hard decisions [B, K, T] of tokens at positions [B or 1, T], however the text is cut."""
+        B, T = hidden.shape[:2]
+        heads = torch.arange(self.kv_heads, device=hidden.device)
+        stream = (self.seed * 4099 + self.layer_idx) * 4099 + heads
+        draws = _uniform(stream[:, None], positions[:, None, :])  # [B or 1, K, T]
+        return (draws < self.evicted_fraction).expand(B, self.kv_heads, T)
+
+
+def _uniform(stream: Tensor, positions: Tensor) -> Tensor:
+    """A number in [0, 1) that looks random for every pair of integers."""
+    x = (_hash32(stream + 1) ^ positions.long()) & 0xFFFFFFFF
+    return _hash32(x).double() / 2**32
+
+
+def _hash32(x: Tensor) -> Tensor:
+    """The integer hash "lowbias32" (Chris Wellons, hash-prospector, public domain)."""
+    mask = 0xFFFFFFFF
+    x = x.long() & mask
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x = x ^ (x >> shift)
+        # 32 x 32 bits overflow 64; the low 32 bits that wrap around are still right.
+        x = (x * factor) & mask
+    return x ^ (x >> 16)
+
+
+def full_cache(model: Model) -> Model:
+    """A copy that evicts nothing."""
+    peer = copy.deepcopy(model)
+    for gate in gates(peer):
+        gate.enabled = False
+    return peer
+
+
+def sliding_window(model: Model, live_budget: float, sinks: int = SINKS) -> Model:
+    """A copy that keeps the first `sinks` and the newest tokens, `live_budget` together.
+
+    Args:
+        model: a converted model; its learnt gates are not used.
+        live_budget: tokens that every KV head may hold.
+        sinks: tokens at the start that are never evicted.
+    """
+    window = round(live_budget) - sinks - 1
+    if window < 1:
+        raise ValueError(f"live_budget={live_budget:g} must be at least sinks + 2 = {sinks + 2}")
+    peer = copy.deepcopy(model)
+    for module in dms_modules(peer).values():
+        module.dms_gate = SlidingWindowGate(module.dms_gate, window, sinks)
+    return peer
+
+
+def random_eviction(model: Model, evicted_fraction: float, seed: int = 0) -> Model:
+    """A copy that marks a random share of tokens, with the model's own delay window.
+
+    Args:
+        model: a converted model; its learnt gates are not used.
+        evicted_fraction: share of tokens to mark, in [0, 1]; see `fraction_for_budget`.
+        seed: draws the decisions.
+    """
+    if not 0 <= evicted_fraction <= 1:
+        raise ValueError(f"evicted_fraction={evicted_fraction:g} must be between 0 and 1")
+    peer = copy.deepcopy(model)
+    for module in dms_modules(peer).values():
+        module.dms_gate = RandomGate(module.dms_gate, evicted_fraction, seed)
+    return peer
+
+
+def fraction_for_budget(live_budget: float, logical_tokens: float, window: int) -> float:
+    """Share of tokens to mark so that `live_budget` live; the newest window + 1 always do."""
+    old = logical_tokens - window - 1
+    if old <= 0:
+        return 0.0
+    return min(1.0, max(0.0, 1 - (live_budget - window - 1) / old))

@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a causal LM still knows, and what its KV cache holds while it answers. Converted or not.
+
+Everything is measured through the cache that `generate` uses: contexts are read first, in chunks,
+so that what was evicted is gone when the questions come.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
+
+from modelopt_dms.cache import DMSLayer, kv_stats
+from modelopt_dms.evaluation.tasks import TASKS, Episode, Task, held_out_text, make_episodes
+
+TEXT = "text"  # the name of the perplexity "task"
+EVALUATIONS: tuple[str, ...] = (*TASKS, TEXT)
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What the KV cache of one sequence held, on average over sequences.
+
+    Attributes:
+        logical_tokens: tokens seen.
+        live_tokens: tokens held by a KV head, mean over layers and heads.
+        kv_bytes: bytes allocated for keys and values.
+        compression_ratio: logical over live tokens, over layers and heads by bytes.
+    """
+
+    logical_tokens: float
+    live_tokens: float
+    kv_bytes: float
+    compression_ratio: float
+
+
+@dataclass(frozen=True)
+class Score:
+    """A result and the cache it was reached with.
+
+    Attributes:
+        metric: "accuracy" (0..1) or "perplexity".
+        value: the result.
+        count: questions asked, or tokens predicted.
+        context: the cache when the context had been read, before the first question.
+        end: the cache at the end of the conversation or text.
+    """
+
+    metric: str
+    value: float
+    count: int
+    context: Footprint
+    end: Footprint
+
+    def row(self) -> Row:
+        """The result with the cache at its end, for a table or a JSON file."""
+        return {
+            "metric": self.metric,
+            "value": self.value,
+            "count": self.count,
+            "logical_tokens": self.end.logical_tokens,
+            "live_tokens": self.end.live_tokens,
+            "kv_bytes": self.end.kv_bytes,
+            "compression_ratio": self.end.compression_ratio,
+            "context_compression_ratio": self.context.compression_ratio,
+        }
+
+
+def footprint(cache: Cache) -> Footprint:
+    """What one sequence of a cache holds on average; a plain model's cache holds everything."""
+    if any(isinstance(layer, DMSLayer) for layer in cache.layers):
+        stats = kv_stats(cache)
+        sequences = len(stats.layers[0].logical)
+        return Footprint(
+            stats.logical_tokens,
+            stats.live_tokens,
+            stats.kv_bytes / sequences,
+            stats.compression_ratio,
+        )
+    tensors = [x for layer in cache.layers for x in (layer.keys, layer.values)]
+    kv_bytes = sum(x.numel() * x.element_size() for x in tensors) / len(tensors[0])
+    return Footprint(cache.get_seq_length(), cache.get_seq_length(), kv_bytes, 1.0)
+
+
+@torch.no_grad()
+def score_task(
+    model: PreTrainedModel,
+    episodes: Sequence[Episode],
+    batch_size: int = 8,
+    chunk: int = 512,
+) -> Score:
+    """Share of questions answered exactly, in conversations on a cache that forgets.
+
+    The contexts are read first; then all turns of a conversation follow on the cache that is left,
+    with the right answers in place. A question counts if every answer token is the arg-max given
+    what came before it: that is when greedy generation would give exactly this answer.
+
+    Args:
+        model: a causal LM in eval mode.
+        episodes: conversations; those of equal lengths are run together, so nothing is padded.
+        batch_size: conversations at a time; has no influence on the result.
+        chunk: context tokens in one forward; has no influence on the result.
+    """
+    if not episodes:
+        raise ValueError("no episodes to score")
+    right, total = 0, 0
+    contexts, ends = [], []
+    for batch in _batches(episodes, batch_size):
+        ids = torch.tensor([episode.context_ids for episode in batch], device=model.device)
+        cache, last = None, ids[:, :0]
+        for part in ids.split(chunk, dim=1):
+            out = model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache, last = out.past_key_values, out.logits.argmax(-1)
+        contexts.append((len(batch), footprint(cache)))
+        turns = torch.tensor([_conversation(episode) for episode in batch], device=model.device)
+        out = model(input_ids=turns, past_key_values=cache, use_cache=True)
+        ends.append((len(batch), footprint(out.past_key_values)))
+        # What is predicted for turn token t was said at token t - 1.
+        predicted = torch.cat([last, out.logits[:, :-1].argmax(-1)], dim=1)
+        for episode, hits in zip(batch, predicted == turns, strict=True):
+            position = 0
+            for question in episode.questions:
+                start = position + len(question.prompt_ids)
+                position = start + len(question.answer_ids)
+                right += bool(hits[start:position].all())
+                total += 1
+    return Score("accuracy", right / total, total, _mean(contexts), _mean(ends))
+
+
+@torch.no_grad()
+def perplexity(
+    model: PreTrainedModel, samples: Sequence[Sequence[int]], batch_size: int = 8, chunk: int = 256
+) -> Score:
+    """Perplexity of token sequences of one length, read in chunks through the cache.
+
+    Args:
+        model: a causal LM in eval mode.
+        samples: token ids, all of the same length.
+        batch_size: sequences at a time; has no influence on the result.
+        chunk: tokens in one forward; has no influence on the result.
+    """
+    lengths = {len(sample) for sample in samples}
+    if len(lengths) != 1 or min(lengths) < 2:
+        raise ValueError(
+            f"samples must have one length of at least 2 tokens, got {sorted(lengths)}"
+        )
+    loss, count = 0.0, 0
+    ends = []
+    for start in range(0, len(samples), batch_size):
+        batch = samples[start : start + batch_size]
+        ids = torch.tensor(batch, device=model.device)
+        cache, last = None, None
+        for part in ids.split(chunk, dim=1):
+            out = model(input_ids=part, past_key_values=cache, use_cache=True)
+            logits = out.logits if last is None else torch.cat([last, out.logits], dim=1)
+            targets = part[:, 1:] if last is None else part
+            cache, last = out.past_key_values, out.logits[:, -1:]
+            loss += F.cross_entropy(
+                logits[:, :-1].flatten(0, 1).float(), targets.flatten(), reduction="sum"
+            ).item()
+            count += targets.numel()
+        ends.append((len(batch), footprint(cache)))
+    end = _mean(ends)
+    return Score("perplexity", math.exp(loss / count), count, end, end)
+
+
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: str,
+    length: int,
+    count: int,
+    seed: int,
+    batch_size: int = 8,
+) -> Score:
+    """One task at one length: accuracy of a task's questions, or perplexity if `task` is "text".
+
+    Args:
+        model: a causal LM in eval mode.
+        tokenizer: the model's.
+        task: one of EVALUATIONS.
+        length: context tokens.
+        count: conversations, or texts.
+        seed: draws them; the same seed asks every model the same questions.
+        batch_size: sequences at a time.
+    """
+    if task == TEXT:
+        samples = held_out_text(tokenizer, length, count, seed)
+        return perplexity(model, samples, batch_size)
+    if task not in TASKS:
+        raise ValueError(f"task is {task!r}, must be one of {EVALUATIONS}")
+    known: Task = task  # type: ignore[assignment]  # checked above
+    return score_task(model, make_episodes(known, tokenizer, length, count, seed), batch_size)
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str] = EVALUATIONS,
+    lengths: Sequence[int] = (1024,),
+    count: int = 16,
+    seed: int = 0,
+    batch_size: int = 8,
+    on_row: Callable[[Row], None] | None = None,
+) -> list[Row]:
+    """Every task at every length, as rows {task, length, metric, value, live_tokens, ...}.
+
+    Args:
+        model: a causal LM; plain ones report a dense cache. Left in eval mode.
+        tokenizer: the model's.
+        tasks: some of EVALUATIONS.
+        lengths: context tokens.
+        count: conversations or texts of a task and length.
+        seed: draws them.
+        batch_size: sequences at a time.
+        on_row: called with each row when it is there.
+    """
+    unknown = [task for task in tasks if task not in EVALUATIONS]
+    if unknown:
+        raise ValueError(f"tasks {unknown} are unknown, must be among {EVALUATIONS}")
+    if count < 1:
+        raise ValueError(f"count is {count}, must be at least 1")
+    model.eval()
+    rows = []
+    for task in tasks:
+        for length in lengths:
+            score = measure(model, tokenizer, task, length, count, seed, batch_size)
+            rows.append({"task": task, "length": length, **score.row()})
+            if on_row is not None:
+                on_row(rows[-1])
+    return rows
+
+
+def _conversation(episode: Episode) -> list[int]:
+    """All turns, with the right answers, as one text."""
+    parts = [ids for x in episode.questions for ids in (x.prompt_ids, x.answer_ids)]
+    return [token for ids in parts for token in ids]
+
+
+def _batches(episodes: Sequence[Episode], size: int) -> Iterator[list[Episode]]:
+    """Groups of at most `size` episodes with contexts, and turns together, of equal length."""
+    alike: dict[tuple[int, int], list[Episode]] = {}
+    for episode in episodes:
+        lengths = (len(episode.context_ids), len(_conversation(episode)))
+        alike.setdefault(lengths, []).append(episode)
+    for group in alike.values():
+        for start in range(0, len(group), size):
+            yield group[start : start + size]
+
+
+def _mean(parts: list[tuple[int, Footprint]]) -> Footprint:
+    """Mean over batches by their number of sequences; compression ratios as ratios of bytes."""
+    total = sum(count for count, _ in parts)
+
+    def mean(value: Callable[[Footprint], float]) -> float:
+        return sum(count * value(part) for count, part in parts) / total
+
+    return Footprint(
+        mean(lambda x: x.logical_tokens),
+        mean(lambda x: x.live_tokens),
+        mean(lambda x: x.kv_bytes),
+        1.0 / mean(lambda x: 1.0 / x.compression_ratio),
+    )

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""YAML (or a name) -> a validated Recipe, with ModelOpt's imports and the user's overrides. Knows no model."""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from modelopt.torch.opt.config import ModeloptBaseConfig, ModeloptField
+from modelopt.torch.opt.config_loader import load_config
+from pydantic import BaseModel, ValidationError
+
+from modelopt_dms.config import DMSConfig, RetrofitConfig
+from modelopt_dms.shelf import RecipeError, recipe_path, recipes_dir, suggestion
+
+
+class Metadata(ModeloptBaseConfig):
+    """What a reader of a list of recipes sees."""
+
+    description: str = ModeloptField(
+        default="", title="Description", description="One line: what you get."
+    )
+
+
+class Recipe(ModeloptBaseConfig):
+    """Everything `compress` does to a model."""
+
+    metadata: Metadata = ModeloptField(
+        default=Metadata(), title="Metadata", description="For readers."
+    )
+    dms: DMSConfig = ModeloptField(
+        default=DMSConfig(), title="DMS", description="Facts stored with the model."
+    )
+    retrofit: RetrofitConfig | None = ModeloptField(
+        default=None,
+        title="Retrofit",
+        description="How the gates learn; without it they stay untrained and evict nothing.",
+    )
+
+
+def load_recipe(
+    source: str | Path | Recipe, overrides: Mapping[str, Any] | Sequence[str] = ()
+) -> Recipe:
+    """Load a recipe by name, by path, or as an object, and change it.
+
+    Args:
+        source: name of a shipped recipe, path of a YAML file, or a Recipe (which is not modified).
+        overrides: {"dms.window": 512} or ["dms.window=512"]; values of the second form are YAML.
+
+    Raises:
+        RecipeError: unknown name or key (suggests the nearest), a value out of range, broken YAML.
+    """
+    if isinstance(source, Recipe):
+        data, where = source.model_dump(), "the recipe"
+    else:
+        path = recipe_path(source)
+        data, where = _read(path), str(path)
+    for key, value in _pairs(overrides):
+        _set(data, key, value)
+    _check_keys(data, Recipe, "", where)
+    try:
+        return Recipe(**data)
+    except ValidationError as error:
+        raise RecipeError(f"{where}: {'; '.join(_readable(x) for x in error.errors())}") from None
+
+
+def recipe_to_yaml(recipe: Recipe) -> str:
+    """The recipe in full, every default written out; `load_recipe` reads it back."""
+    return yaml.safe_dump(recipe.model_dump(), sort_keys=False)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The mapping in a recipe file, its imports resolved by ModelOpt's loader."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"recipe {path} cannot be read: {error}") from error
+    if not isinstance(raw, dict):
+        raise RecipeError(f"recipe {path} must be a YAML mapping, got {type(raw).__name__}")
+    imports = raw.get("imports")
+    if isinstance(imports, dict):
+        raw["imports"] = {key: _locate(value, path.parent) for key, value in imports.items()}
+    with tempfile.TemporaryDirectory() as place:
+        located = Path(place) / path.name
+        located.write_text(yaml.safe_dump(raw), encoding="utf-8")
+        try:
+            return load_config(located)
+        except (ValueError, yaml.YAMLError) as error:
+            raise RecipeError(str(error).replace(str(located), str(path))) from None
+
+
+def _locate(name: Any, beside: Path) -> Any:
+    """A unit beside the recipe, else among ours; else ModelOpt's loader finds it among its own."""
+    for root in (beside, recipes_dir()):
+        candidate = root / (name if str(name).endswith((".yaml", ".yml")) else f"{name}.yaml")
+        if candidate.is_file():
+            return str(candidate.resolve())
+    return name
+
+
+def _pairs(overrides: Mapping[str, Any] | Sequence[str]) -> list[tuple[str, Any]]:
+    if isinstance(overrides, Mapping):
+        return list(overrides.items())
+    pairs = []
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise RecipeError(f"override {text!r} must read KEY=VALUE, for example dms.window=512")
+        try:
+            pairs.append((key, yaml.safe_load(value)))
+        except yaml.YAMLError as error:
+            raise RecipeError(
+                f"override {text!r}: {value!r} is not a YAML value: {error}"
+            ) from None
+    return pairs
+
+
+def _set(data: dict[str, Any], key: str, value: Any) -> None:
+    *sections, last = key.split(".")
+    for section in sections:
+        if not isinstance(data.get(section), dict):
+            data[section] = {}
+        data = data[section]
+    data[last] = value
+
+
+def _check_keys(data: Any, schema: type[BaseModel], prefix: str, where: str) -> None:
+    """Refuse keys that the schema does not have, before pydantic does so less helpfully."""
+    if not isinstance(data, Mapping):
+        return
+    accepted = list(schema.model_fields)
+    for key, value in data.items():
+        if key not in accepted:
+            place = f"section {prefix[:-1]!r}" if prefix else "the recipe"
+            raise RecipeError(
+                f"{where}: unknown key {prefix + str(key)!r}{suggestion(str(key), accepted)} "
+                f"{place} has: {', '.join(accepted)}"
+            )
+        for nested in _schemas(schema.model_fields[key].annotation):
+            _check_keys(value, nested, f"{prefix}{key}.", where)
+
+
+def _schemas(annotation: Any) -> list[type[BaseModel]]:
+    """The config classes in an annotation such as `RetrofitConfig | None`."""
+    options = getattr(annotation, "__args__", (annotation,))
+    return [x for x in options if isinstance(x, type) and issubclass(x, BaseModel)]
+
+
+def _readable(error: Any) -> str:
+    key = ".".join(map(str, error["loc"]))
+    message = error["msg"].removeprefix("Value error, ")
+    given = error["input"]
+    return f"{key}: {message}" if isinstance(given, Mapping) else f"{key}={given!r}: {message}"

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The directory of a retrofit: which run it holds, and checkpoints that are complete or not there. Knows no Trainer.
+
+run.json            what the run is: recipe, data, model; a resume must agree with it
+train_log.jsonl     one row per logging interval
+logs/               TensorBoard
+checkpoint-<step>/  trained.safetensors (only what learns), progress.json, and Trainer's optimizer and scheduler state
+.partial/           a checkpoint being written
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from modelopt_dms.config import RetrofitConfig
+from modelopt_dms.gate import gate_parameters
+from modelopt_dms.train.packing import Samples
+
+RUN_FILE = "run.json"
+LOG_FILE = "train_log.jsonl"
+TENSORBOARD_DIR = "logs"
+PARTIAL_DIR = ".partial"
+WEIGHTS_FILE = "trained.safetensors"
+PROGRESS_FILE = "progress.json"
+KEPT_CHECKPOINTS = 2
+# Changing these does not change what a run computes.
+FREE_FIELDS = ("save_steps",)
+
+
+class ResumeError(ValueError):
+    """A directory from which a run cannot go on; the message says what differs or is broken."""
+
+
+def describe_run(
+    model: PreTrainedModel, config: RetrofitConfig, training: Samples, world_size: int
+) -> dict[str, dict[str, Any]]:
+    """What makes a run the one it is, as JSON; two runs with the same description compute the same."""
+    retrofit = {key: value for key, value in config.model_dump().items() if key not in FREE_FIELDS}
+    return {
+        "retrofit": retrofit,
+        "dms": dict(model.config.dms_config),
+        "data": {"samples": len(training), "digest": training.digest()},
+        "model": {"class": type(model).__name__, "digest": _digest(model)},
+        "machine": {"processes": world_size},
+    }
+
+
+def _digest(model: PreTrainedModel) -> str:
+    """A fingerprint of the weights as they were before the retrofit: the start of each, gates apart."""
+    gates = {name for name, _ in gate_parameters(model)}
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if name not in gates:
+            start = parameter.detach().flatten()[:16].double().cpu().tolist()
+            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {start}".encode())
+    return digest.hexdigest()[:16]
+
+
+def open_run(
+    directory: Path, description: Mapping[str, Mapping[str, Any]], *, resume: bool
+) -> Path | None:
+    """Make a directory ready for a run, and find the checkpoint to go on from.
+
+    Args:
+        directory: made if it does not exist.
+        description: see `describe_run`.
+        resume: False starts over and removes the checkpoints of the earlier run.
+
+    Returns:
+        The newest complete checkpoint, or None at the start of a run.
+
+    Raises:
+        ResumeError: the checkpoints there are of another run or incomplete, or the directory cannot be written.
+    """
+    found = checkpoints(directory)
+    if resume and found:
+        _check_same_run(directory, description)
+        _check_complete(found[-1])
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(directory / PARTIAL_DIR, ignore_errors=True)
+        if not resume:
+            for path in found:
+                shutil.rmtree(path)
+        write_text(directory / RUN_FILE, json.dumps(description, indent=2) + "\n")
+    except OSError as error:
+        raise ResumeError(f"output_dir={directory} cannot be written: {error}") from error
+    return found[-1] if resume and found else None
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(
+        (x for x in directory.glob("checkpoint-*") if x.name.removeprefix("checkpoint-").isdigit()),
+        key=step_of,
+    )
+
+
+def step_of(checkpoint: Path) -> int:
+    """Optimizer steps taken before a checkpoint was written."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+def commit(directory: Path, step: int) -> None:
+    """Turn the checkpoint written under `.partial` into a complete one, and remove the oldest.
+
+    A rename is all or nothing: whenever a run is killed, every checkpoint-<step> is whole.
+    """
+    name = f"checkpoint-{step}"
+    os.replace(directory / PARTIAL_DIR / name, directory / name)
+    for path in checkpoints(directory)[:-KEPT_CHECKPOINTS]:
+        # Under a name that is not a checkpoint's, so that a half-removed one is never taken for whole.
+        doomed = directory / PARTIAL_DIR / f"old-{path.name}"
+        os.replace(path, doomed)
+        shutil.rmtree(doomed)
+
+
+def save_trained(module: nn.Module, path: Path) -> None:
+    """Write the parameters that learn, and only those, to a safetensors file."""
+    tensors = {
+        name: p.detach().cpu().contiguous()
+        for name, p in module.named_parameters()
+        if p.requires_grad
+    }
+    save_file(tensors, path)
+
+
+@torch.no_grad()
+def load_trained(module: nn.Module, path: Path) -> None:
+    """Put the parameters of `save_trained` back.
+
+    Raises:
+        ResumeError: the file is broken, or is not of this model.
+    """
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ResumeError(
+            f"{path} cannot be read: {error}; remove {path.parent} to go on without it"
+        ) from error
+    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    expected = {name: tuple(p.shape) for name, p in parameters.items()}
+    stored = {name: tuple(x.shape) for name, x in tensors.items()}
+    if expected != stored:
+        odd = sorted(dict(expected.items() ^ stored.items()))
+        raise ResumeError(
+            f"{path} does not fit this model: {', '.join(odd[:3])} missing, unexpected or of another shape"
+        )
+    for name, parameter in parameters.items():
+        parameter.copy_(tensors[name])
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that is complete or not there."""
+    staged = path.with_name(f".{path.name}.partial")
+    staged.write_text(text, encoding="utf-8")
+    os.replace(staged, path)
+
+
+def _check_same_run(directory: Path, description: Mapping[str, Mapping[str, Any]]) -> None:
+    path = directory / RUN_FILE
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ResumeError(
+            f"{path} cannot be read ({error}), so its checkpoints cannot be resumed; {_WAYS_OUT}"
+        ) from error
+    ours = _flatten(json.loads(json.dumps(description)))
+    theirs = _flatten(stored)
+    different = [
+        f"{key} (there {theirs.get(key)!r}, now {ours.get(key)!r})"
+        for key in sorted(ours.keys() | theirs.keys())
+        if ours.get(key) != theirs.get(key)
+    ]
+    if different:
+        raise ResumeError(
+            f"output_dir={directory} holds checkpoints of a run with other settings: {', '.join(different)}; {_WAYS_OUT}"
+        )
+
+
+_WAYS_OUT = "use another output_dir, or resume=False to start over"
+
+
+def _flatten(description: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    return {
+        f"{part}.{key}": value
+        for part, values in description.items()
+        for key, value in values.items()
+    }
+
+
+def _check_complete(checkpoint: Path) -> None:
+    needed = (WEIGHTS_FILE, PROGRESS_FILE, "trainer_state.json", "optimizer.pt", "scheduler.pt")
+    missing = [name for name in needed if not (checkpoint / name).is_file()]
+    if missing:
+        raise ResumeError(
+            f"{checkpoint} is damaged: {', '.join(missing)} missing; remove it to go on from an earlier checkpoint"
+        )

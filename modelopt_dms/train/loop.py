@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The retrofit: data, teacher, Trainer, checkpoints and a measurement at the end, in one call."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from modelopt_dms.config import DMSConfig, RetrofitConfig
+from modelopt_dms.train.checkpoint import (
+    WEIGHTS_FILE,
+    describe_run,
+    load_trained,
+    open_run,
+    step_of,
+)
+from modelopt_dms.train.data import open_documents
+from modelopt_dms.train.distill import Distiller, learning, noise_seed
+from modelopt_dms.train.head import check_head
+from modelopt_dms.train.packing import PreparedData, Samples, Visits, pack_and_split
+from modelopt_dms.train.progress import Progress, Row
+from modelopt_dms.train.schedule import check_reachable, physical_cr, target_evicted_fraction
+from modelopt_dms.train.trainer import RetrofitTrainer, training_arguments
+
+
+@dataclass(frozen=True)
+class RetrofitResult:
+    """What a retrofit did, and what it achieved on samples it never trained on.
+
+    Evicted fractions are shares of the tokens whose eviction takes effect (all but a document's last window + 1);
+    compression ratios are physical ones, logical over live tokens of a sequence of `sequence_length` tokens.
+
+    Attributes:
+        steps: optimizer steps.
+        seconds: time in the training loop, resumed runs included.
+        tokens: tokens visited, padding included.
+        target_cr: what the recipe asked for.
+        target_fraction: the evicted fraction that gives it.
+        compression_ratio: measured, with decisions at the threshold, as in inference.
+        evicted_hard: the evicted fraction it comes from.
+        evicted_soft: mean of the relaxed decisions with noise, as in training.
+        evicted_by_layer: the part of each converted layer in `evicted_hard`.
+        kl: KL divergence from the teacher with decisions at the threshold, nats per token.
+        kl_soft: with relaxed decisions.
+        sequence_length: tokens of the samples.
+        window: delay window.
+        rows: the log; one row per logging interval.
+    """
+
+    steps: int
+    seconds: float
+    tokens: int
+    target_cr: float
+    target_fraction: float
+    compression_ratio: float
+    evicted_hard: float
+    evicted_soft: float
+    evicted_by_layer: tuple[float, ...]
+    kl: float
+    kl_soft: float
+    sequence_length: int
+    window: int
+    rows: tuple[Row, ...]
+
+    def summary(self) -> dict[str, Any]:
+        """Everything but the log, as JSON."""
+        return {key: value for key, value in asdict(self).items() if key != "rows"}
+
+
+def prepare(
+    model: PreTrainedModel,
+    config: RetrofitConfig,
+    dms: DMSConfig,
+    *,
+    data: Any,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> PreparedData:
+    """Everything about a retrofit that can be refused before the model is converted; `retrofit` takes the result as data.
+
+    Args:
+        model: converted or not.
+        config: how to train.
+        dms: the facts that the model has or will have.
+        data: see `modelopt_dms.train.data.ACCEPTED`.
+        tokenizer: needed unless the data are token ids.
+
+    Raises:
+        ValueError: data are missing, empty, too short or not of this model, or the ratio is out of reach.
+    """
+    check_reachable(dms.target_cr, dms.window, config.sequence_length, dms.protect_first)
+    return pack_and_split(
+        open_documents(data, tokenizer, model),
+        length=config.sequence_length,
+        window=dms.window,
+        wanted=_visits(config),
+        seed=config.seed,
+    )
+
+
+def retrofit(
+    model: PreTrainedModel,
+    config: RetrofitConfig,
+    *,
+    data: Any,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    output_dir: str | Path | None = None,
+    resume: bool = True,
+    progress: bool = True,
+) -> RetrofitResult:
+    """Teach the gates of a converted model, in place, to evict what the model does not need.
+
+    The model learns where it is: on the CPU, or on the process's GPU. Start one process a GPU for data parallelism.
+
+    Args:
+        model: converted by `apply_dms`; target ratio and window are read from its config.
+        config: how to train.
+        data: see `modelopt_dms.train.data.ACCEPTED`; or what `prepare` made of it.
+        tokenizer: needed unless the data are token ids.
+        output_dir: for checkpoints and logs; nothing is written without it.
+        resume: go on from the newest checkpoint in `output_dir`.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: model, data, recipe or output directory are not usable; nothing was changed or written.
+    """
+    dms = getattr(model.config, "dms_config", None)
+    if dms is None:
+        raise ValueError(f"{type(model).__name__} has no gates; call apply_dms (or compress) first")
+    if not isinstance(data, PreparedData):
+        data = prepare(model, config, DMSConfig(**dms), data=data, tokenizer=tokenizer)
+    with learning(model, config), _directory(output_dir) as place:
+        distiller = Distiller(model, config).train()
+        check_head(model)
+        log = _train(
+            distiller,
+            data.training,
+            place,
+            keep=output_dir is not None,
+            resume=resume,
+            show=progress,
+        )
+        measured = measure(distiller, data.held_out, config.batch_size)
+    return _result(config, dms, measured, log)
+
+
+def _train(
+    distiller: Distiller, samples: Samples, place: Path, *, keep: bool, resume: bool, show: bool
+) -> Progress:
+    """Run or resume the training loop; returns its log."""
+    model, config = distiller.model, distiller.retrofit
+    arguments = training_arguments(config, model.device, place)
+    main = arguments.process_index == 0
+    log = Progress(config.steps, place if keep and main else None, show=show and main)
+    checkpoint = None
+    if keep:
+        checkpoint = open_run(
+            place, describe_run(model, config, samples, arguments.world_size), resume=resume
+        )
+    if checkpoint is not None:
+        log.load(checkpoint)
+        if step_of(checkpoint) == config.steps:
+            load_trained(distiller, checkpoint / WEIGHTS_FILE)
+            return log
+    visits = Visits(samples, _visits(config), config.seed)
+    trainer = RetrofitTrainer(distiller, arguments, visits, log, place if keep else None)
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    finally:
+        log.close()
+    return log
+
+
+def _visits(config: RetrofitConfig) -> int:
+    """Samples that all processes together visit in a run."""
+    # Set by torchrun; Trainer reads the same.
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    return config.steps * config.batch_size * config.gradient_accumulation_steps * processes
+
+
+@torch.no_grad()
+def measure(distiller: Distiller, held_out: Samples, batch_size: int) -> dict[str, Any]:
+    """Means over held-out samples, weighted by the tokens they are taken over.
+
+    Returns:
+        kl, evicted_hard, evicted_by_layer with hard decisions; kl_soft, evicted_soft with relaxed ones.
+    """
+    sums: dict[str, torch.Tensor] = {}
+    valid = counted = 0
+    for start in range(0, len(held_out), batch_size):
+        batch = held_out.batch(slice(start, start + batch_size))
+        n_valid = int((batch["tokens_ahead"] >= 0).sum())
+        n_counted = int(distiller.counted(batch["position_ids"], batch["tokens_ahead"]).sum())
+        hard = distiller.eval()(**batch, target=0.0, noise_seed=None)
+        seed = (
+            noise_seed(distiller.retrofit.seed, 0, distiller.retrofit.steps, start)
+            if distiller.retrofit.noise
+            else None
+        )
+        soft = distiller.train()(**batch, target=0.0, noise_seed=seed)
+        found = {"kl": hard["kl"] * n_valid, "kl_soft": soft["kl"] * n_valid}
+        found |= {name: hard[name] * n_counted for name in ("evicted_hard", "evicted_by_layer")}
+        found["evicted_soft"] = soft["evicted_soft"] * n_counted
+        for name, value in found.items():
+            sums[name] = sums.get(name, 0.0) + value.double().cpu()
+        valid, counted = valid + n_valid, counted + n_counted
+    return {name: (x / (valid if "kl" in name else counted)).tolist() for name, x in sums.items()}
+
+
+@contextmanager
+def _directory(output_dir: str | Path | None) -> Iterator[Path]:
+    """The output directory, or one that Trainer may make and that leaves nothing behind."""
+    if output_dir is not None:
+        yield Path(output_dir)
+        return
+    with tempfile.TemporaryDirectory(prefix="modelopt_dms_") as place:
+        yield Path(place)
+
+
+def _result(
+    config: RetrofitConfig, dms: dict[str, Any], measured: dict[str, Any], log: Progress
+) -> RetrofitResult:
+    length, window, protected = config.sequence_length, dms["window"], dms["protect_first"]
+    return RetrofitResult(
+        steps=config.steps,
+        seconds=log.seconds,
+        tokens=_visits(config) * length,
+        target_cr=dms["target_cr"],
+        target_fraction=target_evicted_fraction(dms["target_cr"], length, window, protected),
+        compression_ratio=physical_cr(measured["evicted_hard"], length, window, protected),
+        evicted_hard=measured["evicted_hard"],
+        evicted_soft=measured["evicted_soft"],
+        evicted_by_layer=tuple(measured["evicted_by_layer"]),
+        kl=measured["kl"],
+        kl_soft=measured["kl_soft"],
+        sequence_length=length,
+        window=window,
+        rows=tuple(log.rows),
+    )

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes: what ships loads, changes apply, and a mistake is named with the nearest valid key."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from modelopt_dms.recipe import Recipe, load_recipe, recipe_to_yaml
+from modelopt_dms.shelf import RecipeError, list_recipes, recipes_dir
+
+
+@pytest.mark.parametrize("name", sorted(list_recipes()))
+def test_every_shipped_recipe_loads_and_reads_well(name: str) -> None:
+    text = (recipes_dir() / f"{name}.yaml").read_text()
+    assert text.startswith("# ") and len(text.splitlines()) < 40
+    recipe = load_recipe(name)
+    assert recipe.metadata.description == list_recipes()[name] != ""
+    assert recipe.retrofit is not None
+
+
+@pytest.mark.parametrize("name", sorted(list_recipes()))
+def test_a_resolved_recipe_reads_back_as_itself(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name)
+    path = tmp_path / "resolved.yaml"
+    path.write_text(recipe_to_yaml(recipe))
+    assert load_recipe(path) == recipe
+
+
+def test_imported_units_are_merged_and_inline_keys_win() -> None:
+    retrofit = load_recipe("dms_cr8").retrofit
+    assert retrofit is not None
+    assert (retrofit.sequence_length, retrofit.learning_rate, retrofit.steps) == (32768, 3e-5, 800)
+
+
+def test_a_recipe_of_ones_own_can_import_shipped_units_and_units_beside_it(tmp_path: Path) -> None:
+    unit = "# modelopt-schema: modelopt.torch.opt.config.ConfigDict\nwindow: 77\n"
+    (tmp_path / "mine.yaml").write_text(unit)
+    (tmp_path / "recipe.yaml").write_text(
+        "imports: {gates: units/nvidia_gates, facts: mine}\n"
+        "dms: {$import: facts, target_cr: 3}\n"
+        "retrofit: {$import: gates, steps: 7, warmup_steps: 1}\n"
+    )
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    assert recipe.retrofit is not None
+    assert (recipe.dms.window, recipe.dms.target_cr, recipe.retrofit.steps) == (77, 3.0, 7)
+
+
+@given(window=st.integers(1, 10**6), cr=st.floats(1, 64), seed=st.integers(0, 2**31))
+def test_overrides_as_text_and_as_mapping_agree(window: int, cr: float, seed: int) -> None:
+    changes = {"dms.window": window, "dms.target_cr": cr, "retrofit.seed": seed}
+    recipe = load_recipe(Recipe(retrofit={}), changes)
+    assert recipe == load_recipe(Recipe(retrofit={}), [f"{k}={v!r}" for k, v in changes.items()])
+    assert (recipe.dms.window, recipe.dms.target_cr) == (window, cr)
+
+
+def test_overrides_do_not_change_the_recipe_they_start_from() -> None:
+    recipe = load_recipe("tiny_cpu")
+    before = recipe_to_yaml(recipe)
+    load_recipe(recipe, {"dms.window": 3})
+    assert recipe_to_yaml(recipe) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("dms.windw=3", "unknown key 'dms.windw', did you mean 'window'?"),
+        ("retrofitt.steps=3", "unknown key 'retrofitt', did you mean 'retrofit'?"),
+        ("retrofit.learning_rat=3", "did you mean 'learning_rate'?"),
+        ("dms.window=0", "dms.window=0"),
+        ("dms.target_cr=0.5", "dms.target_cr=0.5"),
+        ("dms.gate=linear", "'adapter' or 'neuron'"),
+        ("dms.decision_shift=2", "dms.decision_shift=2"),
+        ("retrofit.steps=many", "retrofit.steps='many'"),
+        ("retrofit.tau=0", "retrofit.tau=0"),
+        ("dms.layers=[]", "layers must name at least one"),
+        ("dms=3", "dms=3"),
+        ("window", "must read KEY=VALUE"),
+        ("dms.window=[", "not a YAML value"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(change: str, message: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        load_recipe("dms_cr4", [change])
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_unknown_recipe_names_the_nearest() -> None:
+    with pytest.raises(RecipeError, match="unknown recipe 'dms_cr5'.*did you mean 'dms_cr"):
+        load_recipe("dms_cr5")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("dms: [", "cannot be read"),
+        ("- 1", "must be a YAML mapping"),
+        ("imports: {a: no/such/unit}\ndms: {$import: a}", "no/such/unit"),
+        ("dms: {$import: a}", "Unknown \\$import reference 'a'"),
+    ],
+)
+def test_a_broken_file_is_named(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(path)
+    with pytest.raises(RecipeError, match="does not exist"):
+        load_recipe(tmp_path / "missing.yaml")
