@@ -15,6 +15,7 @@ import platform
 import statistics
 import subprocess
 import time
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from modelopt_dms.cache import kv_stats
@@ -55,7 +56,7 @@ def build(layers: int, hidden: int, heads: int, kv_heads: int, head_dim: int) ->
     return LlamaForCausalLM(config).eval()
 
 
-def prefill(model: LlamaForCausalLM, ids: torch.Tensor) -> Cache:
+def prefill(model: PreTrainedModel, ids: torch.Tensor) -> Cache:
     """The cache after all of `ids` [1, T]."""
     cache: Cache = DynamicCache(config=model.config)
     for part in ids.split(512, 1):
@@ -64,7 +65,7 @@ def prefill(model: LlamaForCausalLM, ids: torch.Tensor) -> Cache:
 
 
 def decode_in_turns(
-    models: dict[str, LlamaForCausalLM], caches: dict[str, Cache], warmup: int, steps: int
+    models: dict[str, PreTrainedModel], caches: dict[str, Cache], warmup: int, steps: int
 ) -> dict[str, list[float]]:
     """Milliseconds of each decode step of each model; one step of each in turn."""
     token = torch.tensor([[1]])
@@ -83,10 +84,14 @@ def cache_numbers(cache: Cache) -> dict[str, float]:
     try:
         stats = kv_stats(cache)
     except ValueError:
-        held = sum(x.keys.nbytes + x.values.nbytes for x in cache.layers)
+        layers: Sequence[Any] = cache.layers
+        held = sum(x.keys.nbytes + x.values.nbytes for x in layers)
         tokens = cache.get_seq_length()
         return {"kv_bytes": held, "live_tokens": tokens, "compression_ratio": 1.0, "slack": 1.0}
-    live = sum(x.live.sum().item() * x.dense_bytes / (x.logical.sum().item() * x.live.shape[1]) for x in stats.layers)
+    live = sum(
+        x.live.sum().item() * x.dense_bytes / (x.logical.sum().item() * x.live.shape[1])
+        for x in stats.layers
+    )
     return {
         "kv_bytes": stats.kv_bytes,
         "live_tokens": stats.live_tokens,
@@ -100,7 +105,7 @@ def bench(shape: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of one model shape, for every number of threads and cache."""
     original = build(*SHAPES[shape])
     converted = apply_dms(copy.deepcopy(original), DMSConfig(window=args.window))
-    models = {"DynamicCache": original}
+    models: dict[str, PreTrainedModel] = {"DynamicCache": original}
     for ratio in args.ratios:
         budget = args.tokens / ratio
         fraction = fraction_for_budget(budget, args.tokens, args.window)
@@ -178,11 +183,15 @@ def main() -> None:
     args = parser.parse_args()
     rows = [row for shape in SHAPES for row in bench(shape, args)]
     where = machine()
-    Console(width=130).print(table(rows, f"{args.tokens} logical tokens, window {args.window}, float32"))
+    Console(width=130).print(
+        table(rows, f"{args.tokens} logical tokens, window {args.window}, float32")
+    )
     settings = {"tokens": args.tokens, "window": args.window, "steps": args.steps}
     args.output.parent.mkdir(parents=True, exist_ok=True)
     temporary = args.output.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"machine": where, "settings": settings, "rows": rows}, indent=2) + "\n")
+    temporary.write_text(
+        json.dumps({"machine": where, "settings": settings, "rows": rows}, indent=2) + "\n"
+    )
     temporary.replace(args.output)
 
 

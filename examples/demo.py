@@ -11,7 +11,6 @@ and the compressed model to the output directory.
 """
 
 import argparse
-import json
 import platform
 import shutil
 import time
@@ -34,7 +33,13 @@ from modelopt_dms.evaluation import peers
 from modelopt_dms.evaluation.score import TEXT, Score, measure
 from modelopt_dms.evaluation.tasks import TASKS, Episode, make_episodes, training_documents
 from modelopt_dms.gate import gates
-from modelopt_dms.report import LiveTrace, draw_live_length, results_table, trace_live_length
+from modelopt_dms.report import (
+    LiveTrace,
+    draw_live_length,
+    results_table,
+    trace_live_length,
+    write_json,
+)
 
 MODEL = Path(__file__).parent / "embedded_model"
 RECIPE = "tiny_cpu"
@@ -59,8 +64,9 @@ def run(output: Path, plan: Plan, seed: int, console: Console) -> dict[str, Any]
     """Compress, evaluate, write; returns what results.json holds."""
     begin = time.perf_counter()
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     recipe = modelopt_dms.load_recipe(RECIPE, overrides(plan, seed))
+    assert recipe.retrofit is not None
     console.print(
         f"Compressing {MODEL.name} ({model.num_parameters():,} parameters) with the recipe {RECIPE}"
     )
@@ -200,13 +206,6 @@ def versions() -> dict[str, str]:
     packages = ("modelopt-dms", "torch", "transformers", "nvidia-modelopt")
     found = {name: version(name) for name in packages}
     return {"python": platform.python_version(), **found}
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file completely or not at all."""
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(path)
 
 
 def main(argv: list[str] | None = None) -> None:

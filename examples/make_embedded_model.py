@@ -33,6 +33,7 @@ from modelopt_dms.evaluation.words import DIGITS, KEYS, MARKERS, VALUES
 # Newlines and digits stand alone, so that a line encodes the same alone and inside a text.
 _PIECES = r"\n| ?[A-Za-z_]+| ?[0-9]| ?[^\sA-Za-z_0-9]+|[^\S\n]+(?!\S)|[^\S\n]+"
 _ROLE_WEIGHT = {"text": 1.0, "record": 0.1, "prompt": 0.1, "answer": 4.0}
+_SUM_WEIGHT = 20.0
 _ROPE_THETA = 1_000_000.0
 _LENGTHS = (512, 1024, 2048)
 
@@ -54,6 +55,8 @@ _CURRICULUM = (
     Phase(0.60, 1024, 0.4, 0.20),
     Phase(1.00, 2048, 0.5, 0.20),
 )
+# Every fourth step stays short: dense in answers, and short contexts must not be forgotten.
+_SHORT = Phase(1.00, 256, 0.0, 0.30)
 
 
 def train_tokenizer(vocab_size: int, lines: int) -> PreTrainedTokenizerFast:
@@ -195,23 +198,24 @@ def batch(
         )
     )
     ids = torch.tensor([document.ids for document in documents])
-    weights = [[_ROLE_WEIGHT[role] for role in document.roles] for document in documents]
-    return ids, torch.tensor(weights)
+    weights = torch.tensor([[_ROLE_WEIGHT[r] for r in document.roles] for document in documents])
+    # Sums are the only tokens that must be computed, and few: one in 200.
+    (equals,) = tokenizer(" =", add_special_tokens=False)["input_ids"]
+    sums = (ids[:, :-1] == equals) & (weights[:, 1:] == _ROLE_WEIGHT["answer"])
+    weights[:, 1:][sums] = _SUM_WEIGHT
+    return ids, weights
 
 
 def weighted_loss(
     model: Qwen3ForCausalLM, ids: torch.Tensor, weights: torch.Tensor
-) -> tuple[torch.Tensor, float, float]:
-    """Weighted mean cross-entropy; and the plain means over text and over answer tokens."""
+) -> tuple[torch.Tensor, list[float]]:
+    """Weighted mean cross-entropy; and the plain means over text, answer and sum tokens."""
     logits = model(input_ids=ids[:, :-1], use_cache=False).logits  # [B, T - 1, vocabulary]
     losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     flat = weights[:, 1:].flatten()
-
-    def mean(role: str) -> float:
-        chosen = losses.detach()[flat == _ROLE_WEIGHT[role]]
-        return float(chosen.mean()) if len(chosen) else math.nan
-
-    return (losses * flat).sum() / flat.sum(), mean("text"), mean("answer")
+    shown = (_ROLE_WEIGHT["text"], _ROLE_WEIGHT["answer"], _SUM_WEIGHT)
+    means = [float(losses.detach()[flat == weight].mean()) for weight in shown]  # NaN where none
+    return (losses * flat).sum() / flat.sum(), means
 
 
 @torch.no_grad()
@@ -404,14 +408,16 @@ def main(argv: list[str] | None = None) -> None:
         return log["seconds"] / (60 * args.minutes)
 
     model.train()
-    text_sum = answer_sum = 0.0
+    recent: list[list[float]] = []
     while (now := progress()) < 1:
         begin = time.perf_counter()
         phase = next(p for p in _CURRICULUM if now < p.until)
         if args.smoke:
             phase = Phase(1.0, 128, 0.3, 0.3)
+        if log["steps"] % 4 == 2 and phase.length > _SHORT.length:
+            phase = _SHORT
         ids, weights = batch(tokenizer, phase, args.tokens, seed=args.seed * 10**6 + log["steps"])
-        loss, text_loss, answer_loss = weighted_loss(model, ids, weights)
+        loss, means = weighted_loss(model, ids, weights)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, rates in zip(optimizers, base_rates, strict=True):
@@ -422,12 +428,13 @@ def main(argv: list[str] | None = None) -> None:
         log["steps"] += 1
         log["tokens"] += ids.numel()
         log["seconds"] += time.perf_counter() - begin
-        text_sum, answer_sum = text_sum + text_loss, answer_sum + answer_loss
+        recent.append(means)
         if log["steps"] % 20 == 0:
-            entry = [log["steps"], phase.length, round(text_sum / 20, 4), round(answer_sum / 20, 4)]
+            entry = [log["steps"], phase.length, *torch.tensor(recent).nanmean(0).tolist()]
+            entry = [round(value, 4) for value in entry]
             print(*entry, f"{log['tokens'] / log['seconds']:.0f} tokens/s", flush=True)
             log["loss"].append(entry)
-            text_sum = answer_sum = 0.0
+            recent = []
         if log["steps"] % args.evaluate_every == 0:
             found = evaluate(model, tokenizer, lengths[:2], 6)
             log["evaluations"].append({"step": log["steps"], **found})

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: modelopt-dms {compress, generate, eval, recipes}. Imports what is heavy only when needed."""
 
+import json
 import os
 import sys
 from enum import Enum
@@ -75,7 +76,7 @@ def compress(
     trust_remote_code: TrustOpt = False,
 ) -> None:
     """Retrofit MODEL so that its KV cache forgets, and save it to OUTPUT."""
-    from modelopt_dms.flow import check_output
+    from modelopt_dms.flow import SUMMARY_FILE, check_output
     from modelopt_dms.flow import compress as run
     from modelopt_dms.recipe import load_recipe
 
@@ -89,8 +90,15 @@ def compress(
     network, tokenizer = _load_base(model, dtype, device, trust_remote_code)
     texts: Any = data or _embedded_documents(tokenizer, chosen)
     run(network, chosen, tokenizer=tokenizer, data=texts, output_dir=output, resume=resume)
-    out.print(f"saved to [bold]{escape(str(output))}[/bold]")
-    out.print((output / "dms_summary.json").read_text(), end="", highlight=True)
+    out.print(f"saved to {escape(str(output))}", highlight=False)
+    summary = json.loads((output / SUMMARY_FILE).read_text())
+    if summary:
+        out.print(
+            "on held-out samples of {sequence_length} tokens: compression ratio {compression_ratio:.2f} "
+            "(recipe: {target_cr:g}), KL from the full cache {kl:.4f} nats a token; "
+            "{steps} steps in {seconds:.0f} s".format(**summary),
+            highlight=False,
+        )
 
 
 @app.command()
@@ -204,11 +212,9 @@ def _load_base(
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    _quiet_loading()
     path = str(embedded_model_dir()) if name == EMBEDDED else name
-    if Path(path).exists() and not (Path(path) / "config.json").is_file():
-        raise ValueError(
-            f"{path} has no config.json; expected the directory of a Hugging Face model"
-        )
+    _check_model_dir(path)
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
     model = AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype.value, device_map=device, trust_remote_code=trust
@@ -220,20 +226,24 @@ def _load_any(
     path: Path, dtype: Dtype, device: str | None, trust: bool
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """A compressed model, or a plain one to compare it with."""
+    _quiet_loading()
     from transformers import AutoConfig, AutoTokenizer
 
     from modelopt_dms.mode import load
 
     name = str(embedded_model_dir()) if str(path) == EMBEDDED else str(path)
-    if Path(name).exists() and not (Path(name) / "config.json").is_file():
-        raise ValueError(
-            f"{name} has no config.json; expected the directory of a Hugging Face model"
-        )
+    _check_model_dir(name)
     config = AutoConfig.from_pretrained(name, trust_remote_code=trust)
     if getattr(config, "dms_config", None) is None:
         return _load_base(name, dtype, device, trust)
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
     return load(name, dtype=dtype.value, device_map=device, trust_remote_code=trust), tokenizer
+
+
+def _quiet_loading() -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def _embedded_documents(tokenizer: "PreTrainedTokenizerBase", recipe: Any) -> list[list[int]]:
@@ -247,6 +257,13 @@ def _embedded_documents(tokenizer: "PreTrainedTokenizerBase", recipe: Any) -> li
     count = min(wanted, 2048) + 32
     length = retrofit.sequence_length
     return [x.ids for x in training_documents(tokenizer, count, length, seed=retrofit.seed)]
+
+
+def _check_model_dir(path: str) -> None:
+    if Path(path).exists() and not (Path(path) / "config.json").is_file():
+        raise ValueError(
+            f"{path} has no config.json; expected the directory of a Hugging Face model"
+        )
 
 
 def _check_files(paths: list[Path]) -> None:

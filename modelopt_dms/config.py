@@ -14,7 +14,7 @@ class DMSConfig(ModeloptBaseConfig):
         default=4.0,
         ge=1.0,
         title="Target compression ratio",
-        description="Wanted ratio of logical to live tokens in the KV cache on long sequences; 4 keeps a quarter.",
+        description="Wanted ratio of logical to live tokens in the KV cache, reached at the length trained on.",
     )
     window: int = ModeloptField(
         default=256,
@@ -110,10 +110,10 @@ class RetrofitConfig(ModeloptBaseConfig):
         title="Peak learning rate",
         description="AdamW learning rate after warm-up.",
     )
-    lr_scheduler: str = ModeloptField(
+    lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = ModeloptField(
         default="cosine",
         title="Learning-rate schedule",
-        description="Any transformers scheduler name, for example 'constant', 'linear', 'cosine'.",
+        description="After warm-up: down to 0 along a half cosine or a line, or constant ('constant' has no warm-up).",
     )
     warmup_steps: int = ModeloptField(
         default=10,

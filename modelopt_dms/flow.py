@@ -15,6 +15,7 @@ from modelopt_dms.mode import apply_dms
 from modelopt_dms.recipe import Recipe, load_recipe, recipe_to_yaml
 from modelopt_dms.train import RetrofitResult, retrofit
 from modelopt_dms.train.data import check_data
+from modelopt_dms.train.schedule import check_reachable
 
 RECIPE_FILE = "dms_recipe.yaml"
 SUMMARY_FILE = "dms_summary.json"
@@ -59,6 +60,8 @@ def compress(
     target = None if output_dir is None else check_output(output_dir)
     plan_conversion(model, recipe.dms)
     if recipe.retrofit is not None:
+        dms, length = recipe.dms, recipe.retrofit.sequence_length
+        check_reachable(dms.target_cr, dms.window, length, dms.protect_first)
         check_data(data, tokenizer, model)
     apply_dms(model, recipe.dms)
     result = None

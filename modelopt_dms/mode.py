@@ -84,8 +84,17 @@ def apply_dms(model: PreTrainedModel, config: DMSConfig | dict[str, Any]) -> Pre
 
     Raises:
         UnsupportedModelError: the model cannot be converted; it was not changed.
+        CheckpointError: the model is a compressed one whose gates were not loaded.
     """
-    config = config if isinstance(config, DMSConfig) else DMSConfig(**config)
+    if getattr(model.config, "dms_config", None) is not None and not is_converted(model):
+        raise CheckpointError(
+            "the model's config says that it is a DMS model, but it was loaded without its gates; load it with "
+            "modelopt_dms.load, or start from the original checkpoint"
+        )
+    return _apply(model, config if isinstance(config, DMSConfig) else DMSConfig(**config))
+
+
+def _apply(model: PreTrainedModel, config: DMSConfig) -> PreTrainedModel:
     return apply_mode(
         model, mode=[(MODE_NAME, config.model_dump())], registry=KVSparsityModeRegistry
     )
@@ -129,7 +138,7 @@ def load(
         path, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
     )
     if not is_converted(model):
-        apply_dms(model, DMSConfig(**facts))
+        _apply(model, DMSConfig(**facts))
     _put_gates(model, stored, path)
     return model.eval()
 

@@ -191,31 +191,33 @@ class SlotLists:
         b, h = divmod(index, self.K)
         old, new = int(self.live[b, h]), len(k)
         end = old + new - len(holes)
-        if end > len(self.keys[index]):
+        if end < old:
+            holes = self._shorten(index, holes, old, end)
+        elif end > len(self.keys[index]):
             self._grow(index, old, end)
-        behind = torch.arange(old, max(end, old), device=k.device)
-        slots = torch.cat([holes[:new], behind])
+        slots = torch.cat([holes, torch.arange(old, max(end, old), device=k.device)])
         self.keys[index][slots] = k
         self.values[index][slots] = v
-        if new < len(holes):
-            self._close_holes(index, holes[new:], old, end)
         self.live[b, h] = end
         return slots
 
-    def _close_holes(self, index: int, holes: Tensor, old: int, end: int) -> None:
-        """Move the rows at the end of a list that shrank into the holes before its new end."""
+    def _shorten(self, index: int, holes: Tensor, old: int, end: int) -> Tensor:
+        """Move the rows behind a list's new end into holes before it; returns the holes that are left.
+
+        Lists shrink only where padding follows tokens: it takes no slots while others expire.
+        """
         b, h = divmod(index, self.K)
         tail = torch.arange(end, old, device=holes.device)
         source = tail[~torch.isin(tail, holes)]
-        target = holes[holes < end]
+        holes = holes[holes < end]
+        target = holes[: len(source)]
         for rows in (self.keys[index], self.values[index]):
             rows[target] = rows[source]
+        slot_now = torch.arange(old, device=holes.device)
+        slot_now[source] = target
         ring = self.ring_slot[b, h]
-        moved = ring[:, None] == source[None, :]
-        which = moved.int().argmax(-1)
-        self.ring_slot[b, h] = (
-            torch.where(moved.any(-1), target[which], ring) if len(source) else ring
-        )
+        self.ring_slot[b, h] = torch.where(ring >= 0, slot_now[ring.clamp(min=0)], ring)
+        return holes[len(source) :]
 
     def _grow(self, index: int, live: int, needed: int) -> None:
         capacity = len(self.keys[index])

@@ -110,9 +110,7 @@ def _pairs(overrides: Mapping[str, Any] | Sequence[str]) -> list[tuple[str, Any]
         try:
             pairs.append((key, yaml.safe_load(value)))
         except yaml.YAMLError as error:
-            raise RecipeError(
-                f"override {text!r}: {value!r} is not a YAML value: {error}"
-            ) from None
+            raise RecipeError(f"override {text!r}: {value!r} is not a YAML value") from None
     return pairs
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Results for human eyes: a table of methods, and a picture of live length over time."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,4 +120,12 @@ def draw_live_length(traces: Mapping[str, LiveTrace], path: Path, title: str) ->
         axes.legend(fontsize=8)
     temporary = path.with_name(f".{path.name}")
     figure.savefig(temporary, format="png", dpi=110)
+    temporary.replace(path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file completely or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     temporary.replace(path)

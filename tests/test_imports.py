@@ -37,7 +37,9 @@ def imported_rooms(path: Path) -> set[str]:
             parts = (node.module or "").split(".")
             found |= {parts[1]} if len(parts) > 1 else {x.name for x in node.names}
         elif isinstance(node, ast.Import):
-            found |= {x.name.split(".")[1] for x in node.names if x.name.startswith("modelopt_dms.")}
+            found |= {
+                x.name.split(".")[1] for x in node.names if x.name.startswith("modelopt_dms.")
+            }
     return found
 
 

@@ -2,7 +2,8 @@
 """What DMS is compared with: the same model and physical cache, with decisions nobody learnt."""
 
 import copy
-from typing import TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -105,10 +106,7 @@ def sliding_window(model: Model, live_budget: float, sinks: int = SINKS) -> Mode
     window = round(live_budget) - sinks - 1
     if window < 1:
         raise ValueError(f"live_budget={live_budget:g} must be at least sinks + 2 = {sinks + 2}")
-    peer = copy.deepcopy(model)
-    for module in dms_modules(peer).values():
-        module.dms_gate = SlidingWindowGate(module.dms_gate, window, sinks)
-    return peer
+    return _with_gates(model, lambda gate: SlidingWindowGate(gate, window, sinks))
 
 
 def random_eviction(model: Model, evicted_fraction: float, seed: int = 0) -> Model:
@@ -121,9 +119,14 @@ def random_eviction(model: Model, evicted_fraction: float, seed: int = 0) -> Mod
     """
     if not 0 <= evicted_fraction <= 1:
         raise ValueError(f"evicted_fraction={evicted_fraction:g} must be between 0 and 1")
+    return _with_gates(model, lambda gate: RandomGate(gate, evicted_fraction, seed))
+
+
+def _with_gates(model: Model, make: Callable[[EvictionGate], EvictionGate]) -> Model:
     peer = copy.deepcopy(model)
-    for module in dms_modules(peer).values():
-        module.dms_gate = RandomGate(module.dms_gate, evicted_fraction, seed)
+    modules: Iterable[Any] = dms_modules(peer).values()
+    for module in modules:
+        module.dms_gate = make(module.dms_gate)
     return peer
 
 

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line from end to end on the embedded model, and one clear line for every mistake."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from modelopt_dms import cli
+from modelopt_dms.shelf import embedded_model_dir, list_recipes
+
+FAST = ["retrofit.steps=2", "retrofit.warmup_steps=1", "retrofit.batch_size=1"]
+SET = [word for change in FAST for word in ("--set", change)]
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    """Exit code of the command line, in this process (importing ModelOpt takes 10 s)."""
+    monkeypatch.setattr("sys.argv", ["modelopt-dms", *map(str, words)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return int(stop.value.code or 0)
+
+
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model after two steps, made by the command line."""
+    target = tmp_path_factory.mktemp("cli") / "model"
+    with pytest.MonkeyPatch.context() as patch:
+        words = ("compress", "embedded", "--recipe", "tiny_cpu", "--output", target, *SET)
+        assert run(patch, *words) == 0
+    return target
+
+
+def test_compress_writes_a_model_its_recipe_and_a_summary(compressed: Path) -> None:
+    names = {x.name for x in compressed.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "dms_recipe.yaml"} <= names
+    assert json.loads((compressed / "dms_summary.json").read_text())["steps"] == 2
+    assert not {x for x in names if x.startswith(".")}
+
+
+def test_generate_continues_a_prompt_and_shows_the_cache(
+    compressed: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("generate", compressed, "--prompt", "def main(", "--max-new-tokens", 4, "--stats")
+    assert run(monkeypatch, *words) == 0
+    assert "live on average" in capsys.readouterr().out
+
+
+def test_eval_scores_tasks_and_files(
+    compressed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(Path(__file__).read_text())
+    rows_file = tmp_path / "rows.json"
+    words = ("eval", compressed, "--data", text, "--tasks", "recall", "--lengths", "128")
+    assert run(monkeypatch, *words, "--count", 2, "--json", rows_file) == 0
+    rows = json.loads(rows_file.read_text())
+    assert [(x["task"], x["metric"], x["length"]) for x in rows] == [
+        ("data", "perplexity", 128),
+        ("recall", "accuracy", 128),
+    ]
+
+
+def test_recipes_lists_all_and_shows_one_in_full(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "recipes") == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in list_recipes())
+    assert run(monkeypatch, "recipes", "show", "dms_cr8", "--set", "dms.window=77") == 0
+    shown = capsys.readouterr().out
+    assert "window: 77" in shown and "kl_direction: reverse" in shown
+
+
+def _mistakes(compressed: Path, place: Path) -> dict[str, tuple[list[object], str]]:
+    plain = embedded_model_dir()
+    (place / "empty.txt").touch()
+    (place / "bad.jsonl").write_text('{"text": "x"}\n{oops\n')
+    (place / "short.txt").write_text("too short")
+    (place / "full").mkdir()
+    (place / "full" / "thesis.tex").touch()
+    (place / "broken").mkdir()
+    for file in compressed.glob("*.json"):
+        shutil.copy(file, place / "broken")
+    (place / "broken" / "model.safetensors").write_bytes(b"\xff" * 100)
+    go: list[object] = ["compress", "embedded", "-r", "tiny_cpu", *SET, "-o"]
+    new = place / "new"
+    return {
+        "unknown recipe": (["compress", "embedded", "-r", "tiny", "-o", new], "unknown recipe"),
+        "unknown key": ([*go, new, "--set", "dms.windo=3"], "did you mean 'window'"),
+        "window": ([*go, new, "--set", "dms.window=0"], "dms.window=0"),
+        "ratio": ([*go, new, "--set", "dms.target_cr=0.9"], "dms.target_cr=0.9"),
+        "unreachable": ([*go, new, "--set", "dms.window=400"], "cannot be reached"),
+        "no data": (["compress", plain, "-o", new], "--data is missing"),
+        "missing data": ([*go, new, "--data", place / "no.txt"], "does not exist"),
+        "empty data": ([*go, new, "--data", place / "empty.txt"], "is empty"),
+        "bad data": ([*go, new, "--data", place / "bad.jsonl"], "bad.jsonl:2 is not JSON"),
+        "short data": ([*go, new, "--data", place / "short.txt"], "too short"),
+        "occupied output": ([*go, place / "full"], "thesis.tex"),
+        "finished output": ([*go, compressed], "already holds a model"),
+        "file output": ([*go, place / "empty.txt"], "is a file"),
+        "not a model": (["generate", place / "full", "-p", "x"], "has no config.json"),
+        "corrupted weights": (["generate", place / "broken", "-p", "x"], "cannot be read"),
+        "lengths": (["eval", compressed, "--lengths", "12"], "at least 64"),
+        "task": (["eval", compressed, "--tasks", "recal"], "recal"),
+    }
+
+
+MISTAKES = (
+    "unknown recipe,unknown key,window,ratio,unreachable,no data,missing data,empty data,bad data,short data,"
+    "occupied output,finished output,file output,not a model,corrupted weights,lengths,task"
+).split(",")
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_writes_nothing(
+    mistake: str,
+    compressed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words, message = _mistakes(compressed, tmp_path)[mistake]
+    before = sorted(compressed.rglob("*"))
+    assert run(monkeypatch, *words) == 1
+    printed = capsys.readouterr().err
+    (line,) = [x for x in printed.splitlines() if x.startswith("error:")]
+    assert message in line and "Traceback" not in printed
+    assert not (tmp_path / "new").exists()
+    assert sorted(compressed.rglob("*")) == before
+
+
+def test_a_compressed_model_is_not_compressed_again(
+    compressed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("x = 1\n" * 4000)
+    words = ("compress", compressed, "-r", "tiny_cpu", "-o", tmp_path / "new", "--data", text)
+    assert run(monkeypatch, *words) == 1
+    assert "loaded without its gates" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_embedded_model_is_an_ordinary_small_checkpoint() -> None:
+    directory = embedded_model_dir()
+    assert sum(x.stat().st_size for x in directory.rglob("*")) <= 8 * 2**20
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    assert len(AutoTokenizer.from_pretrained(directory)) <= model.config.vocab_size
