@@ -174,11 +174,13 @@ def show_answer(
     """Ask one question with plain `generate`, without and with eviction."""
     question = episode.questions[0]
     ids = torch.tensor([episode.context_ids + question.prompt_ids])
-    prompt, right = (tokenizer.decode(x) for x in (question.prompt_ids, question.answer_ids))
+    prompt = str(tokenizer.decode(question.prompt_ids))
+    right = str(tokenizer.decode(question.answer_ids))
     console.print(f"\nOne of the questions, after {ids.shape[1]} tokens: [bold]{prompt}[/bold] ...")
     for name, peer in (("full", peers.full_cache(model)), ("dms", model)):
-        out = peer.generate(ids, max_new_tokens=len(question.answer_ids), do_sample=False)
-        answer = tokenizer.decode(out[0, ids.shape[1] :])
+        generator: Any = peer
+        out = generator.generate(ids, max_new_tokens=len(question.answer_ids), do_sample=False)
+        answer = str(tokenizer.decode(out[0, ids.shape[1] :]))
         verdict = "right" if answer == right else f"wrong: {right.strip()}"
         console.print(f"  {name:5s}{answer.rstrip()}   ({verdict})")
     console.print(f"\n{modelopt_dms.kv_stats(model)}\n")

@@ -334,7 +334,8 @@ def model_card(model: Qwen3ForCausalLM, log: dict[str, Any]) -> str:
             f" {log['seconds']:,.0f} s on {log['threads']} CPU thread(s).",
             f"* Text: the standard library of Python {log['python']}; one file in ten, chosen by"
             " hash, is held out.",
-            "* Curve: `training_log.json`.",
+            "* Curve: `training_log.json` (step, length, loss on text, answers, sums).",
+            *(f"* {note}" for note in log.get("notes", [])),
             "",
             "Full cache, held-out seeds and files. Columns: context length in tokens. Rows:",
             "questions answered exactly, token by token; perplexity per token.",

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
@@ -35,7 +35,7 @@ def register_attention() -> None:
 
 
 def dms_attention(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -87,7 +87,7 @@ def dms_attention(
 
 
 def _cached_attention(
-    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scoring: Scoring
+    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scoring: Scoring
 ) -> Tensor:
     """Attention of T new tokens over what lives and among themselves, after which they are taken in."""
     step: LayerStep = module.dms_step
@@ -139,7 +139,7 @@ def _as_one_head(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return k[None], v[None]
 
 
-def _expander(module: nn.Module) -> Expand:
+def _expander(module: Any) -> Expand:
     def expand(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         k, v = module.expand_kv(k[None, None], v[None, None])
         return k[0], v[0]

@@ -2,6 +2,7 @@
 """Hugging Face's face of the slots: a cache layer with a logical and a live length, and what it costs."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -230,8 +231,8 @@ def kv_stats(source: nn.Module | Cache) -> KVStats:
             if isinstance(x, DMSLayer) and x.slots.seen
         ]
     else:
-        found = [(x.layer_idx, x.dms_usage) for x in source.modules() if hasattr(x, "dms_usage")]
-        used = [(index, usage) for index, usage in found if usage is not None]
+        layers: list[Any] = [x for x in source.modules() if getattr(x, "dms_usage", None)]
+        used = [(x.layer_idx, x.dms_usage) for x in layers]
     if not used:
         raise ValueError(
             "no KV cache with DMS layers has been used yet: run generate() or a forward with a cache first"

@@ -48,7 +48,7 @@ class ConvertSummary:
     left_alone: dict[str, str]
 
 
-def dms_modules(model: nn.Module) -> dict[str, nn.Module]:
+def dms_modules(model: nn.Module) -> dict[str, Any]:
     """Converted attention modules by name, in layer order; each has its gate as `dms_gate`."""
     return {name: x for name, x in model.named_modules() if isinstance(x, DMSAttention)}
 
@@ -58,7 +58,7 @@ def is_converted(model: nn.Module) -> bool:
     return any(isinstance(x, DMSAttention) for x in model.modules())
 
 
-def convert_model(model: nn.Module, config: DMSConfig) -> ConvertSummary:
+def convert_model(model: PreTrainedModel, config: DMSConfig) -> ConvertSummary:
     """Put a gate on every full-attention layer of a causal LM, in place.
 
     Raises:
@@ -76,7 +76,7 @@ def convert_model(model: nn.Module, config: DMSConfig) -> ConvertSummary:
 
 
 def plan_conversion(
-    model: nn.Module, config: DMSConfig
+    model: PreTrainedModel, config: DMSConfig
 ) -> tuple[dict[str, tuple[nn.Module, EvictionGate]], dict[str, str]]:
     """Layers to convert with their new gates, and layers left alone with the reason; the model is not touched.
 
@@ -128,7 +128,7 @@ def _is_attention(module: nn.Module) -> bool:
     )
 
 
-def _reason_to_leave(module: nn.Module) -> str | None:
+def _reason_to_leave(module: Any) -> str | None:
     """Why a layer stays as it is, or None: bounded already, or its keys are not its own."""
     config, index = _text_config(module), module.layer_idx
     kinds = getattr(config, "layer_types", None)
@@ -146,7 +146,7 @@ def _reason_to_leave(module: nn.Module) -> str | None:
     return None
 
 
-def _make_gate(name: str, module: nn.Module, config: DMSConfig) -> EvictionGate:
+def _make_gate(name: str, module: Any, config: DMSConfig) -> EvictionGate:
     text = _text_config(module)
     heads = text.num_attention_heads
     # MLA: one latent a token, so one decision.
@@ -167,11 +167,11 @@ def _make_gate(name: str, module: nn.Module, config: DMSConfig) -> EvictionGate:
     return NeuronGate(config, module.layer_idx, kv_heads, q_proj, head_dim)
 
 
-def _text_config(module: nn.Module) -> Any:
+def _text_config(module: Any) -> Any:
     return module.config.get_text_config(decoder=True)
 
 
-def _stage_step(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _stage_step(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Before a layer's forward: decide about its tokens, and make its cache layer one that can forget."""
     gate: EvictionGate = module.dms_gate
     if module.config._attn_implementation != ATTENTION_NAME:
@@ -199,9 +199,7 @@ def _stage_step(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         module.dms_step = LayerStep(None, _hard_log_keep(evict, gate.shift), None)
 
 
-def _drop_step(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-) -> None:
+def _drop_step(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """After it, also when it failed: nothing stays staged, and a cache layer's numbers are remembered."""
     step: LayerStep | None = module.__dict__.pop("dms_step", None)
     if step is not None and step.layer is not None and step.used:

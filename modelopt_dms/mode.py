@@ -56,9 +56,7 @@ class DMSModeDescriptor(ModeDescriptor):
         return _restore
 
 
-def _convert(
-    model: nn.Module | ModelLikeModule, config: DMSConfig
-) -> tuple[nn.Module, dict[str, Any]]:
+def _convert(model: Any, config: DMSConfig) -> tuple[nn.Module, dict[str, Any]]:
     model = model.init_modellike() if isinstance(model, ModelLikeModule) else model
     summary = convert_model(model, config)
     # Plain transformers keeps unknown config fields: the marker survives save, load and export.

@@ -47,7 +47,6 @@ class _Undo:
     live: Tensor
     ring_slot: Tensor
     ring_evict: Tensor
-    decided: Tensor | None
     rows: list[tuple[int, int, Tensor, Tensor]]
 
 
@@ -139,8 +138,6 @@ class SlotLists:
 
     def _append_one(self, k: Tensor, v: Tensor, decisions: Tensor) -> None:
         column = self.seen % self.ring
-        previous = (self.seen - 1) % self.ring
-        decided = self.ring_evict[..., previous].clone() if self.shift else None
         self.decide_previous(decisions)
         expired = self.ring_slot[..., column].clone()
         marked = self.ring_evict[..., column].clone()
@@ -155,7 +152,7 @@ class SlotLists:
                 self._grow(i, at, at + 1)
             self.keys[i][at] = k[i]
             self.values[i][at] = v[i]
-        self._undo.append(_Undo(self.live, expired, marked, decided, replaced))
+        self._undo.append(_Undo(self.live, expired, marked, replaced))
         self.usage.kv_bytes += len(replaced) * self.usage.row_bytes
         self._forget_undo(len(self._undo) - self.rollback)
         self.live = live
@@ -251,8 +248,8 @@ class SlotLists:
             self.live = undo.live
             self.ring_slot[..., column] = undo.ring_slot
             self.ring_evict[..., column] = undo.ring_evict
-            if undo.decided is not None and self.seen:
-                self.ring_evict[..., (self.seen - 1) % self.ring] = undo.decided
+            # The decision that the token taken back made about the one before it is gone too.
+            self.decide_previous(torch.zeros_like(undo.ring_evict))
             self.tokens = self.tokens - 1
         if tokens:
             self.usage.live, self.usage.tokens = self.live, self.tokens

@@ -109,7 +109,7 @@ def _pairs(overrides: Mapping[str, Any] | Sequence[str]) -> list[tuple[str, Any]
             raise RecipeError(f"override {text!r} must read KEY=VALUE, for example dms.window=512")
         try:
             pairs.append((key, yaml.safe_load(value)))
-        except yaml.YAMLError as error:
+        except yaml.YAMLError:
             raise RecipeError(f"override {text!r}: {value!r} is not a YAML value") from None
     return pairs
 

@@ -55,6 +55,6 @@ def recipe_path(name: str | Path) -> Path:
 
 
 def suggestion(given: str, accepted: list[str]) -> str:
-    """ ", did you mean ...?" if a word is close to an accepted one, else nothing."""
+    """A clause that names the accepted word nearest to a given one, or nothing."""
     near = difflib.get_close_matches(given, accepted, n=1, cutoff=0.6)
     return f", did you mean {near[0]!r}?" if near else ""

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from modelopt_dms.convert import dms_modules
 from modelopt_dms.gate import set_noise
-from modelopt_dms.ops import reference
 from modelopt_dms.ops import (
     Scoring,
     assign_slots,
@@ -24,6 +23,7 @@ from modelopt_dms.ops import (
     plain_attention,
     prefill_attention,
     prefill_partial,
+    reference,
     shift_decisions,
     with_sinks,
 )

@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -111,7 +113,7 @@ def kill_after(monkeypatch):
 
 
 def test_gates_learn_to_reach_the_physical_ratio_at_the_threshold():
-    model, result = run(config=make_config(steps=60, learning_rate=3e-3, ramp_fraction=0.5))
+    model, result = run(config=make_config(steps=40, learning_rate=3e-3, ramp_fraction=0.5))
     assert result.compression_ratio >= 1.9
     assert result.evicted_soft == pytest.approx(result.evicted_hard, abs=0.1)
     assert result.kl >= 0
@@ -122,7 +124,7 @@ def test_gates_learn_to_reach_the_physical_ratio_at_the_threshold():
 
 def test_reported_ratio_is_the_one_of_the_physical_cache():
     model = make_model()
-    config = make_config(steps=30, learning_rate=3e-3)
+    config = make_config(steps=15, learning_rate=3e-3)
     prepared = prepare(model, config, DMSConfig(**model.config.dms_config), data=make_data())
     _, result = run(model, config, data=prepared)
     with torch.no_grad():
@@ -220,10 +222,43 @@ def test_a_checkpoint_is_whole_or_not_there(whole, tmp_path, monkeypatch):
     assert list((tmp_path / ".partial").iterdir()) == []
 
 
+def test_every_micro_step_has_noise_of_its_own(monkeypatch):
+    used = []
+
+    def record(*key):
+        used.append(key)
+        return len(used)
+
+    monkeypatch.setattr("modelopt_dms.train.trainer.noise_seed", record)
+    run(config=make_config(steps=3, gradient_accumulation_steps=2))
+    assert used == [(0, 0, at, micro) for at in range(3) for micro in range(2)]
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_does_with_twice_the_batch(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import sys; sys.path[:0] = {[str(Path(__file__).parent), *sys.path]!r}\n"
+        "from test_train_loop import make_config, run, weights\n"
+        "from safetensors.torch import save_file\n"
+        "import os\n"
+        "model, _ = run(config=make_config(noise=False, rate_weight=0.0, batch_size=1))\n"
+        f"save_file(weights(model), {str(tmp_path)!r} + '/' + os.environ['RANK'])\n"
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run([*launcher, str(script)], check=True)
+    first, second = (load_file(tmp_path / rank) for rank in "01")
+    expected = weights(run(config=make_config(noise=False, rate_weight=0.0))[0])
+    for name, weight in expected.items():
+        assert torch.equal(first[name], second[name])
+        torch.testing.assert_close(first[name], weight, rtol=1e-4, atol=1e-6)
+    assert any(weight.abs().sum() > 0 for weight in expected.values())
+
+
 @pytest.mark.slow
 def test_sigkill_at_any_time_leaves_a_run_that_goes_on(tmp_path):
     script = (
-        f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]\n"
+        f"import sys; sys.path[:0] = {[str(Path(__file__).parent), *sys.path]!r}\n"
         "from test_train_loop import make_config, run\n"
         f"run(config=make_config(steps=100, save_steps=1), output_dir={str(tmp_path)!r})"
     )
@@ -274,7 +309,12 @@ def test_damaged_checkpoints_are_refused_by_name(tmp_path):
     with pytest.raises(ResumeError, match=r"checkpoint-7/trained\.safetensors cannot be read"):
         run(output_dir=tmp_path)
     (newest / "trained.safetensors").unlink()
-    with pytest.raises(ResumeError, match=r"checkpoint-7 is damaged: trained\.safetensors missing"):
+    with pytest.raises(ResumeError, match=r"checkpoint-7/trained\.safetensors is missing; remove"):
+        run(output_dir=tmp_path)
+    state = checkpoints(tmp_path)[0] / "optimizer.pt"
+    shutil.rmtree(newest)
+    state.write_bytes(state.read_bytes().replace(b"exp_avg", b"exp_avf"))
+    with pytest.raises(ResumeError, match=r"checkpoint-6/optimizer\.pt is broken"):
         run(output_dir=tmp_path)
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(ResumeError, match=r"run\.json cannot be read"):

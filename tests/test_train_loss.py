@@ -37,7 +37,7 @@ def chunked_kl(student, teacher, weight, valid, direction, chunk_tokens, head=No
     )
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(st.integers(0, 10**6), st.sampled_from(DIRECTIONS), st.integers(1, 20))
 def test_chunked_kl_and_its_gradients_equal_the_dense_definition(seed, direction, chunk_tokens):
     student, teacher, weight, valid = make_problem(seed)
@@ -55,7 +55,7 @@ def test_chunked_kl_and_its_gradients_equal_the_dense_definition(seed, direction
     assert not found[0].grad[~valid].any()
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(st.integers(0, 10**6), st.sampled_from(DIRECTIONS), st.integers(1, 20))
 def test_kl_does_not_depend_on_the_chunk_size(seed, direction, chunk_tokens):
     student, teacher, weight, valid = make_problem(seed)

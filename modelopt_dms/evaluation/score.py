@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 from modelopt_dms.cache import DMSLayer, kv_stats
-from modelopt_dms.evaluation.tasks import TASKS, Episode, Task, held_out_text, make_episodes
+from modelopt_dms.evaluation.tasks import TASKS, Episode, held_out_text, make_episodes
 
 TEXT = "text"  # the name of the perplexity "task"
 EVALUATIONS: tuple[str, ...] = (*TASKS, TEXT)
@@ -84,7 +84,8 @@ def footprint(cache: Cache) -> Footprint:
             stats.kv_bytes / sequences,
             stats.compression_ratio,
         )
-    tensors = [x for layer in cache.layers for x in (layer.keys, layer.values)]
+    layers: Sequence[Any] = cache.layers
+    tensors = [x for layer in layers for x in (layer.keys, layer.values)]
     kv_bytes = sum(x.numel() * x.element_size() for x in tensors) / len(tensors[0])
     return Footprint(cache.get_seq_length(), cache.get_seq_length(), kv_bytes, 1.0)
 
@@ -114,7 +115,8 @@ def score_task(
     contexts, ends = [], []
     for batch in _batches(episodes, batch_size):
         ids = torch.tensor([episode.context_ids for episode in batch], device=model.device)
-        cache, last = None, ids[:, :0]
+        cache: Any = None
+        last = ids[:, :0]
         for part in ids.split(chunk, dim=1):
             out = model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache, last = out.past_key_values, out.logits.argmax(-1)
@@ -156,7 +158,8 @@ def perplexity(
     for start in range(0, len(samples), batch_size):
         batch = samples[start : start + batch_size]
         ids = torch.tensor(batch, device=model.device)
-        cache, last = None, None
+        cache: Any = None
+        last = None
         for part in ids.split(chunk, dim=1):
             out = model(input_ids=part, past_key_values=cache, use_cache=True)
             logits = out.logits if last is None else torch.cat([last, out.logits], dim=1)
@@ -196,8 +199,7 @@ def measure(
         return perplexity(model, samples, batch_size)
     if task not in TASKS:
         raise ValueError(f"task is {task!r}, must be one of {EVALUATIONS}")
-    known: Task = task  # type: ignore[assignment]  # checked above
-    return score_task(model, make_episodes(known, tokenizer, length, count, seed), batch_size)
+    return score_task(model, make_episodes(task, tokenizer, length, count, seed), batch_size)
 
 
 def evaluate(

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def _digest(model: PreTrainedModel) -> str:
 
 
 def open_run(
-    directory: Path, description: Mapping[str, Mapping[str, Any]], *, resume: bool
+    directory: Path, description: Mapping[str, Mapping[str, Any]], *, resume: bool, main: bool
 ) -> Path | None:
     """Make a directory ready for a run, and find the checkpoint to go on from.
 
@@ -75,6 +76,7 @@ def open_run(
         directory: made if it does not exist.
         description: see `describe_run`.
         resume: False starts over and removes the checkpoints of the earlier run.
+        main: whether this process writes; of several, one does.
 
     Returns:
         The newest complete checkpoint, or None at the start of a run.
@@ -86,16 +88,22 @@ def open_run(
     if resume and found:
         _check_same_run(directory, description)
         _check_complete(found[-1])
+    if main:
+        _make_ready(directory, description, [] if resume else found)
+    return found[-1] if resume and found else None
+
+
+def _make_ready(
+    directory: Path, description: Mapping[str, Mapping[str, Any]], outdated: list[Path]
+) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(directory / PARTIAL_DIR, ignore_errors=True)
-        if not resume:
-            for path in found:
-                shutil.rmtree(path)
+        for path in outdated:
+            shutil.rmtree(path)
         write_text(directory / RUN_FILE, json.dumps(description, indent=2) + "\n")
     except OSError as error:
         raise ResumeError(f"output_dir={directory} cannot be written: {error}") from error
-    return found[-1] if resume and found else None
 
 
 def checkpoints(directory: Path) -> list[Path]:
@@ -184,7 +192,8 @@ def _check_same_run(directory: Path, description: Mapping[str, Mapping[str, Any]
     ]
     if different:
         raise ResumeError(
-            f"output_dir={directory} holds checkpoints of a run with other settings: {', '.join(different)}; {_WAYS_OUT}"
+            f"output_dir={directory} holds checkpoints of a run with other settings: "
+            f"{', '.join(different)}; {_WAYS_OUT}"
         )
 
 
@@ -200,9 +209,23 @@ def _flatten(description: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _check_complete(checkpoint: Path) -> None:
-    needed = (WEIGHTS_FILE, PROGRESS_FILE, "trainer_state.json", "optimizer.pt", "scheduler.pt")
-    missing = [name for name in needed if not (checkpoint / name).is_file()]
-    if missing:
+    archives = ("optimizer.pt", "scheduler.pt")
+    for name in (WEIGHTS_FILE, PROGRESS_FILE, "trainer_state.json", *archives):
+        path = checkpoint / name
+        if not path.is_file():
+            problem = "is missing"
+        elif name in archives and not _is_intact(path):
+            problem = "is broken"
+        else:
+            continue
         raise ResumeError(
-            f"{checkpoint} is damaged: {', '.join(missing)} missing; remove it to go on from an earlier checkpoint"
+            f"{path} {problem}; remove {checkpoint.name} to go on from an earlier checkpoint"
         )
+
+
+def _is_intact(archive: Path) -> bool:
+    """Whether a file of torch.save, a zip, is whole: its checksums agree."""
+    try:
+        return zipfile.ZipFile(archive).testzip() is None
+    except zipfile.BadZipFile:
+        return False

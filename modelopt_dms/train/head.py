@@ -74,7 +74,7 @@ def check_head(model: PreTrainedModel) -> None:
             whole,
             head(last_hidden(model, ids, positions)),
             f"the logits of {type(model).__name__} are not its output embeddings applied to its decoder's last hidden "
-            "states (with logit_scale, logits_scaling or final_logit_softcapping), so they cannot be compared in chunks",
+            "states (with logit_scale, logits_scaling or final_logit_softcapping); they cannot be made in chunks",
         )
         first = head(last_hidden(model, ids[:, :3], positions[:, :3]))
         second = head(last_hidden(model, ids[:, 3:], positions[:, :5]))

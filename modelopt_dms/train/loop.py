@@ -81,7 +81,7 @@ def prepare(
     data: Any,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> PreparedData:
-    """Everything about a retrofit that can be refused before the model is converted; `retrofit` takes the result as data.
+    """Check what can be checked before the model is converted, and pack the data; `retrofit` takes them like this.
 
     Args:
         model: converted or not.
@@ -159,9 +159,8 @@ def _train(
     log = Progress(config.steps, place if keep and main else None, show=show and main)
     checkpoint = None
     if keep:
-        checkpoint = open_run(
-            place, describe_run(model, config, samples, arguments.world_size), resume=resume
-        )
+        description = describe_run(model, config, samples, arguments.world_size)
+        checkpoint = open_run(place, description, resume=resume, main=main)
     if checkpoint is not None:
         log.load(checkpoint)
         if step_of(checkpoint) == config.steps:

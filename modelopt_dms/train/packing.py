@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Documents of token ids -> samples of one length, without crossing documents. Knows neither tokenizers nor models.
 
-A sample holds whole documents, one after the other; only documents longer than a sample are cut, into pieces that count as
-documents of their own. `position_ids` restart at each document: transformers takes that for packed sequences (no attention
-mask, no cache) and lets no token see another document. What stays free at a sample's end is padding, a document nobody counts.
+A sample holds whole documents, one after the other; only documents longer than a sample are cut, into pieces that
+count as documents of their own. `position_ids` restart at each document: transformers takes that for packed sequences
+(no attention mask, no cache) and lets no token see another document. What stays free at a sample's end is padding, a
+document that nobody counts.
 """
 
 import hashlib

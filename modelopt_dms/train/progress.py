@@ -68,8 +68,9 @@ class Progress:
         """
         self.seconds = time.perf_counter() - self._begun
         self._bar.set_postfix_str(
-            f"CR {scheduled['target_cr']:.2f} KL {self._latest['kl']:.4f} evicted {self._latest['evicted_soft']:.3f} soft "
-            f"{self._latest['evicted_hard']:.3f} hard lr {scheduled['learning_rate']:.1e}",
+            f"CR {scheduled['target_cr']:.2f} KL {self._latest['kl']:.4f} "
+            f"evicted {self._latest['evicted_soft']:.3f} soft {self._latest['evicted_hard']:.3f} hard "
+            f"lr {scheduled['learning_rate']:.1e}",
             refresh=False,
         )
         self._bar.update()

@@ -7,7 +7,8 @@ The last W + 1 tokens of a sequence are always live, and so are the first P. The
 
     E = T - (W + 1) - P        live = T - e * E        CR = T / live
 
-So the plain target e = 1 - 1/CR (paper, arXiv 2506.05345) gives less than CR on a sequence of finite length. Solved for e:
+So the plain target e = 1 - 1/CR (paper, arXiv 2506.05345) gives less than CR on a sequence of finite length. Solved
+for e:
 
     e(CR) = (1 - 1/CR) * T / E
 
@@ -64,8 +65,9 @@ def check_reachable(
     protected = f" + protect_first={protect_first}" if protect_first else ""
     widest = int(sequence_length / target_cr) - 1 - protect_first
     raise ValueError(
-        f"target_cr={target_cr:g} cannot be reached with window={window}{protected} at sequence_length={sequence_length}: "
-        f"{always_live} tokens are always live, but only {sequence_length / target_cr:.0f} may be; use sequence_length >= "
+        f"target_cr={target_cr:g} cannot be reached with window={window}{protected} at "
+        f"sequence_length={sequence_length}: {always_live} tokens are always live, but only "
+        f"{sequence_length / target_cr:.0f} may be; use sequence_length >= "
         f"{-int(-always_live * target_cr // 1)}"
         + (f" or window <= {widest}" if widest >= 1 else "")
     )

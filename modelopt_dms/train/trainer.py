@@ -34,7 +34,7 @@ from modelopt_dms.train.schedule import scheduled_cr, target_evicted_fraction
 class RetrofitTrainer(Trainer):
     """Trainer does the loop, gradient accumulation, clipping, the optimizer and its state, and data parallelism.
 
-    Ours are the loss (a `Distiller`), the order of the data (`Visits`), the log (`Progress`) and what a checkpoint holds.
+    Ours are the loss (a `Distiller`), the order of the data (`Visits`), the log (`Progress`) and the checkpoints.
     """
 
     def __init__(
@@ -97,8 +97,8 @@ class RetrofitTrainer(Trainer):
         )
         if not math.isfinite(values["loss"]):
             raise FloatingPointError(
-                f"the loss is {values['loss']} at step {step} (KL {values['kl']}); lower learning_rate={self.args.learning_rate}"
-                " or check the model's dtype"
+                f"the loss is {values['loss']} at step {step} (KL {values['kl']}); lower "
+                f"learning_rate={self.args.learning_rate} or check the model's dtype"
             )
         self.progress.add(values)
         return out["loss"].to(self.args.device)
