@@ -170,7 +170,7 @@ def table(rows: list[dict[str, Any]], title: str) -> Table:
     return drawn
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results/cpu.json")
@@ -180,7 +180,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--warmup", type=int, default=10)
     parser.add_argument("--steps", type=int, default=60)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     rows = [row for shape in SHAPES for row in bench(shape, args)]
     where = machine()
     Console(width=130).print(

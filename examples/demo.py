@@ -14,7 +14,8 @@ import argparse
 import platform
 import shutil
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -50,14 +51,24 @@ METHODS = ("full", "dms", "sliding_window", "random")
 class Plan:
     """How much the demo does; the defaults fit two CPU cores and a few minutes."""
 
-    steps: int | None = None  # None: as the recipe says
-    documents: int = 800
+    documents: int = 300
     lengths: tuple[int, ...] = (1024, 2048)
     episodes: int = 50
     texts: int = 16
+    changes: Mapping[str, Any] = field(default_factory=dict)  # to the recipe
 
 
-QUICK = Plan(steps=4, documents=8, lengths=(256,), episodes=2, texts=2)
+QUICK = Plan(
+    documents=12,
+    lengths=(256,),
+    episodes=2,
+    texts=2,
+    changes={
+        "retrofit.steps": 3,
+        "retrofit.batch_size": 1,
+        "retrofit.sequence_length": 256,
+    },
+)
 
 
 def run(output: Path, plan: Plan, seed: int, console: Console) -> dict[str, Any]:
@@ -65,7 +76,7 @@ def run(output: Path, plan: Plan, seed: int, console: Console) -> dict[str, Any]
     begin = time.perf_counter()
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-    recipe = modelopt_dms.load_recipe(RECIPE, overrides(plan, seed))
+    recipe = modelopt_dms.load_recipe(RECIPE, {**plan.changes, "retrofit.seed": seed})
     assert recipe.retrofit is not None
     console.print(
         f"Compressing {MODEL.name} ({model.num_parameters():,} parameters) with the recipe {RECIPE}"
@@ -108,15 +119,6 @@ def run(output: Path, plan: Plan, seed: int, console: Console) -> dict[str, Any]
     write_json(output / "results.json", results)
     console.print(f"Wrote {output}/results.json, live_length.png and model/")
     return results
-
-
-def overrides(plan: Plan, seed: int) -> dict[str, Any]:
-    """What the demo changes in the recipe."""
-    changes: dict[str, Any] = {"retrofit.seed": seed}
-    if plan.steps is not None:
-        changes["retrofit.steps"] = plan.steps
-        changes["retrofit.warmup_steps"] = min(10, plan.steps - 1)
-    return changes
 
 
 def clear(directory: Path) -> None:
@@ -205,9 +207,10 @@ def traces(
 
 def versions() -> dict[str, str]:
     """What the numbers depend on."""
-    packages = ("modelopt-dms", "torch", "transformers", "nvidia-modelopt")
+    packages = ("torch", "transformers", "nvidia-modelopt")
     found = {name: version(name) for name in packages}
-    return {"python": platform.python_version(), **found}
+    own = {"python": platform.python_version(), "modelopt-dms": modelopt_dms.__version__}
+    return {**own, **found}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -222,7 +225,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     plan = QUICK if args.quick else Plan()
     if args.steps is not None:
-        plan = replace(plan, steps=args.steps)
+        plan = replace(plan, changes={**plan.changes, "retrofit.steps": args.steps})
     args.output.mkdir(parents=True, exist_ok=True)
     run(args.output, plan, args.seed, Console())
 

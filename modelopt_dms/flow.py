@@ -62,7 +62,7 @@ def compress(
     if recipe.retrofit is not None:
         dms, length = recipe.dms, recipe.retrofit.sequence_length
         check_reachable(dms.target_cr, dms.window, length, dms.protect_first)
-        check_data(data, tokenizer, model)
+        check_data(data, tokenizer, model, length)
     apply_dms(model, recipe.dms)
     result = None
     if recipe.retrofit is not None:
@@ -98,8 +98,9 @@ def check_output(output_dir: str | Path) -> Path:
         raise OutputError(
             f"output_dir={target} already holds a model; choose another directory or remove it"
         )
-    foreign = sorted(present - {WORK_DIR, STAGING_DIR})
-    if foreign:
+    foreign = sorted(present - {WORK_DIR})
+    # A run that was stopped while it moved its files here has left the rest of them in staging.
+    if foreign and STAGING_DIR not in present:
         raise OutputError(
             f"output_dir={target} holds files that are not ours ({', '.join(foreign[:3])}); choose an empty directory"
         )

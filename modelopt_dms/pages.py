@@ -16,6 +16,7 @@ from modelopt_dms.ops import assign_slots, shift_decisions
 
 PAGE = 16  # rows; a buffer is a whole number of pages, at most one page + 1/16 larger than its list
 ROLLBACK = 24  # tokens that can be taken back unless more is asked for; assisted decoding drafts 20 by default
+LONGEST_DRAFT = 64  # a chunk up to this length may be a draft, all of which can be taken back until the next chunk
 
 
 @dataclass
@@ -121,7 +122,8 @@ class SlotLists:
         if valid is not None and bool(valid.all()):
             valid = None
         # The last tokens go in one by one so that they can be taken back one by one.
-        single = 0 if valid is not None else min(T, self.rollback)
+        rollback = max(self.rollback, T) if T <= LONGEST_DRAFT else self.rollback
+        single = 0 if valid is not None else min(T, rollback)
         bulk = T - single
         if bulk:
             self._forget_undo(len(self._undo))
@@ -134,6 +136,7 @@ class SlotLists:
             )
         for t in range(bulk, T):
             self._append_one(k[:, :, t], v[:, :, t], decisions[..., t])
+        self._forget_undo(len(self._undo) - rollback)
         self.usage.live, self.usage.tokens = self.live, self.tokens
 
     def _append_one(self, k: Tensor, v: Tensor, decisions: Tensor) -> None:
@@ -154,7 +157,6 @@ class SlotLists:
             self.values[i][at] = v[i]
         self._undo.append(_Undo(self.live, expired, marked, replaced))
         self.usage.kv_bytes += len(replaced) * self.usage.row_bytes
-        self._forget_undo(len(self._undo) - self.rollback)
         self.live = live
         self.ring_slot[..., column] = slot
         self.ring_evict[..., column] = False if self.shift else decisions

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from modelopt.torch.opt.config import ModeloptBaseConfig, ModeloptField
 from modelopt.torch.opt.config_loader import load_config
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, model_validator
 
 from modelopt_dms.config import DMSConfig, RetrofitConfig
 from modelopt_dms.shelf import RecipeError, recipe_path, recipes_dir, suggestion
@@ -37,6 +37,15 @@ class Recipe(ModeloptBaseConfig):
         title="Retrofit",
         description="How the gates learn; without it they stay untrained and evict nothing.",
     )
+
+    @model_validator(mode="after")
+    def _something_learns(self) -> "Recipe":
+        frozen = self.retrofit is not None and self.retrofit.train == "gates"
+        if frozen and self.dms.gate == "neuron":
+            raise ValueError(
+                "dms.gate='neuron' has no parameters of its own to train; use retrofit.train='all'"
+            )
+        return self
 
 
 def load_recipe(
@@ -146,7 +155,7 @@ def _schemas(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _readable(error: Any) -> str:
-    key = ".".join(map(str, error["loc"]))
+    key = ".".join(map(str, error["loc"])) or "recipe"
     message = error["msg"].removeprefix("Value error, ")
     given = error["input"]
     return f"{key}: {message}" if isinstance(given, Mapping) else f"{key}={given!r}: {message}"

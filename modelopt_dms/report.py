@@ -21,12 +21,12 @@ def results_table(rows: Sequence[Mapping[str, Any]], title: str = "") -> Table:
         rows: as from `evaluation.score.evaluate`; "method" is optional.
         title: stands above the table.
     """
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", padding=(0, 0, 0, 1))
     named = any("method" in row for row in rows)
-    for name in ("task", "tokens", *(["method"] if named else [])):
-        table.add_column(name)
-    for name in ("accuracy", "perplexity", "live / logical", "KV bytes", "CR"):
-        table.add_column(name, justify="right")
+    for name in ("task", "context", *(["method"] if named else [])):
+        table.add_column(name, no_wrap=True)
+    for name in ("result", "live", "logical", "KV kB", "CR"):
+        table.add_column(name, justify="right", no_wrap=True)
     previous = None
     for row in rows:
         group = (row["task"], row["length"])
@@ -37,10 +37,10 @@ def results_table(rows: Sequence[Mapping[str, Any]], title: str = "") -> Table:
             "" if group == previous else row["task"],
             "" if group == previous else str(row["length"]),
             *([str(row.get("method", ""))] if named else []),
-            f"{100 * row['value']:.1f} %" if is_accuracy else "",
-            "" if is_accuracy else f"{row['value']:.3f}",
-            f"{row['live_tokens']:.0f} / {row['logical_tokens']:.0f}",
-            f"{row['kv_bytes']:,.0f}",
+            f"{100 * row['value']:.1f} %" if is_accuracy else f"ppl {row['value']:.2f}",
+            f"{row['live_tokens']:.0f}",
+            f"{row['logical_tokens']:.0f}",
+            f"{row['kv_bytes'] / 1000:,.0f}",
             f"{row['compression_ratio']:.2f}x",
         )
         previous = group

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from modelopt_dms import cli
 from modelopt_dms.shelf import embedded_model_dir, list_recipes
 
-FAST = ["retrofit.steps=2", "retrofit.warmup_steps=1", "retrofit.batch_size=1"]
+FAST = ["retrofit.steps=2", "retrofit.batch_size=1"]
 SET = [word for change in FAST for word in ("--set", change)]
 
 

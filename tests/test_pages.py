@@ -200,7 +200,7 @@ class Histories(RuleBasedStateMachine):
                 assert len(buffer) <= most_rows_for(longest)
 
 
-Histories.TestCase.settings = settings(max_examples=1500, stateful_step_count=12, deadline=None)
+Histories.TestCase.settings = settings(max_examples=60, stateful_step_count=12, deadline=None)
 test_rows_held_follow_from_the_history_alone = Histories.TestCase
 
 

@@ -40,7 +40,7 @@ def test_a_recipe_of_ones_own_can_import_shipped_units_and_units_beside_it(tmp_p
     (tmp_path / "recipe.yaml").write_text(
         "imports: {gates: units/nvidia_gates, facts: mine}\n"
         "dms: {$import: facts, target_cr: 3}\n"
-        "retrofit: {$import: gates, steps: 7, warmup_steps: 1}\n"
+        "retrofit: {$import: gates, steps: 7}\n"
     )
     recipe = load_recipe(tmp_path / "recipe.yaml")
     assert recipe.retrofit is not None

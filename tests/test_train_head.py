@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Logits of slices equal the model's own, and packed documents do not see each other."""
 
+import copy
+
 import pytest
 import torch
 from transformers import (
@@ -36,7 +38,7 @@ CONFIGS = {
 
 def make_model(kind="plain"):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[kind])
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[kind]))
     return apply_dms(model, DMSConfig(window=3)).eval()
 
 

@@ -36,14 +36,26 @@ class PeerGate(EvictionGate):
             # The model learnt to live without the borrowed dimension; it stays silent.
             self.silence_rotated = replaced.silence_rotated
 
+    def decide(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        """Hard decisions [B, K, T] of tokens at positions [B or 1, T], however the text is cut."""
+        if not self.enabled:
+            return super().decide(hidden, positions)
+        evict = self.mark(positions) & self._may_evict(positions)
+        evict = evict.expand(hidden.shape[0], self.kv_heads, -1)
+        self._remember("hard", evict)
+        return evict
+
+    def mark(self, positions: Tensor) -> Tensor:
+        """Which tokens at positions [B or 1, T] may be forgotten: [B or 1, K or 1, T]."""
+        raise NotImplementedError
+
 
 class SlidingWindowGate(PeerGate):
     """Marks every token: what is left is a sliding window behind the protected first tokens."""
 
-    def decide(self, hidden: Tensor, positions: Tensor) -> Tensor:
-        """Hard decisions [B, K, T] of tokens at positions [B or 1, T]."""
-        B, T = hidden.shape[:2]
-        return self._may_evict(positions).expand(B, self.kv_heads, T)
+    def mark(self, positions: Tensor) -> Tensor:
+        """All tokens: [B or 1, 1, T]."""
+        return torch.ones_like(positions, dtype=torch.bool)[:, None]
 
 
 class RandomGate(PeerGate):
@@ -61,13 +73,12 @@ class RandomGate(PeerGate):
         self.evicted_fraction = evicted_fraction
         self.seed = seed
 
-    def decide(self, hidden: Tensor, positions: Tensor) -> Tensor:
-        """Hard decisions [B, K, T] of tokens at positions [B or 1, T], however the text is cut."""
-        B, T = hidden.shape[:2]
-        heads = torch.arange(self.kv_heads, device=hidden.device)
+    def mark(self, positions: Tensor) -> Tensor:
+        """Draws of every head and position: [B or 1, K, T]."""
+        heads = torch.arange(self.kv_heads, device=positions.device)
         stream = (self.seed * 4099 + self.layer_idx) * 4099 + heads
         draws = _uniform(stream[:, None], positions[:, None, :])  # [B or 1, K, T]
-        return (draws < self.evicted_fraction).expand(B, self.kv_heads, T)
+        return draws < self.evicted_fraction
 
 
 def _uniform(stream: Tensor, positions: Tensor) -> Tensor:

@@ -4,7 +4,6 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, cast, overload
 
@@ -99,15 +98,34 @@ def open_documents(
 
 
 def check_data(
-    data: Any, tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel
+    data: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    model: PreTrainedModel,
+    sequence_length: int = 1,
 ) -> None:
-    """Refuse unusable data before any work: everything but the total length is checked on the first documents.
+    """Refuse unusable data before any work.
+
+    Args:
+        data: see `open_documents`.
+        tokenizer: likewise.
+        model: likewise.
+        sequence_length: tokens per sample; there must be enough for two samples. Documents are tokenized until
+            there are, and four at least.
 
     Raises:
-        DataError: see `open_documents` and `Documents`.
+        DataError: see `open_documents` and `Documents`; or too few tokens.
     """
-    for _ in islice(open_documents(data, tokenizer, model), 4):
-        pass
+    total = 0
+    documents = open_documents(data, tokenizer, model)
+    for number, document in enumerate(documents):
+        total += len(document)
+        if number >= 3 and total >= 2 * sequence_length:
+            return
+    if total < 2 * sequence_length:
+        raise DataError(
+            f"data is too short: {len(documents)} documents with {total} tokens do not fill two samples of "
+            f"sequence_length={sequence_length} (one to train on, one to measure on)"
+        )
 
 
 def _records(data: Any) -> tuple[Sequence[Any], list[str]]:

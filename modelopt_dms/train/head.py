@@ -6,6 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.masking_utils import create_masks_for_generate
 
 from modelopt_dms.gate import eviction_off
 from modelopt_dms.train.loss import Head
@@ -51,8 +52,11 @@ def input_device(model: PreTrainedModel) -> torch.device:
 def last_hidden(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor:
     """Hidden states [B, T, C] that enter the output head, of ids and positions [B, T] (packed if positions restart)."""
     decoder: nn.Module = model.get_decoder()
+    # The model would make the same masks from position_ids, but gpt-oss does not pass them on.
+    shape_only = torch.empty(*input_ids.shape, 0, dtype=model.dtype, device=input_ids.device)
+    masks = create_masks_for_generate(model.config, shape_only, None, None, position_ids)
     return decoder(
-        input_ids=input_ids, position_ids=position_ids, use_cache=False
+        input_ids=input_ids, position_ids=position_ids, attention_mask=masks, use_cache=False
     ).last_hidden_state
 
 

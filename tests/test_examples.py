@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every example runs, with numbers small enough for a test."""
+
+import importlib.util
+import io
+import json
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from rich.console import Console
+
+import modelopt_dms
+from modelopt_dms.report import results_table
+
+ROOT = Path(__file__).parent.parent
+FIELDS = {
+    "method",
+    "task",
+    "metric",
+    "value",
+    "logical_tokens",
+    "live_tokens",
+    "kv_bytes",
+    "compression_ratio",
+}
+
+
+def load(path: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look their module up by name.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def demo_output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("demo")
+    load("examples/demo.py").main(["--quick", "--output", str(output)])
+    return output
+
+
+def test_the_demo_compares_four_methods_on_four_tasks(demo_output: Path) -> None:
+    results = json.loads((demo_output / "results.json").read_text())
+    rows = results["rows"]
+    assert {(row["method"], row["task"]) for row in rows} == {
+        (method, task)
+        for method in ("full", "dms", "sliding_window", "random")
+        for task in ("recall", "tracking", "arithmetic", "text")
+    }
+    for row in rows:
+        assert row.keys() >= FIELDS
+        assert row["metric"] == ("perplexity" if row["task"] == "text" else "accuracy")
+        assert math.isfinite(row["value"])
+        assert row["live_tokens"] <= row["logical_tokens"]
+    assert results["seed"] == 0
+    assert results["seconds"]["total"] > 0
+    assert {"python", "torch", "transformers", "modelopt-dms"} <= results["versions"].keys()
+
+
+def test_the_demo_gives_every_peer_the_live_tokens_of_dms(demo_output: Path) -> None:
+    rows = json.loads((demo_output / "results.json").read_text())["rows"]
+    for task in ("recall", "tracking", "arithmetic", "text"):
+        live = {row["method"]: row["live_tokens"] for row in rows if row["task"] == task}
+        assert live["sliding_window"] == pytest.approx(live["dms"], abs=1)
+        assert live["random"] == pytest.approx(live["dms"], rel=0.1)
+        assert live["full"] >= live["dms"]
+
+
+def test_the_demo_leaves_a_picture_a_loadable_model_and_nothing_half_written(
+    demo_output: Path,
+) -> None:
+    assert (demo_output / "live_length.png").read_bytes().startswith(b"\x89PNG")
+    assert {x.name for x in demo_output.iterdir()} == {"live_length.png", "model", "results.json"}
+    model = modelopt_dms.load(demo_output / "model")
+    assert model.config.dms_config["target_cr"] >= 4
+
+
+def test_the_demo_runs_again_over_its_own_output_but_not_over_another_model(
+    demo_output: Path, tmp_path: Path
+) -> None:
+    demo = load("examples/demo.py")
+    demo.clear(demo_output / "model")
+    assert not (demo_output / "model").exists()
+    other = tmp_path / "model"
+    other.mkdir()
+    (other / "config.json").write_text("{}")
+    demo.clear(other)
+    assert (other / "config.json").exists()
+
+
+def test_the_quickstart_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    load("examples/quickstart.py").main(["--steps", "2", "--documents", "40"])
+    assert "compression" in capsys.readouterr().out
+
+
+def test_the_benchmark_compares_caches_of_one_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = load("benchmarks/cpu.py")
+    monkeypatch.setattr(bench, "SHAPES", {"tiny": (2, 64, 4, 2, 16)})
+    arguments = "--tokens 512 --window 16 --steps 3 --warmup 1 --threads 1 --ratios 4"
+    bench.main([*arguments.split(), "--output", str(tmp_path / "cpu.json")])
+    found = json.loads((tmp_path / "cpu.json").read_text())
+    dense, dms = found["rows"]
+    assert (dense["cache"], dms["cache"]) == ("DynamicCache", "DMS, CR 4")
+    assert dense["kv_bytes"] == 2 * 2 * 2 * 16 * 4 * (512 + 4)
+    assert dms["compression_ratio"] == pytest.approx(4, rel=0.15)
+    assert {"cpu", "date", "torch", "commit"} <= found["machine"].keys()
+
+
+def test_the_table_fits_a_terminal_of_80_columns(demo_output: Path) -> None:
+    rows = json.loads((demo_output / "results.json").read_text())["rows"]
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(results_table(rows))
+    assert "…" not in console.export_text()

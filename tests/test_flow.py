@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""compress: nothing happens before everything is checked, and nothing is ever half-written."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import build
+from torch import Tensor
+
+import modelopt_dms as dms
+from modelopt_dms import flow
+from modelopt_dms.convert import is_converted
+from modelopt_dms.recipe import Recipe
+
+RECIPE = Recipe(
+    dms={"target_cr": 2.0, "window": 4, "scale": 10.0},
+    retrofit={
+        "steps": 4,
+        "sequence_length": 32,
+        "batch_size": 2,
+        "save_steps": 2,
+        "learning_rate": 0.05,
+    },
+)
+DOCUMENTS = [list(range(i % 40, i % 40 + 32)) for i in range(24)]
+IDS = torch.arange(48)[None]
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(IDS, use_cache=False).logits
+
+
+def test_compress_saves_a_model_that_loads_as_the_same(tmp_path: Path) -> None:
+    model = dms.compress(
+        build("llama"), RECIPE, data=DOCUMENTS, output_dir=tmp_path / "out", progress=False
+    )
+    assert torch.equal(logits(dms.load(tmp_path / "out")), logits(model))
+    assert dms.load_recipe(tmp_path / "out" / flow.RECIPE_FILE) == RECIPE
+
+
+def test_without_an_output_directory_nothing_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    dms.compress(build("llama"), RECIPE, data=DOCUMENTS, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_recipe_without_a_retrofit_makes_gates_that_evict_nothing() -> None:
+    model = build("llama")
+    before = logits(model)
+    compressed = dms.compress(model, Recipe(dms={"window": 4}))
+    torch.testing.assert_close(logits(compressed), before, atol=1e-6, rtol=0)
+
+
+def test_a_run_that_dies_while_saving_is_finished_by_the_same_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = dms.compress(
+        build("llama"), RECIPE, data=DOCUMENTS, output_dir=tmp_path / "a", progress=False
+    )
+    replace = os.replace
+
+    def dies_at_the_weights(source: Any, target: Any) -> None:
+        if str(target).endswith("out/model.safetensors"):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(flow.os, "replace", dies_at_the_weights)
+    with pytest.raises(KeyboardInterrupt):
+        dms.compress(
+            build("llama"), RECIPE, data=DOCUMENTS, output_dir=tmp_path / "out", progress=False
+        )
+    monkeypatch.undo()
+    assert not (tmp_path / "out" / "config.json").exists()
+    dms.compress(
+        build("llama"), RECIPE, data=DOCUMENTS, output_dir=tmp_path / "out", progress=False
+    )
+    assert torch.equal(logits(dms.load(tmp_path / "out")), logits(whole))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": []}, "data is empty"),
+        ({"data": None}, "data is missing"),
+        ({"data": ["text"]}, "there is no tokenizer"),
+        ({"data": [[10**6]]}, "embedding has"),
+        ({"data": [[1, 2, 3]]}, "too short"),
+        ({"overrides": {"dms.layers": ["nothing*"]}}, "not matched by dms.layers"),
+        ({"overrides": {"dms.window": 31}}, "cannot be reached"),
+        ({"overrides": {"dms.gate": "neuron"}}, "no parameters of its own"),
+    ],
+)
+def test_a_mistake_is_found_before_the_model_or_the_disk_is_touched(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    model = build("llama")
+    arguments = {"data": DOCUMENTS, "output_dir": tmp_path / "out", "progress": False} | changes
+    with pytest.raises(ValueError, match=message):
+        dms.compress(model, RECIPE, **arguments)
+    assert not is_converted(model) and not (tmp_path / "out").exists()
+
+
+def test_output_directories_that_would_lose_something_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.tex").touch()
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done" / "config.json").touch()
+    for name, message in (
+        ("file", "is a file"),
+        ("foreign", "thesis.tex"),
+        ("done", "already holds"),
+    ):
+        with pytest.raises(flow.OutputError, match=message):
+            flow.check_output(tmp_path / name)
+    assert flow.check_output(tmp_path / "new" / "deep") == tmp_path / "new" / "deep"
+
+
+def test_a_read_only_output_directory_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The owner of this process may be root, to whom nothing is read-only.
+    monkeypatch.setattr(flow.os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(flow.OutputError, match="read-only"):
+        flow.check_output(tmp_path / "new")
