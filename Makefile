@@ -5,10 +5,12 @@ BIN := $(VENV)/bin
 export PYTHONUNBUFFERED := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_OFFLINE ?= 1
+# What the set-up does not compile, the first import does, and keeps.
+unexport PYTHONDONTWRITEBYTECODE
 
 INPUTS := pyproject.toml constraints.txt
 # torch goes in first: whatever else asks for torch must find this build, not choose another.
-# Files are compiled when first imported; compiling all of them at once costs a minute.
+# Compiling every file of every package would take a minute; most are never imported.
 PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 
 .PHONY: help demo test test-all lint bench clean

@@ -1,6 +1,6 @@
 """Train the small causal LM that the project carries, from nothing but this machine's Python.
 
-    python examples/make_embedded_model.py --output examples/embedded_model --minutes 60
+    python examples/make_embedded_model.py --output examples/embedded_model --minutes 40
 
 Trains a byte-level BPE tokenizer and a four-layer Qwen3 on the tasks of
 `modelopt_dms.evaluation.tasks` and on Python source, and writes a standard Hugging Face directory.
@@ -329,7 +329,8 @@ def model_card(model: Qwen3ForCausalLM, log: dict[str, Any]) -> str:
             "among Python source (`modelopt_dms.evaluation.tasks`); it is no general assistant.",
             "",
             f"* {model.num_parameters():,} parameters, vocabulary {model.config.vocab_size};",
-            "  trained from random weights by `python examples/make_embedded_model.py`.",
+            "  trained by `python examples/make_embedded_model.py`. Weights start random, but for one",
+            "  look-up laid by hand into layers 0 and 1 (`start_with_lookup` says how and why).",
             f"* {log['tokens']:,} tokens, {log['steps']:,} steps, seed {log['seed']};"
             f" {log['seconds']:,.0f} s on {log['threads']} CPU thread(s).",
             f"* Text: the standard library of Python {log['python']}; one file in ten, chosen by"
@@ -353,7 +354,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="model directory to write")
     parser.add_argument("--state", type=Path, help="resume file (default: OUTPUT.state.pt)")
-    parser.add_argument("--minutes", type=float, default=60.0, help="training time, in total")
+    parser.add_argument("--minutes", type=float, default=40.0, help="training time, in total")
     parser.add_argument("--steps", type=int, help="train this many steps instead of --minutes")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens per step")
     parser.add_argument("--seed", type=int, default=0)
@@ -370,60 +371,62 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Train, evaluate, write."""
-    args = parse_arguments(argv)
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    lengths = (128,) if args.smoke else _LENGTHS
-    if args.smoke:
-        tokenizer = train_tokenizer(vocab_size=1024, lines=400)
-        model = build_model(tokenizer, width=64, layers=2)
-    else:
-        tokenizer = train_tokenizer(vocab_size=1536, lines=150_000)
-        model = build_model(tokenizer, width=128, layers=4)
-    print(f"{model.num_parameters():,} parameters", flush=True)
-    optimizers = build_optimizers(model)
-    base_rates = [[group["lr"] for group in o.param_groups] for o in optimizers]
-    log: dict[str, Any] = {
-        "seed": args.seed,
-        "threads": args.threads,
-        "python": platform.python_version(),
-        "steps": 0,
-        "tokens": 0,
-        "seconds": 0.0,
-        "loss": [],
-        "evaluations": [],
-    }
-    if args.state.exists():
-        state = torch.load(args.state, weights_only=True)
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        log = state["log"]
-        print(f"resumed at step {log['steps']}", flush=True)
+def save_state(
+    path: Path,
+    model: Qwen3ForCausalLM,
+    optimizers: list[torch.optim.Optimizer],
+    log: dict[str, Any],
+) -> None:
+    """Write what an interrupted run needs to continue."""
+    temporary = path.with_suffix(".tmp")
+    states = [optimizer.state_dict() for optimizer in optimizers]
+    torch.save({"model": model.state_dict(), "optimizers": states, "log": log}, temporary)
+    temporary.rename(path)
+
+
+def load_state(
+    path: Path, model: Qwen3ForCausalLM, optimizers: list[torch.optim.Optimizer]
+) -> dict[str, Any]:
+    """Continue from a saved state; returns its log."""
+    state = torch.load(path, weights_only=True)
+    model.load_state_dict(state["model"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
+    print(f"resumed at step {state['log']['steps']}", flush=True)
+    return dict(state["log"])
+
+
+def train(
+    model: Qwen3ForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    args: argparse.Namespace,
+    log: dict[str, Any],
+    optimizers: list[torch.optim.Optimizer],
+) -> None:
+    """Follow the curriculum to its end, adding to `log`."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for group in groups:
+        group["peak_lr"] = group.get("peak_lr", group["lr"])
 
     def progress() -> float:
         if args.steps is not None:
-            return log["steps"] / args.steps
-        return log["seconds"] / (60 * args.minutes)
+            return float(log["steps"] / args.steps)
+        return float(log["seconds"] / (60 * args.minutes))
 
     model.train()
     recent: list[list[float]] = []
     while (now := progress()) < 1:
         begin = time.perf_counter()
         phase = next(p for p in _CURRICULUM if now < p.until)
-        if args.smoke:
-            phase = Phase(1.0, 128, 0.3, 0.3)
-        if log["steps"] % 4 == 2 and phase.length > _SHORT.length:
+        if args.smoke or (log["steps"] % 4 == 2 and phase.length > _SHORT.length):
             phase = _SHORT
         ids, weights = batch(tokenizer, phase, args.tokens, seed=args.seed * 10**6 + log["steps"])
         loss, means = weighted_loss(model, ids, weights)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, rates in zip(optimizers, base_rates, strict=True):
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * schedule(now)
+        for group in groups:
+            group["lr"] = group["peak_lr"] * schedule(now)
+        for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         log["steps"] += 1
@@ -431,27 +434,48 @@ def main(argv: list[str] | None = None) -> None:
         log["seconds"] += time.perf_counter() - begin
         recent.append(means)
         if log["steps"] % 20 == 0:
-            entry = [log["steps"], phase.length, *torch.tensor(recent).nanmean(0).tolist()]
-            entry = [round(value, 4) for value in entry]
-            print(*entry, f"{log['tokens'] / log['seconds']:.0f} tokens/s", flush=True)
-            log["loss"].append(entry)
+            losses = [round(value, 4) for value in torch.tensor(recent).nanmean(0).tolist()]
+            log["loss"].append([log["steps"], phase.length, *losses])
+            print(*log["loss"][-1], f"{log['tokens'] / log['seconds']:.0f} tokens/s", flush=True)
             recent = []
         if log["steps"] % args.evaluate_every == 0:
-            found = evaluate(model, tokenizer, lengths[:2], 6)
+            found = evaluate(model, tokenizer, _LENGTHS[:2], count=6)
             log["evaluations"].append({"step": log["steps"], **found})
             print(json.dumps(log["evaluations"][-1]), flush=True)
-            saved = {
-                "model": model.state_dict(),
-                "optimizers": [o.state_dict() for o in optimizers],
-                "log": log,
-            }
-            torch.save(saved, args.state.with_suffix(".tmp"))
-            args.state.with_suffix(".tmp").rename(args.state)
+            save_state(args.state, model, optimizers, log)
 
-    final = evaluate(model, tokenizer, lengths, args.episodes)
+
+def main(argv: list[str] | None = None) -> None:
+    """Train, evaluate, write."""
+    args = parse_arguments(argv)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    if args.smoke:
+        tokenizer = train_tokenizer(vocab_size=1024, lines=400)
+        model = build_model(tokenizer, width=128, layers=2)
+    else:
+        tokenizer = train_tokenizer(vocab_size=1536, lines=150_000)
+        model = build_model(tokenizer, width=128, layers=4)
+    print(f"{model.num_parameters():,} parameters", flush=True)
+    log: dict[str, Any] = {
+        "seed": args.seed,
+        "threads": args.threads,
+        "python": platform.python_version(),
+        "steps": 0,
+        "tokens": 0,
+        "seconds": 0.0,
+        "loss": [],  # [step, tokens per sequence, mean loss on text, answers, sums]
+        "evaluations": [],
+    }
+    optimizers = build_optimizers(model)
+    if args.state.exists():
+        log = load_state(args.state, model, optimizers)
+    train(model, tokenizer, args, log, optimizers)
+    final = evaluate(model, tokenizer, (128,) if args.smoke else _LENGTHS, args.episodes)
     log["evaluations"].append({"step": log["steps"], **final})
     log["seconds"] = round(log["seconds"], 1)
     write(args.output, model, tokenizer, log)
+    args.state.unlink(missing_ok=True)
     print(json.dumps(final, indent=1))
 
 

@@ -194,5 +194,5 @@ def test_the_training_script_writes_a_model_that_loads(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(output)
     assert tokenizer("ask fox")["input_ids"][0] == tokenizer.bos_token_id
     assert json.loads((output / "training_log.json").read_text())["steps"] == 4
-    assert (output / "model.safetensors").stat().st_size < 2**20
+    assert (output / "model.safetensors").stat().st_size < 2**22
     assert "recall" in (output / "README.md").read_text()

@@ -5,6 +5,7 @@ import copy
 
 import pytest
 import torch
+from families import FAMILIES, build_dms
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modelopt_dms.config import DMSConfig, RetrofitConfig
@@ -243,3 +244,18 @@ def test_a_gate_without_parameters_of_its_own_needs_all_weights_trained():
         learning(model, make_config()),
     ):
         pass
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_on_every_family_moves_its_gates_only(family):
+    """Also with recomputed activations, to the same gradients."""
+    model = build_dms(family, window=3, scale=10.0, offset=1.0)
+    for _, parameter in gate_parameters(model):
+        torch.nn.init.normal_(parameter, std=0.05)
+    plain, gradients = step(model, make_config())
+    assert set(gradients) == {name for name, _ in gate_parameters(model)}
+    assert all(x.abs().sum() > 0 for x in gradients.values())
+    assert plain["kl"] > 0
+    _, recomputed = step(model, make_config(gradient_checkpointing=True))
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(recomputed[name], gradient, rtol=1e-5, atol=1e-8)
