@@ -329,8 +329,8 @@ def model_card(model: Qwen3ForCausalLM, log: dict[str, Any]) -> str:
             "among Python source (`modelopt_dms.evaluation.tasks`); it is no general assistant.",
             "",
             f"* {model.num_parameters():,} parameters, vocabulary {model.config.vocab_size};",
-            "  trained by `python examples/make_embedded_model.py`. Weights start random, but for one",
-            "  look-up laid by hand into layers 0 and 1 (`start_with_lookup` says how and why).",
+            "  trained by `python examples/make_embedded_model.py`. Weights start random, except",
+            "  for a look-up laid by hand into layers 0 and 1 (`start_with_lookup` says how and why).",
             f"* {log['tokens']:,} tokens, {log['steps']:,} steps, seed {log['seed']};"
             f" {log['seconds']:,.0f} s on {log['threads']} CPU thread(s).",
             f"* Text: the standard library of Python {log['python']}; one file in ten, chosen by"

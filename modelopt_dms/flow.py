@@ -13,9 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modelopt_dms.convert import plan_conversion
 from modelopt_dms.mode import apply_dms
 from modelopt_dms.recipe import Recipe, load_recipe, recipe_to_yaml
-from modelopt_dms.train import RetrofitResult, retrofit
-from modelopt_dms.train.data import check_data
-from modelopt_dms.train.schedule import check_reachable
+from modelopt_dms.train import RetrofitResult, prepare, retrofit
 
 RECIPE_FILE = "dms_recipe.yaml"
 SUMMARY_FILE = "dms_summary.json"
@@ -59,18 +57,16 @@ def compress(
     recipe = load_recipe(recipe, overrides)
     target = None if output_dir is None else check_output(output_dir)
     plan_conversion(model, recipe.dms)
+    prepared = None
     if recipe.retrofit is not None:
-        dms, length = recipe.dms, recipe.retrofit.sequence_length
-        check_reachable(dms.target_cr, dms.window, length, dms.protect_first)
-        check_data(data, tokenizer, model, length)
+        prepared = prepare(model, recipe.retrofit, recipe.dms, data=data, tokenizer=tokenizer)
     apply_dms(model, recipe.dms)
     result = None
     if recipe.retrofit is not None:
         result = retrofit(
             model,
             recipe.retrofit,
-            data=data,
-            tokenizer=tokenizer,
+            data=prepared,
             output_dir=None if target is None else target / WORK_DIR,
             resume=resume,
             progress=progress,

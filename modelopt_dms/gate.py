@@ -95,7 +95,8 @@ class EvictionGate(nn.Module):
         return F.logsigmoid(-z)
 
     def _may_evict(self, positions: Tensor) -> Tensor:
-        return (positions >= self.protect_first)[:, None]
+        # With shift 1 a token decides about the one before it.
+        return (positions >= self.protect_first + self.shift)[:, None]
 
     def _noise(self, z: Tensor) -> Tensor | float:
         if self.noise_seed is None:

@@ -154,9 +154,8 @@ def _read_gates(path: Path) -> dict[str, Tensor]:
     for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
-                stored.update(
-                    {key: tensors.get_tensor(key) for key in tensors.keys() if GATE_KEY in key}
-                )
+                ours = [key for key in list(tensors.keys()) if GATE_KEY in key]
+                stored.update({key: tensors.get_tensor(key) for key in ours})
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} cannot be read: {error}") from error
     return stored

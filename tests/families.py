@@ -88,9 +88,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "deepseek_v2": _decoder(
         "DeepseekV2Config", **_LATENT, q_lora_rank=None, topk_method="greedy", n_group=1
     ),
-    "deepseek_v3": _decoder(
-        "DeepseekV3Config", **_LATENT, q_lora_rank=16, n_group=2, topk_group=1
-    ),
+    "deepseek_v3": _decoder("DeepseekV3Config", **_LATENT, q_lora_rank=16, n_group=2, topk_group=1),
 }
 HYBRID = ("gemma2", "gemma3", "gpt_oss")
 LATENT = ("deepseek_v2", "deepseek_v3")
@@ -176,7 +174,9 @@ def eager_copy(model: PreTrainedModel) -> PreTrainedModel:
     return copied
 
 
-def feed(model: PreTrainedModel, ids: Tensor, sizes: list[int], cache: Any = None) -> tuple[Tensor, Any]:
+def feed(
+    model: PreTrainedModel, ids: Tensor, sizes: list[int], cache: Any = None
+) -> tuple[Tensor, Any]:
     """Logits [B, T, V] of ids [B, T] fed in chunks of these sizes, and the cache."""
     assert sum(sizes) == ids.shape[1]
     logits = []

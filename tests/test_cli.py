@@ -108,10 +108,25 @@ def _mistakes(compressed: Path, place: Path) -> dict[str, tuple[list[object], st
     }
 
 
-MISTAKES = (
-    "unknown recipe,unknown key,window,ratio,unreachable,no data,missing data,empty data,bad data,short data,"
-    "occupied output,finished output,file output,not a model,corrupted weights,lengths,task"
-).split(",")
+MISTAKES = [
+    "unknown recipe",
+    "unknown key",
+    "window",
+    "ratio",
+    "unreachable",
+    "no data",
+    "missing data",
+    "empty data",
+    "bad data",
+    "short data",
+    "occupied output",
+    "finished output",
+    "file output",
+    "not a model",
+    "corrupted weights",
+    "lengths",
+    "task",
+]
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)

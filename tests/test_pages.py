@@ -151,7 +151,7 @@ class Histories(RuleBasedStateMachine):
             self.slots.decide_previous(new.decided[..., 0])
         append(self.slots, new)
         self.history = self.history.extend(new)
-        kept = self.recoverable if T <= self.slots.rollback else 0
+        kept = self.recoverable if self.slots.rollback >= T else 0
         recoverable = min(T + kept, self.slots.rollback)
         self.recoverable = recoverable if bool(new.valid.all()) else 0
 

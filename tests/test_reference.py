@@ -219,9 +219,7 @@ def test_a_sequence_cut_in_two_merges_to_the_whole(case: Case, at: int) -> None:
             bias = past_bias(queries, held[slots], slots, len(held), case.window)
             rows = case.q.unflatten(1, (K, -1))[b, h, :, at:]
             parts.append(
-                partial_attention(
-                    rows, case.k[b, h, held], case.v[b, h, held], bias, case.scoring
-                )
+                partial_attention(rows, case.k[b, h, held], case.v[b, h, held], bias, case.scoring)
             )
     past = (
         torch.stack([x[0] for x in parts]).reshape(B, H, T - at, -1),

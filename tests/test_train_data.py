@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from modelopt_dms.train.data import DataError, check_data, open_documents
+from modelopt_dms.train.data import DataError, open_documents
 
 WORDS = ["<s>", "the", "cat", "sat", "on", "mat", "user", "assistant", ":"]
 TEXTS = ["the cat sat", "on the mat", "the mat"]
@@ -102,21 +102,21 @@ def test_the_most_finished_column_is_used(tokenizer, model):
 )
 def test_unusable_data_are_refused_at_the_door(data, message, tokenizer, model):
     with pytest.raises(DataError, match=message):
-        check_data(data, tokenizer, model)
+        ids_of(data, tokenizer, model)
 
 
 def test_text_without_a_tokenizer_is_refused(model):
     with pytest.raises(DataError, match=r"data\[0\] is text, but there is no tokenizer"):
-        check_data(TEXTS, None, model)
+        ids_of(TEXTS, None, model)
     with pytest.raises(DataError, match=r"data\[0\] is a chat record, but there is no tokenizer"):
-        check_data(CHATS, None, model)
-    check_data([[1, 2, 3]], None, model)
+        ids_of(CHATS, None, model)
+    ids_of([[1, 2, 3]], None, model)
 
 
 def test_chat_without_a_template_is_refused(tokenizer, model):
     tokenizer.chat_template = None
     with pytest.raises(DataError, match="has no chat_template"):
-        check_data(CHATS, tokenizer, model)
+        ids_of(CHATS, tokenizer, model)
 
 
 def test_tokenizer_of_another_model_is_refused(tokenizer, model):
@@ -124,17 +124,17 @@ def test_tokenizer_of_another_model_is_refused(tokenizer, model):
     with pytest.raises(
         DataError, match="tokenizer has 13 tokens, but the model's embedding has 12"
     ):
-        check_data(TEXTS, tokenizer, model)
+        ids_of(TEXTS, tokenizer, model)
 
 
 def test_unreadable_lines_are_named(tokenizer, model, tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"text": "the cat"}\n\n{"text": \n')
     with pytest.raises(DataError, match=r"bad\.jsonl:3 is not JSON"):
-        check_data(path, tokenizer, model)
+        ids_of(path, tokenizer, model)
     path.write_text('{"text": "the cat"}\n{"body": 1}\n')
     with pytest.raises(DataError, match=r"bad\.jsonl:2 has columns body"):
-        check_data(path, tokenizer, model)
+        ids_of(path, tokenizer, model)
 
 
 def test_damaged_files_are_named(tokenizer, model, tmp_path):
@@ -142,4 +142,4 @@ def test_damaged_files_are_named(tokenizer, model, tmp_path):
     (tmp_path / "b.txt").write_bytes(b"\xff\xfe\xfa")
     for name in ("a.parquet", "b.txt"):
         with pytest.raises(DataError, match=f"{name} cannot be read"):
-            check_data(tmp_path / name, tokenizer, model)
+            ids_of(tmp_path / name, tokenizer, model)

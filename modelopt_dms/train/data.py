@@ -97,37 +97,6 @@ def open_documents(
     return Documents(records, labels, tokenizer, rows)
 
 
-def check_data(
-    data: Any,
-    tokenizer: PreTrainedTokenizerBase | None,
-    model: PreTrainedModel,
-    sequence_length: int = 1,
-) -> None:
-    """Refuse unusable data before any work.
-
-    Args:
-        data: see `open_documents`.
-        tokenizer: likewise.
-        model: likewise.
-        sequence_length: tokens per sample; there must be enough for two samples. Documents are tokenized until
-            there are, and four at least.
-
-    Raises:
-        DataError: see `open_documents` and `Documents`; or too few tokens.
-    """
-    total = 0
-    documents = open_documents(data, tokenizer, model)
-    for number, document in enumerate(documents):
-        total += len(document)
-        if number >= 3 and total >= 2 * sequence_length:
-            return
-    if total < 2 * sequence_length:
-        raise DataError(
-            f"data is too short: {len(documents)} documents with {total} tokens do not fill two samples of "
-            f"sequence_length={sequence_length} (one to train on, one to measure on)"
-        )
-
-
 def _records(data: Any) -> tuple[Sequence[Any], list[str]]:
     """Records of any accepted kind of data, and their labels if they came from files."""
     if data is None:
