@@ -330,7 +330,7 @@ def model_card(model: Qwen3ForCausalLM, log: dict[str, Any]) -> str:
             "",
             f"* {model.num_parameters():,} parameters, vocabulary {model.config.vocab_size};",
             "  trained by `python examples/make_embedded_model.py`. Weights start random, except",
-            "  for a look-up laid by hand into layers 0 and 1 (`start_with_lookup` says how and why).",
+            "  for a look-up laid by hand into layers 0 and 1: see `start_with_lookup` there.",
             f"* {log['tokens']:,} tokens, {log['steps']:,} steps, seed {log['seed']};"
             f" {log['seconds']:,.0f} s on {log['threads']} CPU thread(s).",
             f"* Text: the standard library of Python {log['python']}; one file in ten, chosen by"

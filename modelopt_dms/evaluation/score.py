@@ -19,6 +19,9 @@ from modelopt_dms.cache import DMSLayer, kv_stats
 from modelopt_dms.evaluation.tasks import TASKS, Episode, held_out_text, make_episodes
 
 TEXT = "text"  # the name of the perplexity "task"
+QUESTIONS = (
+    24  # in a conversation, if its context has facts for so many: reading costs more than asking
+)
 EVALUATIONS: tuple[str, ...] = (*TASKS, TEXT)
 
 Row = dict[str, Any]
@@ -199,7 +202,9 @@ def measure(
         return perplexity(model, samples, batch_size)
     if task not in TASKS:
         raise ValueError(f"task is {task!r}, must be one of {EVALUATIONS}")
-    return score_task(model, make_episodes(task, tokenizer, length, count, seed), batch_size)
+    return score_task(
+        model, make_episodes(task, tokenizer, length, count, seed, QUESTIONS), batch_size
+    )
 
 
 def evaluate(
