@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
 
-from modelopt_dms.pages import PAGE, ROLLBACK, SlotLists
+from modelopt_dms.pages import LONGEST_DRAFT, PAGE, ROLLBACK, SlotLists
 
 KEY_DIM, VALUE_DIM = 2, 3
 ROW_BYTES = 4 * (KEY_DIM + VALUE_DIM)
@@ -252,8 +252,8 @@ def test_taking_back_and_appending_again_equals_never_having_appended(
     assert_holds(straight, history)
 
 
-def test_a_whole_draft_of_the_default_length_can_be_taken_back() -> None:
-    history = chunk(1, 1, 60, 1, 0.5, 0.0, 0)
+def test_after_a_prompt_a_draft_of_the_default_length_can_be_taken_back() -> None:
+    history = chunk(1, 1, LONGEST_DRAFT + 1, 1, 0.5, 0.0, 0)
     slots = SlotLists(4, 0)
     append(slots, history)
     slots.crop(ROLLBACK)
@@ -262,8 +262,17 @@ def test_a_whole_draft_of_the_default_length_can_be_taken_back() -> None:
         slots.crop(1)
 
 
+def test_a_long_draft_can_be_taken_back_whole_until_the_next_chunk() -> None:
+    prompt, draft = chunk(1, 2, 100, 1, 0.5, 0.0, 0), chunk(1, 2, LONGEST_DRAFT, 200, 0.5, 0.0, 1)
+    slots = SlotLists(4, 0)
+    append(slots, prompt)
+    append(slots, draft)
+    slots.crop(LONGEST_DRAFT)
+    assert_holds(slots, prompt)
+
+
 def test_a_crop_that_fails_changes_nothing() -> None:
-    history = chunk(1, 2, 60, 1, 0.5, 0.0, 0)
+    history = chunk(1, 2, LONGEST_DRAFT + 1, 1, 0.5, 0.0, 0)
     slots = SlotLists(4, 0)
     append(slots, history)
     with pytest.raises(ValueError, match="cannot take back 25 tokens.*delay window 4, limit 24"):

@@ -352,10 +352,8 @@ def test_a_llama_layer_equals_its_float64_rewrite(training: bool) -> None:
 
     x, cos, sin = x.double(), cos.double(), sin.double()
     z = 10.0 * x @ gate.weight.double().T - gate.offset - gate.threshold.double()  # [B, T, K]
-    if training:
-        log_keep = torch.log(1 - torch.sigmoid(z / 0.7))
-    else:
-        log_keep = torch.zeros_like(z).masked_fill(z > 0, NEVER)
+    alpha = torch.sigmoid(z / 0.7) if training else (z > 0).double()
+    log_keep = torch.log(1 - alpha).clamp(min=NEVER)
 
     def project(linear: torch.nn.Linear, heads: int) -> Tensor:
         return (x @ linear.weight.double().T).view(B, T, heads, D).transpose(1, 2)
