@@ -23,7 +23,7 @@ help:
 	@echo "make clean  remove .venv and demo_output"
 
 demo: $(VENV)/.runtime
-	$(BIN)/python examples/demo.py
+	$(BIN)/python -W ignore:transformers:UserWarning examples/demo.py
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile

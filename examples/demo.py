@@ -14,8 +14,7 @@ import argparse
 import platform
 import shutil
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as hf_logging
 
 import modelopt_dms
 from modelopt_dms.evaluation import peers
@@ -53,9 +53,9 @@ class Plan:
 
     documents: int = 300
     lengths: tuple[int, ...] = (1024, 2048)
-    episodes: int = 50
-    texts: int = 16
-    changes: Mapping[str, Any] = field(default_factory=dict)  # to the recipe
+    episodes: int = 12
+    texts: int = 8
+    changes: tuple[str, ...] = ()  # to the recipe
 
 
 QUICK = Plan(
@@ -63,11 +63,7 @@ QUICK = Plan(
     lengths=(256,),
     episodes=2,
     texts=2,
-    changes={
-        "retrofit.steps": 3,
-        "retrofit.batch_size": 1,
-        "retrofit.sequence_length": 256,
-    },
+    changes=("retrofit.steps=3", "retrofit.batch_size=1", "retrofit.sequence_length=256"),
 )
 
 
@@ -76,7 +72,7 @@ def run(output: Path, plan: Plan, seed: int, console: Console) -> dict[str, Any]
     begin = time.perf_counter()
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-    recipe = modelopt_dms.load_recipe(RECIPE, {**plan.changes, "retrofit.seed": seed})
+    recipe = modelopt_dms.load_recipe(RECIPE, [*plan.changes, f"retrofit.seed={seed}"])
     assert recipe.retrofit is not None
     console.print(
         f"Compressing {MODEL.name} ({model.num_parameters():,} parameters) with the recipe {RECIPE}"
@@ -218,14 +214,20 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="where to write")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, help="retrofit steps instead of the recipe's")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change the recipe, for example dms.window=32; may be repeated",
+    )
     parser.add_argument(
         "--quick", action="store_true", help="seconds, not minutes: only proves it runs"
     )
     args = parser.parse_args(argv)
+    hf_logging.disable_progress_bar()
     plan = QUICK if args.quick else Plan()
-    if args.steps is not None:
-        plan = replace(plan, changes={**plan.changes, "retrofit.steps": args.steps})
+    plan = replace(plan, changes=(*plan.changes, *args.set))
     args.output.mkdir(parents=True, exist_ok=True)
     run(args.output, plan, args.seed, Console())
 

@@ -59,7 +59,14 @@ def compress(
     plan_conversion(model, recipe.dms)
     prepared = None
     if recipe.retrofit is not None:
-        prepared = prepare(model, recipe.retrofit, recipe.dms, data=data, tokenizer=tokenizer)
+        prepared = prepare(
+            model,
+            recipe.retrofit,
+            recipe.dms,
+            data=data,
+            tokenizer=tokenizer,
+            resume_from=None if target is None or not resume else target / WORK_DIR,
+        )
     apply_dms(model, recipe.dms)
     result = None
     if recipe.retrofit is not None:

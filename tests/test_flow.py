@@ -106,6 +106,26 @@ def test_a_mistake_is_found_before_the_model_or_the_disk_is_touched(
     assert not is_converted(model) and not (tmp_path / "out").exists()
 
 
+def test_checkpoints_of_another_run_are_refused_before_the_model_is_touched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dies(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    arguments: dict[str, Any] = {
+        "data": DOCUMENTS,
+        "output_dir": tmp_path / "out",
+        "progress": False,
+    }
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(flow, "save", dies)
+        dms.compress(build("llama"), RECIPE, **arguments)
+    model = build("llama")
+    with pytest.raises(ValueError, match=r"retrofit.tau \(there 0.1, now 0.2\)"):
+        dms.compress(model, RECIPE, overrides={"retrofit.tau": 0.2}, **arguments)
+    assert not is_converted(model)
+
+
 def test_output_directories_that_would_lose_something_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "foreign").mkdir()

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from modelopt_dms.config import RetrofitConfig
+from modelopt_dms.config import DMSConfig, RetrofitConfig
 from modelopt_dms.gate import gate_parameters
 from modelopt_dms.train.packing import Samples
 
@@ -43,16 +43,20 @@ class ResumeError(ValueError):
 
 
 def describe_run(
-    model: PreTrainedModel, config: RetrofitConfig, training: Samples, world_size: int
+    model: PreTrainedModel,
+    config: RetrofitConfig,
+    dms: DMSConfig,
+    training: Samples,
+    processes: int,
 ) -> dict[str, dict[str, Any]]:
     """What makes a run the one it is, as JSON; two runs with the same description compute the same."""
     retrofit = {key: value for key, value in config.model_dump().items() if key not in FREE_FIELDS}
     return {
         "retrofit": retrofit,
-        "dms": dict(model.config.dms_config),
+        "dms": dms.model_dump(),
         "data": {"samples": len(training), "digest": training.digest()},
         "model": {"class": type(model).__name__, "digest": _digest(model)},
-        "machine": {"processes": world_size},
+        "machine": {"processes": processes},
     }
 
 
@@ -65,6 +69,20 @@ def _digest(model: PreTrainedModel) -> str:
             start = parameter.detach().flatten()[:16].double().cpu().tolist()
             digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {start}".encode())
     return digest.hexdigest()[:16]
+
+
+def check_run(directory: Path, description: Mapping[str, Mapping[str, Any]]) -> Path | None:
+    """The newest complete checkpoint in a directory, from which the described run can go on; None at its start.
+
+    Raises:
+        ResumeError: the checkpoints there are of another run, or incomplete.
+    """
+    found = checkpoints(directory)
+    if not found:
+        return None
+    _check_same_run(directory, description)
+    _check_complete(found[-1])
+    return found[-1]
 
 
 def open_run(
@@ -84,13 +102,10 @@ def open_run(
     Raises:
         ResumeError: the checkpoints there are of another run or incomplete, or the directory cannot be written.
     """
-    found = checkpoints(directory)
-    if resume and found:
-        _check_same_run(directory, description)
-        _check_complete(found[-1])
+    newest = check_run(directory, description) if resume else None
     if main:
-        _make_ready(directory, description, [] if resume else found)
-    return found[-1] if resume and found else None
+        _make_ready(directory, description, [] if resume else checkpoints(directory))
+    return newest
 
 
 def _make_ready(

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modelopt_dms.config import DMSConfig, RetrofitConfig
 from modelopt_dms.train.checkpoint import (
     WEIGHTS_FILE,
+    check_run,
     describe_run,
     load_trained,
     open_run,
@@ -80,6 +81,7 @@ def prepare(
     *,
     data: Any,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    resume_from: Path | None = None,
 ) -> PreparedData:
     """Check what can be checked before the model is converted, and pack the data; `retrofit` takes them like this.
 
@@ -89,18 +91,23 @@ def prepare(
         dms: the facts that the model has or will have.
         data: see `modelopt_dms.train.data.ACCEPTED`.
         tokenizer: needed unless the data are token ids.
+        resume_from: directory whose checkpoints, if there are any, must be of this run.
 
     Raises:
-        ValueError: data are missing, empty, too short or not of this model, or the ratio is out of reach.
+        ValueError: data are missing, empty, too short or not of this model, the ratio is out of reach, or the
+            checkpoints are of another run.
     """
     check_reachable(dms.target_cr, dms.window, config.sequence_length, dms.protect_first)
-    return pack_and_split(
+    data = pack_and_split(
         open_documents(data, tokenizer, model),
         length=config.sequence_length,
         window=dms.window,
         wanted=_visits(config),
         seed=config.seed,
     )
+    if resume_from is not None:
+        check_run(resume_from, describe_run(model, config, dms, data.training, _processes()))
+    return data
 
 
 def retrofit(
@@ -129,11 +136,12 @@ def retrofit(
     Raises:
         ValueError: model, data, recipe or output directory are not usable; nothing was changed or written.
     """
-    dms = getattr(model.config, "dms_config", None)
-    if dms is None:
+    facts = getattr(model.config, "dms_config", None)
+    if facts is None:
         raise ValueError(f"{type(model).__name__} has no gates; call apply_dms (or compress) first")
+    dms = DMSConfig(**facts)
     if not isinstance(data, PreparedData):
-        data = prepare(model, config, DMSConfig(**dms), data=data, tokenizer=tokenizer)
+        data = prepare(model, config, dms, data=data, tokenizer=tokenizer)
     with learning(model, config), _directory(output_dir) as place:
         distiller = Distiller(model, config).train()
         check_head(model)
@@ -159,7 +167,8 @@ def _train(
     log = Progress(config.steps, place if keep and main else None, show=show and main)
     checkpoint = None
     if keep:
-        description = describe_run(model, config, samples, arguments.world_size)
+        dms = DMSConfig(**model.config.dms_config)
+        description = describe_run(model, config, dms, samples, _processes())
         checkpoint = open_run(place, description, resume=resume, main=main)
     if checkpoint is not None:
         log.load(checkpoint)
@@ -177,9 +186,12 @@ def _train(
 
 def _visits(config: RetrofitConfig) -> int:
     """Samples that all processes together visit in a run."""
+    return config.steps * config.batch_size * config.gradient_accumulation_steps * _processes()
+
+
+def _processes() -> int:
     # Set by torchrun; Trainer reads the same.
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    return config.steps * config.batch_size * config.gradient_accumulation_steps * processes
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @torch.no_grad()
@@ -222,15 +234,15 @@ def _directory(output_dir: str | Path | None) -> Iterator[Path]:
 
 
 def _result(
-    config: RetrofitConfig, dms: dict[str, Any], measured: dict[str, Any], log: Progress
+    config: RetrofitConfig, dms: DMSConfig, measured: dict[str, Any], log: Progress
 ) -> RetrofitResult:
-    length, window, protected = config.sequence_length, dms["window"], dms["protect_first"]
+    length, window, protected = config.sequence_length, dms.window, dms.protect_first
     return RetrofitResult(
         steps=config.steps,
         seconds=log.seconds,
         tokens=_visits(config) * length,
-        target_cr=dms["target_cr"],
-        target_fraction=target_evicted_fraction(dms["target_cr"], length, window, protected),
+        target_cr=dms.target_cr,
+        target_fraction=target_evicted_fraction(dms.target_cr, length, window, protected),
         compression_ratio=physical_cr(measured["evicted_hard"], length, window, protected),
         evicted_hard=measured["evicted_hard"],
         evicted_soft=measured["evicted_soft"],

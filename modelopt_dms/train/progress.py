@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from modelopt_dms.train.checkpoint import LOG_FILE, PROGRESS_FILE, TENSORBOARD_DIR, write_text
 
 # Averaged over the micro-steps of a logging interval.
-AVERAGED = ("loss", "kl", "rate", "evicted_soft", "evicted_hard")
+AVERAGED = ("loss", "kl", "rate", "evicted_soft", "evicted_hard", "compression_ratio")
 
 Row = dict[str, float]
 
@@ -68,7 +68,8 @@ class Progress:
         """
         self.seconds = time.perf_counter() - self._begun
         self._bar.set_postfix_str(
-            f"CR {scheduled['target_cr']:.2f} KL {self._latest['kl']:.4f} "
+            f"CR {self._latest['compression_ratio']:.2f} of {scheduled['target_cr']:.2f} "
+            f"KL {self._latest['kl']:.4f} "
             f"evicted {self._latest['evicted_soft']:.3f} soft {self._latest['evicted_hard']:.3f} hard "
             f"lr {scheduled['learning_rate']:.1e}",
             refresh=False,

@@ -27,8 +27,11 @@ from modelopt_dms.train.checkpoint import (
 )
 from modelopt_dms.train.distill import Distiller, noise_seed
 from modelopt_dms.train.packing import Visits
-from modelopt_dms.train.progress import AVERAGED, Progress
-from modelopt_dms.train.schedule import scheduled_cr, target_evicted_fraction
+from modelopt_dms.train.progress import Progress
+from modelopt_dms.train.schedule import physical_cr, scheduled_cr, target_evicted_fraction
+
+# Scalars of a forward of the distiller that are logged.
+MEASURED = ("loss", "kl", "rate", "evicted_soft", "evicted_hard")
 
 
 class RetrofitTrainer(Trainer):
@@ -90,11 +93,12 @@ class RetrofitTrainer(Trainer):
         out = model(**inputs, target=self._scheduled(step)["target_fraction"], noise_seed=seed)
         self._micro_step = (self._micro_step + 1) % self.args.gradient_accumulation_steps
         measured = torch.stack(
-            [out[name].detach().to(self.args.device, torch.float32) for name in AVERAGED]
+            [out[name].detach().to(self.args.device, torch.float32) for name in MEASURED]
         )
         values = dict(
-            zip(AVERAGED, self.accelerator.reduce(measured, "mean").tolist(), strict=True)
+            zip(MEASURED, self.accelerator.reduce(measured, "mean").tolist(), strict=True)
         )
+        values["compression_ratio"] = physical_cr(values["evicted_hard"], *self._shape())
         if not math.isfinite(values["loss"]):
             raise FloatingPointError(
                 f"the loss is {values['loss']} at step {step} (KL {values['kl']}); lower "
@@ -107,10 +111,12 @@ class RetrofitTrainer(Trainer):
         """What the recipe asks for at a step: the compression ratio, and the share of tokens to evict for it."""
         config, dms = self.distiller.retrofit, self.distiller.model.config.dms_config
         cr = scheduled_cr(step, config.steps, dms["target_cr"], config.ramp_fraction)
-        fraction = target_evicted_fraction(
-            cr, config.sequence_length, dms["window"], dms["protect_first"]
-        )
-        return {"target_cr": cr, "target_fraction": fraction}
+        return {"target_cr": cr, "target_fraction": target_evicted_fraction(cr, *self._shape())}
+
+    def _shape(self) -> tuple[int, int, int]:
+        """Length of a sample, delay window, and protected first tokens."""
+        distiller = self.distiller
+        return distiller.retrofit.sequence_length, distiller.window, distiller.protect_first
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int]:
         # `Visits` has the order already.
