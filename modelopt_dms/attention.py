@@ -102,17 +102,17 @@ def _cached_attention(
     mask = None if mask is None else mask[..., -T:]
     valid = None if mask is None else mask[:, 0].diagonal(dim1=-2, dim2=-1).expand(len(q), -1)
     if T == 1 and (valid is None or bool(valid.all())):
-        layer.slots.append(*rows, evict, None)
+        layer.append(*rows, evict, None)
         held = [expand(*layer.rows(i)) for i in range(layer.slots.lists)]
         return decode_attention(q, [x for x, _ in held], [x for _, x in held], scoring)
     log_keep = step.log_keep.expand(-1, k.shape[1], -1)
     if not layer.slots.seen:
-        layer.slots.append(*rows, evict, valid)
+        layer.append(*rows, evict, valid)
         return prefill_attention(q, k, v, log_keep, layer.slots.window, mask, scoring)
     layer.slots.decide_previous(evict[..., 0])
     new = prefill_partial(q, k, v, log_keep, layer.slots.window, mask, scoring)
     past = _attend_past(layer, q, expand, scoring)
-    layer.slots.append(*rows, evict, valid)
+    layer.append(*rows, evict, valid)
     return with_sinks(*merge_partials(*new, *past), scoring.sinks)
 
 

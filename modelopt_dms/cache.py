@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hugging Face's face of the slots: a cache layer with a logical and a live length, and what it costs."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,31 +9,48 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
+from modelopt_dms.kv_quant import RowFormat
 from modelopt_dms.pages import SlotLists, Usage
+
+Formats = tuple[RowFormat | None, RowFormat | None]
 
 
 class DMSLayer(CacheLayerMixin):
     """Stands where `DynamicLayer` stood in a DynamicCache; holds only what the gate lets live.
 
-    `update` hands the new rows through: the attention function appends them, together with their decisions.
+    `update` hands the new rows through: the attention function has them appended, together with their decisions.
     """
 
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, window: int, shift: int) -> None:
+    def __init__(self, window: int, shift: int, formats: Formats = (None, None)) -> None:
         """Make an empty layer.
 
         Args:
             window: tokens a marked token stays readable.
             shift: 1 if a token's logit governs the token before it, else 0.
+            formats: number formats of the stored keys and values; None is the model's own dtype.
         """
         super().__init__()
         self.slots = SlotLists(window, shift)
+        self.formats = formats
+
+    def append(self, k: Tensor, v: Tensor, evict: Tensor, valid: Tensor | None) -> None:
+        """Take in rows [B, K, T, .]; see `SlotLists.append`. Rows of a number format were encoded by `update`."""
+        rows = [x if y is None else y for x, y in zip((k, v), self._encoded, strict=True)]
+        self.slots.append(*rows, evict, valid)
+        self.slots.usage.row_values = sum(self._dims)
 
     def rows(self, index: int) -> tuple[Tensor, Tensor]:
         """Live keys [L, Dk] and values [L, Dv] of list `index` = b * K + k."""
-        return self.slots.rows(index, int(self.slots.live.view(-1)[index]))
+        stored = self.slots.rows(index, int(self.slots.live.view(-1)[index]))
+        head = index % self.slots.K
+        k, v = (
+            x if form is None else form.decode(x, dim, self.dtype, head)
+            for x, form, dim in zip(stored, self.formats, self._dims, strict=True)
+        )
+        return k, v
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to allocate before the decisions are known."""
@@ -42,11 +60,18 @@ class DMSLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Hand the new rows [B, K, T, .] to the attention function, which appends them."""
+        """Hand the new rows [B, K, T, .] on, as they will be read from now on, to the attention function."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.new_rows = (key_states, value_states)
-        return key_states, value_states
+        pairs = list(zip(self.formats, (key_states, value_states), strict=True))
+        self._encoded = [None if form is None else form.encode(x) for form, x in pairs]
+        self._dims = (key_states.shape[-1], value_states.shape[-1])
+        k, v = (
+            x if form is None or stored is None else form.decode(stored, x.shape[-1], x.dtype)
+            for (form, x), stored in zip(pairs, self._encoded, strict=True)
+        )
+        self.new_rows = (k, v)
+        return k, v
 
     def get_seq_length(self) -> int:
         """Positions seen, evicted ones included: the next token's position."""
@@ -124,8 +149,10 @@ class LayerStep:
     used: bool = False
 
 
-def adopt(cache: Cache, layer_idx: int, window: int, shift: int) -> DMSLayer:
-    """The DMS layer at `layer_idx` of a cache, put there in place of an untouched DynamicLayer.
+def adopt(
+    cache: Cache, layer_idx: int, window: int, shift: int, formats: Callable[[], Formats]
+) -> DMSLayer:
+    """The DMS layer at `layer_idx` of a cache, put there in place of an untouched DynamicLayer; see its constructor.
 
     Raises:
         ValueError: the cache stores keys and values in a way that cannot forget (static, quantized, offloaded), or
@@ -147,19 +174,29 @@ def adopt(cache: Cache, layer_idx: int, window: int, shift: int) -> DMSLayer:
             f"{name} already holds {layer.get_seq_length()} tokens about which no gate has decided; start from an "
             "empty DynamicCache or one that this model returned"
         )
-    cache.layers[layer_idx] = adopted = DMSLayer(window, shift)
+    cache.layers[layer_idx] = adopted = DMSLayer(window, shift, formats())
     return adopted
 
 
 @dataclass(frozen=True)
 class LayerStats:
-    """One layer's cache: `live` [B, K] and `logical` [B] tokens, bytes allocated, bytes a dense cache needs."""
+    """One layer's cache.
+
+    Attributes:
+        layer_idx: index of the layer in the model.
+        live: tokens held [B, K].
+        logical: tokens seen [B].
+        kv_bytes: bytes allocated for keys and values, scales included.
+        dense_bytes: bytes that the same tokens need without eviction, in the same number format.
+        bf16_bytes: bytes that the same tokens need without eviction, in bfloat16.
+    """
 
     layer_idx: int
     live: Tensor
     logical: Tensor
     kv_bytes: int
     dense_bytes: int
+    bf16_bytes: int
 
 
 @dataclass(frozen=True)
@@ -182,13 +219,23 @@ class KVStats:
 
     @property
     def kv_bytes(self) -> int:
-        """Bytes allocated for keys and values."""
+        """Bytes allocated for keys and values, scales included."""
         return sum(x.kv_bytes for x in self.layers)
 
     @property
     def dense_bytes(self) -> int:
         """Bytes that the same tokens need without eviction."""
         return sum(x.dense_bytes for x in self.layers)
+
+    @property
+    def bf16_bytes(self) -> int:
+        """Bytes that the same tokens need without eviction, in bfloat16."""
+        return sum(x.bf16_bytes for x in self.layers)
+
+    @property
+    def memory_reduction(self) -> float:
+        """How many times smaller the cache is than one that keeps every token in bfloat16, by bytes allocated."""
+        return self.bf16_bytes / self.kv_bytes
 
     @property
     def compression_ratio(self) -> float:
@@ -211,6 +258,9 @@ class KVStats:
         lines.append(
             f"total {self.logical_tokens:8.0f}  {self.live_tokens:8.1f} live on average {'':12s}"
             f" {self.kv_bytes:12d} {self.compression_ratio:11.2f}x"
+        )
+        lines.append(
+            f"{self.memory_reduction:.2f}x smaller than keeping every token in bfloat16 ({self.bf16_bytes} bytes)"
         )
         return "\n".join(lines)
 
@@ -242,5 +292,10 @@ def kv_stats(source: nn.Module | Cache) -> KVStats:
 
 def _layer_stats(index: int, usage: Usage) -> LayerStats:
     return LayerStats(
-        index, usage.live.clone(), usage.tokens.clone(), usage.kv_bytes, usage.dense_bytes
+        index,
+        usage.live.clone(),
+        usage.tokens.clone(),
+        usage.kv_bytes,
+        usage.dense_bytes,
+        usage.bf16_bytes,
     )

@@ -3,6 +3,7 @@
 
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from modelopt_dms.attention import ATTENTION_NAME, register_attention
 from modelopt_dms.cache import LayerStep, adopt
 from modelopt_dms.config import DMSConfig
 from modelopt_dms.gate import EvictionGate, NeuronGate
+from modelopt_dms.kv_format import kv_formats
 from modelopt_dms.ops import shift_decisions
 from modelopt_dms.pages import Usage
 
@@ -191,7 +193,7 @@ def _stage_step(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
             log_keep = gate.relax(hidden, _positions(hidden, kwargs, 0))
             module.dms_step = LayerStep(None, shift_decisions(log_keep, gate.shift), None)
     elif cache is not None:
-        layer = adopt(cache, module.layer_idx, gate.window, gate.shift)
+        layer = adopt(cache, module.layer_idx, gate.window, gate.shift, partial(kv_formats, module))
         evict = gate.decide(hidden, _positions(hidden, kwargs, layer.get_seq_length()))
         module.dms_step = LayerStep(layer, _hard_log_keep(evict, gate.shift), evict)
     elif gate.enabled:

@@ -7,7 +7,7 @@ overwrites its slot (`ops.assign_slots`). So lists have no holes, and eviction f
 """
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,17 +28,29 @@ class Usage:
         tokens: tokens seen [B], padding not counted.
         kv_bytes: bytes allocated for KV rows, the overwritten rows held for a rollback included.
         row_bytes: bytes of one key and value row.
+        row_values: numbers in one key and value row.
     """
 
     live: Tensor
     tokens: Tensor
     kv_bytes: int
     row_bytes: int
+    row_values: int
+
+    @property
+    def dense_rows(self) -> int:
+        """Rows of a cache that keeps every token."""
+        return int(self.tokens.sum()) * self.live.shape[1]
 
     @property
     def dense_bytes(self) -> int:
         """Bytes that a cache which keeps every token would need."""
-        return int(self.tokens.sum()) * self.live.shape[1] * self.row_bytes
+        return self.dense_rows * self.row_bytes
+
+    @property
+    def bf16_bytes(self) -> int:
+        """Bytes that a cache which keeps every token in bfloat16 would need."""
+        return self.dense_rows * self.row_values * 2
 
 
 @dataclass(frozen=True)
@@ -89,7 +101,7 @@ class SlotLists:
         self.keys = [k.new_empty(0, k.shape[-1]) for _ in range(B * K)]
         self.values = [v.new_empty(0, v.shape[-1]) for _ in range(B * K)]
         row_bytes = k.shape[-1] * k.element_size() + v.shape[-1] * v.element_size()
-        self.usage = Usage(self.live, self.tokens, 0, row_bytes)
+        self.usage = Usage(self.live, self.tokens, 0, row_bytes, k.shape[-1] + v.shape[-1])
 
     def rows(self, index: int, live: int) -> tuple[Tensor, Tensor]:
         """Keys [L, Dk] and values [L, Dv] of list `index` = b * K + k, as views."""
@@ -279,7 +291,7 @@ class SlotLists:
         self.ring_evict = self.ring_evict[sequences]
         self._undo.clear()
         kv_bytes = sum(x.numel() * x.element_size() for x in (*keys, *values))
-        self.usage = Usage(self.live, self.tokens, kv_bytes, self.usage.row_bytes)
+        self.usage = replace(self.usage, live=self.live, tokens=self.tokens, kv_bytes=kv_bytes)
 
     def check_integrity(self) -> None:
         """Raise AssertionError if a slot is shared, out of range, or misses its buffer."""

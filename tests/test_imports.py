@@ -12,8 +12,8 @@ PACKAGE = Path(__file__).parent.parent / "modelopt_dms"
 
 # Rooms by step, from the ground up. A room may import rooms of lower steps, and itself.
 STAIRCASE = [
-    {"ops", "config", "shelf"},
-    {"gate", "pages", "recipe"},
+    {"ops", "kv_quant", "config", "shelf"},
+    {"gate", "pages", "kv_format", "recipe"},
     {"cache"},
     {"attention"},
     {"convert"},
