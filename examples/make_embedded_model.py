@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Train the small causal LM that the project carries, from nothing but this machine's Python.
 
     python examples/make_embedded_model.py --output examples/embedded_model --minutes 40

@@ -94,25 +94,23 @@ def _cached_attention(
     layer, evict = step.layer, step.evict
     assert layer is not None and evict is not None
     # MLA caches one latent a token, and expands it to the keys and values of all heads for attention.
-    latent = hasattr(module, "expand_kv")
-    expand = _expander(module) if latent else _as_one_head
-    rows = layer.new_rows if latent else (k, v)
-    evict = evict.expand(-1, rows[0].shape[1], -1)
+    expand = _expander(module) if hasattr(module, "expand_kv") else _as_one_head
+    evict = evict.expand(-1, layer.heads, -1)
     T = q.shape[2]
     mask = None if mask is None else mask[..., -T:]
     valid = None if mask is None else mask[:, 0].diagonal(dim1=-2, dim2=-1).expand(len(q), -1)
     if T == 1 and (valid is None or bool(valid.all())):
-        layer.append(*rows, evict, None)
+        layer.append(evict, None)
         held = [expand(*layer.rows(i)) for i in range(layer.slots.lists)]
         return decode_attention(q, [x for x, _ in held], [x for _, x in held], scoring)
     log_keep = step.log_keep.expand(-1, k.shape[1], -1)
     if not layer.slots.seen:
-        layer.append(*rows, evict, valid)
+        layer.append(evict, valid)
         return prefill_attention(q, k, v, log_keep, layer.slots.window, mask, scoring)
     layer.slots.decide_previous(evict[..., 0])
     new = prefill_partial(q, k, v, log_keep, layer.slots.window, mask, scoring)
     past = _attend_past(layer, q, expand, scoring)
-    layer.append(*rows, evict, valid)
+    layer.append(evict, valid)
     return with_sinks(*merge_partials(*new, *past), scoring.sinks)
 
 

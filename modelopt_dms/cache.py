@@ -36,11 +36,17 @@ class DMSLayer(CacheLayerMixin):
         self.slots = SlotLists(window, shift)
         self.formats = formats
 
-    def append(self, k: Tensor, v: Tensor, evict: Tensor, valid: Tensor | None) -> None:
-        """Take in rows [B, K, T, .]; see `SlotLists.append`. Rows of a number format were encoded by `update`."""
-        rows = [x if y is None else y for x, y in zip((k, v), self._encoded, strict=True)]
-        self.slots.append(*rows, evict, valid)
+    @property
+    def heads(self) -> int:
+        """KV heads of the rows given to the last `update`."""
+        return self._incoming[0].shape[1]
+
+    def append(self, evict: Tensor, valid: Tensor | None) -> None:
+        """Take in the rows given to the last `update`; see `SlotLists.append`."""
+        self.slots.append(*self._incoming, evict, valid)
         self.slots.usage.row_values = sum(self._dims)
+        # A long prompt's rows would otherwise outlive it until the next token.
+        del self._incoming
 
     def rows(self, index: int) -> tuple[Tensor, Tensor]:
         """Live keys [L, Dk] and values [L, Dv] of list `index` = b * K + k."""
@@ -63,15 +69,12 @@ class DMSLayer(CacheLayerMixin):
         """Hand the new rows [B, K, T, .] on, as they will be read from now on, to the attention function."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        pairs = list(zip(self.formats, (key_states, value_states), strict=True))
-        self._encoded = [None if form is None else form.encode(x) for form, x in pairs]
         self._dims = (key_states.shape[-1], value_states.shape[-1])
-        k, v = (
-            x if form is None or stored is None else form.decode(stored, x.shape[-1], x.dtype)
-            for (form, x), stored in zip(pairs, self._encoded, strict=True)
-        )
-        self.new_rows = (k, v)
-        return k, v
+        k_format, v_format = self.formats
+        k, key_states = _through(k_format, key_states)
+        v, value_states = _through(v_format, value_states)
+        self._incoming = (k, v)
+        return key_states, value_states
 
     def get_seq_length(self) -> int:
         """Positions seen, evicted ones included: the next token's position."""
@@ -130,6 +133,14 @@ class DMSLayer(CacheLayerMixin):
         )
 
     prefetch = offload
+
+
+def _through(form: RowFormat | None, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows [B, K, T, D] as they are stored, and as they will be read."""
+    if form is None:
+        return x, x
+    stored = form.encode(x)
+    return stored, form.decode(stored, x.shape[-1], x.dtype)
 
 
 @dataclass

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The synthetic tasks: what an episode promises, checked from its text alone."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Long-memory tasks: facts scattered far back among Python source and decoys, then questions.
 
 Knows tokenizers and text, not models. A fact is a line `keep <key> <value>`; a decoy is a line

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Python source lines of the running interpreter's standard library, split into train and held out.
 
 Knows nothing about tasks, tokenizers or models. Needs no download: every machine that runs the

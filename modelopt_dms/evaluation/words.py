@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The closed vocabulary of the tasks. Knows nothing else.
 
 A tokenizer trained for the tasks holds every word, with its leading space, as one token. No word
