@@ -2,27 +2,26 @@
 """The front door's flow: recipe -> gates -> retrofit -> a model that forgets, saved if asked for."""
 
 import json
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from modelopt.torch.quantization.config import need_calibration
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from modelopt_dms.config import QuantizationConfig
 from modelopt_dms.convert import plan_conversion
+from modelopt_dms.exporters import RECIPE_FILE, export
 from modelopt_dms.mode import apply_dms
+from modelopt_dms.output import check_output, staged
+from modelopt_dms.quantization import check_quantization, is_quantized, quantize
 from modelopt_dms.recipe import Recipe, load_recipe, recipe_to_yaml
-from modelopt_dms.train import RetrofitResult, prepare, retrofit
+from modelopt_dms.train import RetrofitResult, calibration_batches, prepare, retrofit
 
-RECIPE_FILE = "dms_recipe.yaml"
 SUMMARY_FILE = "dms_summary.json"
 WORK_DIR = "retrofit"
-STAGING_DIR = ".staging"
-
-
-class OutputError(ValueError):
-    """An output directory that cannot be written to without losing something."""
+EXPORT_DIR = "exported"
 
 
 def compress(
@@ -55,59 +54,66 @@ def compress(
         ValueError: recipe, model, data or output directory are not usable; nothing was changed or written.
     """
     recipe = load_recipe(recipe, overrides)
-    target = None if output_dir is None else check_output(output_dir)
-    plan_conversion(model, recipe.dms)
-    prepared = None
-    if recipe.retrofit is not None:
-        prepared = prepare(
-            model,
-            recipe.retrofit,
-            recipe.dms,
-            data=data,
-            tokenizer=tokenizer,
-            resume_from=None if target is None or not resume else target / WORK_DIR,
-        )
-    apply_dms(model, recipe.dms)
+    target = None if output_dir is None else check_output(output_dir, (WORK_DIR, EXPORT_DIR))
+    if recipe.export is not None and target is None:
+        raise ValueError(f"export.format={recipe.export.format!r} needs an output_dir")
+    batches: list[Tensor] = []
+    if recipe.quantize is not None:
+        check_quantization(model, recipe.quantize)
+        batches = _calibration(model, recipe.quantize, data, tokenizer)
     result = None
-    if recipe.retrofit is not None:
-        result = retrofit(
-            model,
-            recipe.retrofit,
-            data=prepared,
-            output_dir=None if target is None else target / WORK_DIR,
-            resume=resume,
-            progress=progress,
-        )
+    if recipe.dms is not None:
+        plan_conversion(model, recipe.dms)
+        prepared = None
+        work = None if target is None else target / WORK_DIR
+        if recipe.retrofit is not None:
+            prepared = prepare(
+                model,
+                recipe.retrofit,
+                recipe.dms,
+                data=data,
+                tokenizer=tokenizer,
+                resume_from=work if resume else None,
+            )
+        apply_dms(model, recipe.dms)
+        if recipe.quantize is not None and recipe.quantize.order == "before_retrofit":
+            quantize(model.eval(), recipe.quantize, batches)
+        if recipe.retrofit is not None:
+            result = retrofit(
+                model,
+                recipe.retrofit,
+                data=prepared,
+                output_dir=work,
+                resume=resume,
+                progress=progress,
+            )
     model.eval()
+    if recipe.quantize is not None and not is_quantized(model):
+        quantize(model, recipe.quantize, batches)
     if target is not None:
+        if recipe.export is not None:
+            export(model, target / EXPORT_DIR, recipe.export.format, tokenizer=tokenizer, recipe=recipe)
         save(model, target, recipe=recipe, tokenizer=tokenizer, result=result)
     return model
 
 
-def check_output(output_dir: str | Path) -> Path:
-    """The output directory, if a run can start or go on there without losing anything.
-
-    Raises:
-        OutputError: it is a file, holds something else or a finished model, or cannot be written.
-    """
-    target = Path(output_dir)
-    if target.exists() and not target.is_dir():
-        raise OutputError(f"output_dir={target} is a file; expected a directory")
-    nearest = next(x for x in (target, *target.absolute().parents) if x.exists())
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise OutputError(f"output_dir={target} cannot be written: {nearest} is read-only")
-    present = {x.name for x in target.iterdir()} if target.exists() else set()
-    if "config.json" in present:
-        raise OutputError(
-            f"output_dir={target} already holds a model; choose another directory or remove it"
-        )
-    foreign = sorted(present - {WORK_DIR})
-    # A run that was stopped while it moved its files here has left the rest of them in staging.
-    if foreign and STAGING_DIR not in present:
-        raise OutputError(
-            f"output_dir={target} holds files that are not ours ({', '.join(foreign[:3])}); choose an empty directory"
-        )
-    return target
+def _calibration(
+    model: PreTrainedModel,
+    config: QuantizationConfig,
+    data: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> list[Tensor]:
+    """Token ids [B, T] to calibrate with; none if the recipe measures nothing on data."""
+    if data is None and not need_calibration(config.model_dump()):
+        return []
+    return calibration_batches(
+        model,
+        data,
+        tokenizer,
+        samples=config.samples,
+        length=config.sample_length,
+        batch_size=config.batch_size,
+    )
 
 
 def save(
@@ -119,16 +125,10 @@ def save(
     result: RetrofitResult | None,
 ) -> None:
     """Write model, tokenizer, resolved recipe and summary to `target`; complete or not there at all."""
-    staging = target / STAGING_DIR
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    model.save_pretrained(staging)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(staging)
-    (staging / RECIPE_FILE).write_text(recipe_to_yaml(recipe))
-    summary = {} if result is None else result.summary()
-    (staging / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
-    # config.json goes last: without it the directory is not a model, and the next run starts over.
-    for path in sorted(staging.iterdir(), key=lambda x: x.name == "config.json"):
-        os.replace(path, target / path.name)
-    staging.rmdir()
+    with staged(target) as place:
+        model.save_pretrained(place)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(place)
+        (place / RECIPE_FILE).write_text(recipe_to_yaml(recipe), encoding="utf-8")
+        summary = {} if result is None else result.summary()
+        (place / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

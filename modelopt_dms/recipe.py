@@ -4,14 +4,20 @@
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import yaml
 from modelopt.torch.opt.config import ModeloptBaseConfig, ModeloptField
 from modelopt.torch.opt.config_loader import load_config
 from pydantic import BaseModel, ValidationError, model_validator
 
-from modelopt_dms.config import DMSConfig, RetrofitConfig
+from modelopt_dms.config import (
+    DMSConfig,
+    ExportConfig,
+    QuantizationConfig,
+    RetrofitConfig,
+    quantization_to_dict,
+)
 from modelopt_dms.shelf import RecipeError, recipe_path, recipes_dir, suggestion
 
 
@@ -21,31 +27,63 @@ class Metadata(ModeloptBaseConfig):
     description: str = ModeloptField(
         default="", title="Description", description="One line: what you get."
     )
+    recipe_type: Literal["ptq"] | None = ModeloptField(
+        default=None,
+        title="ModelOpt's recipe type",
+        description="Stands in ModelOpt's own recipes.",
+    )
 
 
 class Recipe(ModeloptBaseConfig):
-    """Everything `compress` does to a model."""
+    """Everything `compress` does to a model. One of ModelOpt's own PTQ recipes is a Recipe too, without `dms`."""
 
     metadata: Metadata = ModeloptField(
         default=Metadata(), title="Metadata", description="For readers."
     )
-    dms: DMSConfig = ModeloptField(
-        default=DMSConfig(), title="DMS", description="Facts stored with the model."
+    dms: DMSConfig | None = ModeloptField(
+        default=None,
+        title="DMS",
+        description="Facts stored with the model; without it the recipe only quantizes.",
     )
     retrofit: RetrofitConfig | None = ModeloptField(
         default=None,
         title="Retrofit",
         description="How the gates learn; without it they stay untrained and evict nothing.",
     )
+    quantize: QuantizationConfig | None = ModeloptField(
+        default=None,
+        title="Quantization",
+        description="Weights, activations and KV cache, in ModelOpt's words.",
+    )
+    export: ExportConfig | None = ModeloptField(
+        default=None, title="Export", description="What else is written to the output directory."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _dms_unless_it_only_quantizes(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and ("quantize" not in data or "retrofit" in data):
+            return {"dms": {}, **data}
+        return data
 
     @model_validator(mode="after")
     def _something_learns(self) -> "Recipe":
         frozen = self.retrofit is not None and self.retrofit.train == "gates"
-        if frozen and self.dms.gate == "neuron":
+        if frozen and self.dms is not None and self.dms.gate == "neuron":
             raise ValueError(
                 "dms.gate='neuron' has no parameters of its own to train; use retrofit.train='all'"
             )
         return self
+
+
+class _Sections(ModeloptBaseConfig):
+    """Tells ModelOpt's loader of imports what is a list; values are checked afterwards, with the overrides."""
+
+    metadata: Any = ModeloptField(default=None)
+    dms: Any = ModeloptField(default=None)
+    retrofit: Any = ModeloptField(default=None)
+    quantize: QuantizationConfig | None = ModeloptField(default=None)
+    export: Any = ModeloptField(default=None)
 
 
 def load_recipe(
@@ -61,7 +99,7 @@ def load_recipe(
         RecipeError: unknown name or key (suggests the nearest), a value out of range, broken YAML.
     """
     if isinstance(source, Recipe):
-        data, where = source.model_dump(), "the recipe"
+        data, where = recipe_to_dict(source), "the recipe"
     else:
         path = recipe_path(source)
         data, where = _read(path), str(path)
@@ -75,8 +113,16 @@ def load_recipe(
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:
-    """The recipe in full, every default written out; `load_recipe` reads it back."""
-    return yaml.safe_dump(recipe.model_dump(), sort_keys=False)
+    """The recipe in full, every default but those of single quantizers written out; `load_recipe` reads it back."""
+    return yaml.safe_dump(recipe_to_dict(recipe), sort_keys=False)
+
+
+def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
+    """As `recipe_to_yaml`, as plain values; sections that the recipe does not have are left out."""
+    data = recipe.model_dump(exclude_none=True)
+    if recipe.quantize is not None:
+        data["quantize"] = quantization_to_dict(recipe.quantize)
+    return data
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -87,6 +133,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise RecipeError(f"recipe {path} cannot be read: {error}") from error
     if not isinstance(raw, dict):
         raise RecipeError(f"recipe {path} must be a YAML mapping, got {type(raw).__name__}")
+    _check_keys(raw, Recipe, "", str(path), also=("imports", "$import"))
     imports = raw.get("imports")
     if isinstance(imports, dict):
         raw["imports"] = {key: _locate(value, path.parent) for key, value in imports.items()}
@@ -94,9 +141,10 @@ def _read(path: Path) -> dict[str, Any]:
         located = Path(place) / path.name
         located.write_text(yaml.safe_dump(raw), encoding="utf-8")
         try:
-            return load_config(located)
+            resolved = load_config(located, schema_type=_Sections)
         except (ValueError, yaml.YAMLError) as error:
             raise RecipeError(str(error).replace(str(located), str(path))) from None
+    return resolved.model_dump(exclude_unset=True)
 
 
 def _locate(name: Any, beside: Path) -> Any:
@@ -132,26 +180,34 @@ def _set(data: dict[str, Any], key: str, value: Any) -> None:
     data[last] = value
 
 
-def _check_keys(data: Any, schema: type[BaseModel], prefix: str, where: str) -> None:
+def _check_keys(
+    data: Any, schema: type[BaseModel], prefix: str, where: str, also: Sequence[str] = ()
+) -> None:
     """Refuse keys that the schema does not have, before pydantic does so less helpfully."""
     if not isinstance(data, Mapping):
         return
     accepted = list(schema.model_fields)
     for key, value in data.items():
+        if key in also:
+            continue
         if key not in accepted:
             place = f"section {prefix[:-1]!r}" if prefix else "the recipe"
             raise RecipeError(
-                f"{where}: unknown key {prefix + str(key)!r}{suggestion(str(key), accepted)} "
+                f"{where}: unknown key {prefix + str(key)!r}{suggestion(str(key), accepted) or ';'} "
                 f"{place} has: {', '.join(accepted)}"
             )
+        items = list(enumerate(value)) if isinstance(value, list) else [(None, value)]
         for nested in _schemas(schema.model_fields[key].annotation):
-            _check_keys(value, nested, f"{prefix}{key}.", where)
+            for index, item in items:
+                at = f"{prefix}{key}." if index is None else f"{prefix}{key}[{index}]."
+                _check_keys(item, nested, at, where, also)
 
 
 def _schemas(annotation: Any) -> list[type[BaseModel]]:
-    """The config classes in an annotation such as `RetrofitConfig | None`."""
-    options = getattr(annotation, "__args__", (annotation,))
-    return [x for x in options if isinstance(x, type) and issubclass(x, BaseModel)]
+    """The config classes in an annotation such as `RetrofitConfig | None` or `list[QuantizerCfgEntry]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [x for option in get_args(annotation) for x in _schemas(option)]
 
 
 def _readable(error: Any) -> str:

@@ -2,6 +2,7 @@
 """Where the files that ship with the package lie: recipes and the embedded model. Imports nothing heavy."""
 
 import difflib
+from importlib.util import find_spec
 from pathlib import Path
 
 import yaml
@@ -34,8 +35,15 @@ def list_recipes() -> dict[str, str]:
     return {x.stem: yaml.safe_load(x.read_text("utf-8"))["metadata"]["description"] for x in found}
 
 
+def modelopt_recipes_dir() -> Path:
+    """The directory of ModelOpt's own recipes; finding it imports nothing."""
+    found = find_spec("modelopt_recipes")
+    assert found is not None and found.submodule_search_locations is not None
+    return Path(found.submodule_search_locations[0])
+
+
 def recipe_path(name: str | Path) -> Path:
-    """The file of a recipe given by name or by path.
+    """The file of a recipe given by name or by path; "general/ptq/..." are ModelOpt's own.
 
     Raises:
         RecipeError: neither a shipped name nor a file; suggests the nearest name.
@@ -45,9 +53,9 @@ def recipe_path(name: str | Path) -> Path:
         if not path.is_file():
             raise RecipeError(f"recipe file {path} does not exist")
         return path
-    shipped = recipes_dir() / f"{name}.yaml"
-    if len(path.parts) == 1 and shipped.is_file():
-        return shipped
+    for shipped in (recipes_dir() / f"{name}.yaml", modelopt_recipes_dir() / f"{name}.yaml"):
+        if shipped.is_file() and path.parts[0] not in ("units", "configs"):
+            return shipped
     names = list(list_recipes())
     raise RecipeError(
         f"unknown recipe {str(name)!r}{suggestion(str(name), names)}; shipped: {', '.join(names)}"

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ModelOpt's unified Hugging Face checkpoint of a DMS model: packed weights, KV scales, gates, and what DMS is."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from modelopt.torch.export import export_hf_checkpoint
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from modelopt_dms.output import check_output, staged
+from modelopt_dms.packed import PACKED_FILE
+from modelopt_dms.quantization import is_quantized
+from modelopt_dms.recipe import Recipe, recipe_to_yaml
+
+FORMATS = ("hf",)
+RECIPE_FILE = "dms_recipe.yaml"
+
+
+class ExportError(ValueError):
+    """An export that cannot be made; the message says why."""
+
+
+def export(
+    model: PreTrainedModel,
+    output_dir: str | Path,
+    format: str = "hf",
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    recipe: Recipe | None = None,
+) -> Path:
+    """Write a quantized model for serving; `modelopt_dms.load` reads it back.
+
+    ModelOpt packs the weights in place, so this works on a copy and needs the memory of a second model.
+
+    Args:
+        model: compressed and quantized; not changed.
+        output_dir: new or empty.
+        format: "hf", ModelOpt's unified Hugging Face checkpoint.
+        tokenizer: written along with the model.
+        recipe: written along with the model.
+
+    Raises:
+        ExportError: unknown format, or a model without quantizers.
+        OutputError: the directory cannot be written to without losing something.
+    """
+    if format not in FORMATS:
+        raise ExportError(f"format={format!r} is not known; accepted: {', '.join(FORMATS)}")
+    if not is_quantized(model):
+        raise ExportError(
+            "the model is not quantized, so there is nothing to pack; save_pretrained writes it as it is"
+        )
+    target = check_output(output_dir)
+    packed: Any = copy.deepcopy(model)
+    packed.config.architectures = [_plain_name(model)]
+    with staged(target) as place:
+        export_hf_checkpoint(packed, dtype=model.dtype, export_dir=place)
+        _add_dms(place / PACKED_FILE, model)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(place)
+        if recipe is not None:
+            (place / RECIPE_FILE).write_text(recipe_to_yaml(recipe), encoding="utf-8")
+    return target
+
+
+def _plain_name(model: PreTrainedModel) -> str:
+    """Name of the transformers class under what ModelOpt may have made of it."""
+    return next(x.__name__ for x in type(model).__mro__ if x.__module__.startswith("transformers."))
+
+
+def _add_dms(path: Path, model: PreTrainedModel) -> None:
+    """What a serving engine must know to evict, next to what it must know to dequantize."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["dms"] = getattr(model.config, "dms_config", None)
+    path.write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A directory -> a DMS model, quantized or not. Reads JSON and safetensors only."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from modelopt.torch.quantization.nn import TensorQuantizer
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as hf_logging
+
+from modelopt_dms.config import DMSConfig, QuantizationConfig
+from modelopt_dms.convert import dms_modules, is_converted
+from modelopt_dms.mode import CheckpointError, apply_dms
+from modelopt_dms.packed import is_packed, unpack
+from modelopt_dms.quantization import insert, is_quantized
+
+GATE_KEY = ".dms_gate."
+RANGE_SUFFIXES = ("._amax", "._pre_quant_scale")
+
+
+def load(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | str = "auto",
+    device_map: str | dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load what `compress`, `save_pretrained` or `export` wrote; reads JSON and safetensors only.
+
+    Args:
+        path: the directory.
+        dtype: dtype of the base model; gates stay in float32.
+        device_map: as in `from_pretrained`.
+        trust_remote_code: as in `from_pretrained`; off unless asked for.
+
+    Raises:
+        CheckpointError: not a DMS or quantized checkpoint, gates missing, or a file is broken.
+    """
+    path = Path(path)
+    if not (path / "config.json").is_file():
+        raise CheckpointError(
+            f"{path} has no config.json; expected a directory written by save_pretrained"
+        )
+    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    facts = getattr(config, "dms_config", None)
+    quantization = getattr(config, "dms_quantization", None)
+    if facts is None and quantization is None:
+        raise CheckpointError(
+            f"{path} is not a DMS model: config.json has no dms_config; compress it first"
+        )
+    stored = _read(path, ("",) if is_packed(path) else (GATE_KEY, *RANGE_SUFFIXES))
+    ranges: dict[str, Tensor] = {}
+    weights = None
+    if is_packed(path):
+        weights, ranges = unpack(stored, path)
+    model = _load_base(
+        path,
+        weights,
+        dtype=dtype,
+        device_map=device_map,
+        trust_remote_code=trust_remote_code,
+    )
+    gates = {key: x for key, x in stored.items() if GATE_KEY in key}
+    if facts is not None:
+        if not gates:
+            raise CheckpointError(
+                f"{path} says it is a DMS model, but its safetensors hold no *{GATE_KEY}* tensors"
+            )
+        if not is_converted(model):
+            del model.config.dms_config
+            apply_dms(model, DMSConfig(**facts))
+        _put_gates(model, gates, path)
+    if quantization is not None and not is_quantized(model):
+        insert(model, QuantizationConfig(**quantization))
+        ranges |= {key: x for key, x in stored.items() if key.endswith(RANGE_SUFFIXES)}
+        _put_ranges(model, ranges, path)
+    return model.eval()
+
+
+def _read(path: Path, parts: tuple[str, ...]) -> dict[str, Tensor]:
+    """The tensors whose names contain one of these parts."""
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{path} has no safetensors file")
+    stored = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                ours = [key for key in list(tensors.keys()) if any(x in key for x in parts)]
+                stored.update({key: tensors.get_tensor(key) for key in ours})
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} cannot be read: {error}") from error
+    return stored
+
+
+def _load_base(path: Path, weights: dict[str, Tensor] | None, **kwargs: Any) -> PreTrainedModel:
+    source: dict[str, Any] = {"pretrained_model_name_or_path": path}
+    if weights is not None:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=kwargs["trust_remote_code"])
+        # The weights are in plain numbers again; transformers has no reader for ModelOpt's packed ones.
+        del config.quantization_config
+        source = {"pretrained_model_name_or_path": None, "config": config, "state_dict": weights}
+    # transformers lists our gates as unexpected keys: true, expected, and of no use to a reader.
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            **source, output_loading_info=True, **kwargs
+        )
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    finally:
+        hf_logging.set_verbosity(verbosity)
+    if info["missing_keys"]:
+        raise CheckpointError(f"{path} lacks the weights {sorted(info['missing_keys'])}")
+    return model
+
+
+def _put_gates(model: nn.Module, stored: dict[str, Tensor], path: Path) -> None:
+    wanted = {
+        f"{name}{GATE_KEY}{key}": tensor
+        for name, module in dms_modules(model).items()
+        for key, tensor in module.dms_gate.state_dict(keep_vars=True).items()
+    }
+    if stored.keys() != wanted.keys():
+        differ = sorted(stored.keys() ^ wanted.keys())
+        raise CheckpointError(f"{path}: gates in the file and in the model differ: {differ}")
+    for key, tensor in wanted.items():
+        if stored[key].shape != tensor.shape:
+            raise CheckpointError(
+                f"{path}: {key} has shape {tuple(stored[key].shape)}, expected {tuple(tensor.shape)}"
+            )
+        tensor.data = stored[key].to(tensor.device)
+
+
+def _put_ranges(model: nn.Module, ranges: dict[str, Tensor], path: Path) -> None:
+    """Give quantizers the ranges that calibration found, by the names of their buffers."""
+    quantizers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, TensorQuantizer)
+    }
+    for key, tensor in ranges.items():
+        name, _, buffer = key.rpartition(".")
+        if name not in quantizers:
+            raise CheckpointError(f"{path}: {key} belongs to no quantizer of this model")
+        device = next(model.get_submodule(name.rpartition(".")[0]).parameters(), tensor).device
+        setattr(quantizers[name], buffer.removeprefix("_"), tensor.to(device))

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ModelOpt's unified Hugging Face checkpoint -> plain weights and the ranges of the quantizers that made it.
+
+Tensors there: `weight` packed (FP8; NVFP4 two a byte), `weight_scale` and `weight_scale_2`, `input_scale`, and
+`k_proj.k_scale`, `v_proj.v_scale`. Knows neither models nor DMS.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from modelopt_dms.kv_quant import BLOCK, E2M1_MAX, E4M3_MAX, Nvfp4
+from modelopt_dms.mode import CheckpointError
+
+PACKED_FILE = "hf_quant_config.json"
+SCALES = (".weight_scale", ".weight_scale_2", ".input_scale", ".k_scale", ".v_scale")
+READABLE = ("FP8", "NVFP4", None)
+
+
+def is_packed(path: Path) -> bool:
+    """Whether a directory holds a unified checkpoint."""
+    return (path / PACKED_FILE).is_file()
+
+
+def unpack(stored: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights in float32, by name, and ranges of quantizers, by the names of ModelOpt's buffers.
+
+    Args:
+        stored: all tensors of the checkpoint.
+        path: its directory.
+
+    Raises:
+        CheckpointError: weights are packed in a way that is not read here.
+    """
+    quantization = json.loads((path / PACKED_FILE).read_text(encoding="utf-8"))["quantization"]
+    for field in ("quant_algo", "kv_cache_quant_algo"):
+        if quantization.get(field) not in READABLE:
+            raise CheckpointError(
+                f"{path} holds {field}={quantization[field]!r}; only {READABLE[:2]} can be read back. Load the "
+                "directory that compress saved instead"
+            )
+    weights: dict[str, Tensor] = {}
+    ranges: dict[str, Tensor] = {}
+    for key, tensor in stored.items():
+        name, _, kind = key.rpartition(".")
+        if not key.endswith(SCALES):
+            scale = stored.get(f"{name}.weight_scale") if kind == "weight" else None
+            if scale is None:
+                weights[key] = tensor
+            else:
+                double = stored.get(f"{name}.weight_scale_2")
+                weights[key], amax = _plain(tensor, scale, double)
+                ranges[f"{name}.weight_quantizer._amax"] = amax
+        elif kind == "input_scale":
+            largest = E4M3_MAX * (E2M1_MAX if f"{name}.weight_scale_2" in stored else 1)
+            ranges[f"{name}.input_quantizer._amax"] = tensor.float() * largest
+        elif kind in ("k_scale", "v_scale"):
+            attention = name.rpartition(".")[0]
+            largest = E4M3_MAX * (E2M1_MAX if quantization["kv_cache_quant_algo"] == "NVFP4" else 1)
+            ranges[f"{attention}.{kind[0]}_bmm_quantizer._amax"] = tensor.float() * largest
+    return weights, ranges
+
+
+def _plain(weight: Tensor, scale: Tensor, double_scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A packed weight [out, in] as float32, and its amax."""
+    if double_scale is None:
+        if weight.dtype != torch.float8_e4m3fn:
+            raise CheckpointError(f"a weight of {weight.dtype} without weight_scale_2 is not FP8")
+        return weight.float() * scale.float().reshape(
+            -1, *[1] * (weight.ndim - 1)
+        ), scale * E4M3_MAX
+    amax = (double_scale.float() * E2M1_MAX * E4M3_MAX).reshape(1)
+    rows = torch.cat([weight, scale.view(torch.uint8)], dim=-1)
+    assert weight.shape[-1] * 2 == scale.shape[-1] * BLOCK
+    return Nvfp4(amax).decode(rows, weight.shape[-1] * 2, torch.float32), amax.squeeze()

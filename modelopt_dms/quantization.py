@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ModelOpt's quantization of a DMS model: gates left out, KV quantizers that the cache can store, NVFP4 on CPUs too."""
+
+import json
+from collections.abc import Iterable
+from fnmatch import fnmatch
+from typing import Any
+
+import modelopt.torch.quantization as mtq
+import torch
+from modelopt.torch.quantization.nn import TensorQuantizer
+from modelopt.torch.quantization.nn.modules.tensor_quantizer import register_quant_backend
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from modelopt_dms.config import QuantizationConfig, quantization_to_dict
+from modelopt_dms.convert import dms_modules
+from modelopt_dms.kv_format import row_format
+from modelopt_dms.kv_quant import BLOCK, Nvfp4
+
+NVFP4_BACKEND = "modelopt_dms_nvfp4"
+
+
+class QuantizationError(ValueError):
+    """A quantization that cannot be done; the message says why."""
+
+
+def quantize(
+    model: PreTrainedModel, config: QuantizationConfig | dict[str, Any], batches: Iterable[Tensor]
+) -> PreTrainedModel:
+    """Quantize weights, activations and KV cache of a causal LM in place, as ModelOpt does; apply DMS before it.
+
+    From then on, weights and activations are fake-quantized, and the KV cache of DMS layers holds its rows really in
+    the format of the KV quantizers. Layers that cache a latent (MLA) keep it in the model's dtype.
+
+    Args:
+        model: in eval mode.
+        config: ModelOpt's `quant_cfg` and `algorithm`, and what the recipe's section `quantize` adds.
+        batches: token ids [B, T] to calibrate with.
+
+    Raises:
+        QuantizationError: the model is quantized already.
+        KVFormatError: the cache cannot store what the KV quantizers would compute; nothing was changed.
+    """
+    config = config if isinstance(config, QuantizationConfig) else QuantizationConfig(**config)
+    if is_quantized(model):
+        raise QuantizationError(
+            "the model is quantized already; start from the original checkpoint"
+        )
+    full = _complete(model, config)
+    _check_kv(full)
+
+    def calibrate(network: Any) -> None:
+        for batch in batches:
+            network(input_ids=batch.to(model.device), use_cache=False)
+
+    insert(model, _complete(model, config), calibrate)
+    return model
+
+
+def check_quantization(model: PreTrainedModel, config: QuantizationConfig) -> None:
+    """Raise what `quantize` would raise, before any work."""
+    if is_quantized(model):
+        raise QuantizationError("the model is quantized already; start from the original checkpoint")
+    _check_kv(config)
+
+
+def insert(model: PreTrainedModel, config: QuantizationConfig, calibrate: Any = None) -> None:
+    """Put ModelOpt's quantizers into a model, calibrated if there is something to calibrate with.
+
+    Args:
+        model: as for `quantize`.
+        config: complete, as `quantize` left it in the model's config.
+        calibrate: function of the model; None leaves the quantizers without ranges.
+    """
+    register_backend()
+    quant_cfg = [x.model_dump(exclude_unset=True) for x in config.quant_cfg]
+    algorithm = None if calibrate is None else config.model_dump()["algorithm"]
+    with torch.no_grad():
+        mtq.quantize(model, {"quant_cfg": quant_cfg, "algorithm": algorithm}, calibrate)
+    # Plain transformers keeps unknown config fields: what a later load needs survives in config.json, whose keys are
+    # text.
+    model.config.dms_quantization = json.loads(json.dumps(quantization_to_dict(config)))
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether ModelOpt has put quantizers into a model."""
+    return any(isinstance(x, TensorQuantizer) for x in model.modules())
+
+
+def register_backend() -> None:
+    """Make ModelOpt know our NVFP4 arithmetic, which needs no GPU."""
+    register_quant_backend(NVFP4_BACKEND, _fake_nvfp4)
+
+
+def _complete(model: PreTrainedModel, config: QuantizationConfig) -> QuantizationConfig:
+    """The config with what this model and this machine add: no gates, no latents, NVFP4 without a GPU."""
+    data = quantization_to_dict(config)
+    entries = [dict(x) for x in data["quant_cfg"]]
+    if model.device.type == "cpu":
+        for entry, known in zip(entries, config.quant_cfg, strict=True):
+            if _is_nvfp4(known.cfg):
+                entry["cfg"] = entry["cfg"] | {"backend": NVFP4_BACKEND}
+    entries.append({"quantizer_name": "*dms_*", "enable": False})
+    for name, module in dms_modules(model).items():
+        if hasattr(module, "expand_kv"):
+            entries.append({"quantizer_name": f"{name}.[kv]_bmm_quantizer", "enable": False})
+    return QuantizationConfig(**(data | {"quant_cfg": entries}))
+
+
+def _is_nvfp4(attributes: Any) -> bool:
+    if attributes is None or isinstance(attributes, list):
+        return False
+    blocks = attributes.block_sizes or {}
+    return (
+        attributes.num_bits == (2, 1)
+        and blocks.get("type") == "dynamic"
+        and blocks.get("scale_bits") == (4, 3)
+        and blocks.get(-1) == BLOCK
+    )
+
+
+def _check_kv(config: QuantizationConfig) -> None:
+    """Refuse KV quantizers that the cache cannot store, before anything is calibrated."""
+    for entry in config.quant_cfg:
+        if entry.cfg is None or entry.parent_class is not None:
+            continue
+        if not any(fnmatch(f"{x}_bmm_quantizer", entry.quantizer_name) for x in "kv"):
+            continue
+        quantizer = TensorQuantizer(entry.cfg)
+        if not quantizer._dynamic and not quantizer._use_constant_amax:
+            quantizer.amax = torch.ones(())
+        row_format(quantizer)
+
+
+def _fake_nvfp4(inputs: Tensor, quantizer: TensorQuantizer) -> Tensor:
+    """What ModelOpt's dynamic NVFP4 computes on a GPU, anywhere; gradients pass straight through."""
+    amax = quantizer._get_amax(inputs).float().amax().clamp(min=torch.finfo(torch.float32).tiny)
+    form = Nvfp4(amax.view(1))
+    values = form.decode(form.encode(inputs.detach()), inputs.shape[-1], inputs.dtype)
+    return inputs + (values - inputs).detach() if inputs.requires_grad else values
