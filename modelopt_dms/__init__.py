@@ -17,10 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from modelopt_dms.cache import KVStats, kv_stats
-    from modelopt_dms.config import DMSConfig, RetrofitConfig
+    from modelopt_dms.config import DMSConfig, QuantizationConfig, RetrofitConfig
+    from modelopt_dms.exporters import export
     from modelopt_dms.flow import compress
     from modelopt_dms.gate import eviction_off
-    from modelopt_dms.mode import apply_dms, load
+    from modelopt_dms.loading import load
+    from modelopt_dms.mode import apply_dms
+    from modelopt_dms.quantization import quantize
     from modelopt_dms.recipe import Recipe, load_recipe
     from modelopt_dms.train import RetrofitResult, retrofit
 
@@ -33,38 +36,45 @@ except PackageNotFoundError:
 _HOME = {
     "DMSConfig": "config",
     "KVStats": "cache",
+    "QuantizationConfig": "config",
     "Recipe": "recipe",
     "RetrofitConfig": "config",
     "RetrofitResult": "train",
     "apply_dms": "mode",
     "compress": "flow",
     "eviction_off": "gate",
+    "export": "exporters",
     "kv_stats": "cache",
-    "load": "mode",
+    "load": "loading",
     "load_recipe": "recipe",
+    "quantize": "quantization",
     "retrofit": "train",
 }
 
 __all__ = [
     "DMSConfig",
     "KVStats",
+    "QuantizationConfig",
     "Recipe",
     "RetrofitConfig",
     "RetrofitResult",
     "apply_dms",
     "compress",
     "eviction_off",
+    "export",
     "kv_stats",
     "load",
     "load_recipe",
+    "quantize",
     "register",
     "retrofit",
 ]
 
 
 def register() -> None:
-    """Make ModelOpt know the mode "dms", for `mto.restore` and for checkpoints that ModelOpt restores by itself."""
+    """Make ModelOpt know the mode "dms", and NVFP4 without a GPU: for `mto.restore`."""
     import_module("modelopt_dms.mode")
+    import_module("modelopt_dms.quantization").register_backend()
 
 
 def __getattr__(name: str) -> Any:

@@ -76,8 +76,9 @@ def compress(
     trust_remote_code: TrustOpt = False,
 ) -> None:
     """Retrofit MODEL so that its KV cache forgets, and save it to OUTPUT."""
-    from modelopt_dms.flow import SUMMARY_FILE, check_output
+    from modelopt_dms.flow import SUMMARY_FILE
     from modelopt_dms.flow import compress as run
+    from modelopt_dms.output import check_output
     from modelopt_dms.recipe import load_recipe
 
     chosen = load_recipe(recipe, changes or [])
@@ -229,7 +230,7 @@ def _load_any(
     _quiet_loading()
     from transformers import AutoConfig, AutoTokenizer
 
-    from modelopt_dms.mode import load
+    from modelopt_dms.loading import load
 
     name = str(embedded_model_dir()) if str(path) == EMBEDDED else str(path)
     _check_model_dir(name)

@@ -24,11 +24,12 @@ class DMSConfig(ModeloptBaseConfig):
         title="Delay window in tokens",
         description="A token marked for eviction stays readable until it is more than this many tokens old.",
     )
-    gate: Literal["adapter", "neuron"] = ModeloptField(
+    gate: Literal["adapter", "residual", "neuron"] = ModeloptField(
         default="adapter",
         title="Gate parameterisation",
-        description="'adapter': one zero-initialised linear row per KV head on the hidden state. 'neuron': one "
-        "dimension of the first query head of each KV group is read as the eviction logit and zeroed.",
+        description="'adapter': one zero-initialised linear row per KV head on the attention's input. 'residual': the "
+        "same on the normed residual stream (NVIDIA's checkpoints). 'neuron': one dimension of the first query head "
+        "of each KV group is read as the eviction logit and zeroed.",
     )
     granularity: Literal["head", "layer"] = ModeloptField(
         default="head",

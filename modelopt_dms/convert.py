@@ -15,7 +15,8 @@ from transformers.cache_utils import Cache
 from modelopt_dms.attention import ATTENTION_NAME, register_attention
 from modelopt_dms.cache import LayerStep, adopt
 from modelopt_dms.config import DMSConfig
-from modelopt_dms.gate import EvictionGate, NeuronGate
+from modelopt_dms.gate import EvictionGate
+from modelopt_dms.gate_kinds import NeuronGate, ResidualGate
 from modelopt_dms.kv_format import kv_formats
 from modelopt_dms.ops import shift_decisions
 from modelopt_dms.pages import Usage
@@ -36,8 +37,7 @@ class DMSAttention(DynamicModule):
     def _setup(self, gate: EvictionGate) -> None:
         self.dms_gate = gate
         self.dms_usage: Usage | None = None  # numbers of the last KV cache, for kv_stats
-        if isinstance(gate, NeuronGate):
-            gate.attach()
+        gate.attach()
         self.register_forward_pre_hook(_stage_step, with_kwargs=True)
         self.register_forward_hook(_drop_step, with_kwargs=True, always_call=True)
 
@@ -110,7 +110,8 @@ def plan_conversion(
         if reason is None and not any(fnmatch(name, pattern) for pattern in config.layers):
             reason = f"not matched by dms.layers={config.layers}"
         if reason is None:
-            plan[name] = (module, _make_gate(name, module, config))
+            layer = model.get_submodule(name.rpartition(".")[0])
+            plan[name] = (module, _make_gate(name, module, layer, config))
         else:
             left_alone[name] = reason
     if not plan:
@@ -148,7 +149,7 @@ def _reason_to_leave(module: Any) -> str | None:
     return None
 
 
-def _make_gate(name: str, module: Any, config: DMSConfig) -> EvictionGate:
+def _make_gate(name: str, module: Any, layer: nn.Module, config: DMSConfig) -> EvictionGate:
     text = _text_config(module)
     heads = text.num_attention_heads
     # MLA: one latent a token, so one decision.
@@ -156,6 +157,9 @@ def _make_gate(name: str, module: Any, config: DMSConfig) -> EvictionGate:
     kv_heads = 1 if latent else heads // getattr(module, "num_key_value_groups", 1)
     if config.gate == "adapter":
         return EvictionGate(config, module.layer_idx, kv_heads, text.hidden_size)
+    if config.gate == "residual":
+        eps = getattr(text, "rms_norm_eps", 1e-6)
+        return ResidualGate(config, module.layer_idx, kv_heads, text.hidden_size, layer, eps)
     q_proj, head_dim = getattr(module, "q_proj", None), getattr(module, "head_dim", None)
     if latent or not isinstance(q_proj, nn.Linear) or head_dim is None:
         raise UnsupportedModelError(
@@ -203,6 +207,7 @@ def _stage_step(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
 
 def _drop_step(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """After it, also when it failed: nothing stays staged, and a cache layer's numbers are remembered."""
+    module.dms_gate.forget()
     step: LayerStep | None = module.__dict__.pop("dms_step", None)
     if step is not None and step.layer is not None and step.used:
         module.dms_usage = step.layer.slots.usage

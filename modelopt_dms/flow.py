@@ -17,7 +17,13 @@ from modelopt_dms.mode import apply_dms
 from modelopt_dms.output import check_output, staged
 from modelopt_dms.quantization import check_quantization, is_quantized, quantize
 from modelopt_dms.recipe import Recipe, load_recipe, recipe_to_yaml
-from modelopt_dms.train import RetrofitResult, calibration_batches, prepare, retrofit
+from modelopt_dms.train import (
+    PreparedRun,
+    RetrofitResult,
+    calibration_batches,
+    prepare,
+    retrofit,
+)
 
 SUMMARY_FILE = "dms_summary.json"
 WORK_DIR = "retrofit"
@@ -57,53 +63,65 @@ def compress(
     target = None if output_dir is None else check_output(output_dir, (WORK_DIR, EXPORT_DIR))
     if recipe.export is not None and target is None:
         raise ValueError(f"export.format={recipe.export.format!r} needs an output_dir")
-    batches: list[Tensor] = []
-    if recipe.quantize is not None:
-        check_quantization(model, recipe.quantize)
-        batches = _calibration(model, recipe.quantize, data, tokenizer)
+    work = None if target is None else target / WORK_DIR
+    run = _plan_dms(model, recipe, data, tokenizer, work if resume else None)
+    batches = _plan_quantization(model, recipe.quantize, data, tokenizer)
     result = None
     if recipe.dms is not None:
-        plan_conversion(model, recipe.dms)
-        prepared = None
-        work = None if target is None else target / WORK_DIR
-        if recipe.retrofit is not None:
-            prepared = prepare(
-                model,
-                recipe.retrofit,
-                recipe.dms,
-                data=data,
-                tokenizer=tokenizer,
-                resume_from=work if resume else None,
-            )
         apply_dms(model, recipe.dms)
-        if recipe.quantize is not None and recipe.quantize.order == "before_retrofit":
-            quantize(model.eval(), recipe.quantize, batches)
-        if recipe.retrofit is not None:
-            result = retrofit(
-                model,
-                recipe.retrofit,
-                data=prepared,
-                output_dir=work,
-                resume=resume,
-                progress=progress,
-            )
+    if recipe.quantize is not None and recipe.quantize.order == "before_retrofit":
+        quantize(model.eval(), recipe.quantize, batches)
+    if recipe.retrofit is not None:
+        result = retrofit(
+            model, recipe.retrofit, data=run, output_dir=work, resume=resume, progress=progress
+        )
     model.eval()
     if recipe.quantize is not None and not is_quantized(model):
         quantize(model, recipe.quantize, batches)
     if target is not None:
         if recipe.export is not None:
-            export(model, target / EXPORT_DIR, recipe.export.format, tokenizer=tokenizer, recipe=recipe)
+            export(
+                model, target / EXPORT_DIR, recipe.export.format, tokenizer=tokenizer, recipe=recipe
+            )
         save(model, target, recipe=recipe, tokenizer=tokenizer, result=result)
     return model
 
 
-def _calibration(
+def _plan_dms(
     model: PreTrainedModel,
-    config: QuantizationConfig,
+    recipe: Recipe,
     data: Any,
     tokenizer: PreTrainedTokenizerBase | None,
-) -> list[Tensor]:
-    """Token ids [B, T] to calibrate with; none if the recipe measures nothing on data."""
+    resume_from: Path | None,
+) -> PreparedRun | None:
+    """Check that gates can be put on the model and can learn; the packed data, if they will."""
+    if recipe.dms is None:
+        return None
+    plan_conversion(model, recipe.dms)
+    if recipe.retrofit is None:
+        return None
+    first = recipe.quantize is not None and recipe.quantize.order == "before_retrofit"
+    return prepare(
+        model,
+        recipe.retrofit,
+        recipe.dms,
+        data=data,
+        tokenizer=tokenizer,
+        quantization=recipe.quantize if first else None,
+        resume_from=resume_from,
+    )
+
+
+def _plan_quantization(
+    model: PreTrainedModel,
+    config: QuantizationConfig | None,
+    data: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> list[dict[str, Tensor]]:
+    """Check that the model can be quantized; what to calibrate with, unless nothing is measured on data."""
+    if config is None:
+        return []
+    check_quantization(model, config)
     if data is None and not need_calibration(config.model_dump()):
         return []
     return calibration_batches(

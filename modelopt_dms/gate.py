@@ -53,7 +53,7 @@ class EvictionGate(nn.Module):
         self.scale = config.scale
         self.offset = config.offset
         rows = 1 if config.granularity == "layer" else kv_heads
-        if config.gate == "adapter":
+        if config.gate != "neuron":
             self.weight = nn.Parameter(torch.zeros(rows, hidden_size, dtype=torch.float32))
         self.register_buffer(
             "threshold", torch.full((rows,), config.threshold, dtype=torch.float32)
@@ -63,6 +63,12 @@ class EvictionGate(nn.Module):
         self.noise_seed: int | None = None
         self.tau = 0.1
         self.record: AlphaRecord | None = None
+
+    def attach(self) -> None:
+        """Hook into what else the gate reads or silences; the adapter needs nothing but the hidden state."""
+
+    def forget(self) -> None:
+        """Drop what was staged for one forward."""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Eviction logits [B, K or 1, T] in float32 from hidden states [B, T, C]."""
@@ -110,64 +116,6 @@ class EvictionGate(nn.Module):
         # The first recording counts: a checkpointed layer runs a second time in the backward pass.
         if self.record is not None:
             getattr(self.record, kind).setdefault(self.layer_idx, decisions)
-
-
-class NeuronGate(EvictionGate):
-    """Reads one dimension of the first query head of each KV group as the logit, and keeps attention from using it.
-
-    Adds no parameter: what learns is the query projection. Source: paper section 3.1.
-    """
-
-    def __init__(
-        self, config: DMSConfig, layer_idx: int, kv_heads: int, q_proj: nn.Linear, head_dim: int
-    ) -> None:
-        """Borrow from `q_proj` [H * D, C].
-
-        Args:
-            config: the model's DMS facts.
-            layer_idx: index of the layer in the model.
-            kv_heads: K, decisions a token.
-            q_proj: the layer's query projection.
-            head_dim: D.
-        """
-        super().__init__(config, layer_idx, kv_heads, q_proj.in_features)
-        self.borrowed_dim = config.neuron_dim
-        heads = q_proj.out_features // head_dim
-        self.borrowed_heads = range(0, heads, heads // kv_heads)
-        self.borrowed = [head * head_dim + config.neuron_dim for head in self.borrowed_heads]
-        # In a list, so that the projection is not registered (and saved) a second time under the gate.
-        self._q_proj = [q_proj]
-
-    def attach(self) -> None:
-        """Start silencing the borrowed dimension of the query projection."""
-        self._q_proj[0].register_forward_hook(self._silence)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Eviction logits [B, K, T] in float32 from hidden states [B, T, C]."""
-        q_proj = self._q_proj[0]
-        bias = None if q_proj.bias is None else q_proj.bias[self.borrowed].float()
-        z = F.linear(hidden.float(), q_proj.weight[self.borrowed].float(), bias)
-        z = self.scale * z - self.offset
-        if self.threshold.numel() == 1:
-            z = z.mean(-1, keepdim=True)
-        return z.transpose(1, 2)
-
-    def _silence(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        if not self.enabled:
-            return output
-        keep = torch.ones(output.shape[-1], dtype=output.dtype, device=output.device)
-        keep[self.borrowed] = 0
-        return output * keep
-
-    def silence_rotated(self, query: Tensor) -> Tensor:
-        """Zero the borrowed dimension [B, H, T, D] again after RoPE has mixed its partner into it."""
-        if not self.enabled:
-            return query
-        keep = torch.ones(
-            query.shape[1], 1, query.shape[-1], dtype=query.dtype, device=query.device
-        )
-        keep[list(self.borrowed_heads), :, self.borrowed_dim] = 0
-        return query * keep
 
 
 def gates(model: nn.Module) -> list[EvictionGate]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A directory -> a DMS model, quantized or not. Reads JSON and safetensors only."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,10 @@ import torch
 from modelopt.torch.quantization.nn import TensorQuantizer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
+from modelopt_dms import nvidia
 from modelopt_dms.config import DMSConfig, QuantizationConfig
 from modelopt_dms.convert import dms_modules, is_converted
 from modelopt_dms.mode import CheckpointError, apply_dms
@@ -28,7 +30,9 @@ def load(
     device_map: str | dict[str, Any] | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Load what `compress`, `save_pretrained` or `export` wrote; reads JSON and safetensors only.
+    """Load what `compress`, `save_pretrained` or `export` wrote, or a DMS checkpoint of NVIDIA's.
+
+    Reads JSON and safetensors only, and runs no code of a checkpoint unless `trust_remote_code` says so.
 
     Args:
         path: the directory.
@@ -44,25 +48,35 @@ def load(
         raise CheckpointError(
             f"{path} has no config.json; expected a directory written by save_pretrained"
         )
-    config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    raw = _read_json(path / "config.json")
+    theirs = nvidia.is_nvidia(raw)
+    config = (
+        nvidia.read_config(raw)
+        if theirs
+        else AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    )
     facts = getattr(config, "dms_config", None)
     quantization = getattr(config, "dms_quantization", None)
     if facts is None and quantization is None:
         raise CheckpointError(
             f"{path} is not a DMS model: config.json has no dms_config; compress it first"
         )
-    stored = _read(path, ("",) if is_packed(path) else (GATE_KEY, *RANGE_SUFFIXES))
+    ours = (nvidia.GATE_KEY,) if theirs else (GATE_KEY, *RANGE_SUFFIXES)
+    stored = _read(path, ("",) if is_packed(path) else ours)
     ranges: dict[str, Tensor] = {}
     weights = None
     if is_packed(path):
         weights, ranges = unpack(stored, path)
     model = _load_base(
         path,
+        config,
         weights,
         dtype=dtype,
         device_map=device_map,
         trust_remote_code=trust_remote_code,
     )
+    if theirs:
+        stored = nvidia.gate_tensors(stored, DMSConfig(**config.dms_config))
     gates = {key: x for key, x in stored.items() if GATE_KEY in key}
     if facts is not None:
         if not gates:
@@ -96,13 +110,21 @@ def _read(path: Path, parts: tuple[str, ...]) -> dict[str, Tensor]:
     return stored
 
 
-def _load_base(path: Path, weights: dict[str, Tensor] | None, **kwargs: Any) -> PreTrainedModel:
-    source: dict[str, Any] = {"pretrained_model_name_or_path": path}
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def _load_base(
+    path: Path, config: PreTrainedConfig, weights: dict[str, Tensor] | None, **kwargs: Any
+) -> PreTrainedModel:
+    source: dict[str, Any] = {"pretrained_model_name_or_path": path, "config": config}
     if weights is not None:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=kwargs["trust_remote_code"])
         # The weights are in plain numbers again; transformers has no reader for ModelOpt's packed ones.
         del config.quantization_config
-        source = {"pretrained_model_name_or_path": None, "config": config, "state_dict": weights}
+        source |= {"pretrained_model_name_or_path": None, "state_dict": weights}
     # transformers lists our gates as unexpected keys: true, expected, and of no use to a reader.
     verbosity = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()

@@ -2,14 +2,17 @@
 """ModelOpt's quantization of a DMS model: gates left out, KV quantizers that the cache can store, NVFP4 on CPUs too."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
 from typing import Any
 
 import modelopt.torch.quantization as mtq
 import torch
 from modelopt.torch.quantization.nn import TensorQuantizer
-from modelopt.torch.quantization.nn.modules.tensor_quantizer import register_quant_backend
+from modelopt.torch.quantization.nn.modules.tensor_quantizer import (
+    is_registered_quant_backend,
+    register_quant_backend,
+)
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -26,7 +29,9 @@ class QuantizationError(ValueError):
 
 
 def quantize(
-    model: PreTrainedModel, config: QuantizationConfig | dict[str, Any], batches: Iterable[Tensor]
+    model: PreTrainedModel,
+    config: QuantizationConfig | dict[str, Any],
+    batches: Iterable[Tensor | Mapping[str, Tensor]] = (),
 ) -> PreTrainedModel:
     """Quantize weights, activations and KV cache of a causal LM in place, as ModelOpt does; apply DMS before it.
 
@@ -36,7 +41,7 @@ def quantize(
     Args:
         model: in eval mode.
         config: ModelOpt's `quant_cfg` and `algorithm`, and what the recipe's section `quantize` adds.
-        batches: token ids [B, T] to calibrate with.
+        batches: what to calibrate with: token ids [B, T], or arguments of the model's forward.
 
     Raises:
         QuantizationError: the model is quantized already.
@@ -52,7 +57,8 @@ def quantize(
 
     def calibrate(network: Any) -> None:
         for batch in batches:
-            network(input_ids=batch.to(model.device), use_cache=False)
+            arguments = batch if isinstance(batch, Mapping) else {"input_ids": batch}
+            network(**{name: x.to(model.device) for name, x in arguments.items()}, use_cache=False)
 
     insert(model, _complete(model, config), calibrate)
     return model
@@ -61,7 +67,9 @@ def quantize(
 def check_quantization(model: PreTrainedModel, config: QuantizationConfig) -> None:
     """Raise what `quantize` would raise, before any work."""
     if is_quantized(model):
-        raise QuantizationError("the model is quantized already; start from the original checkpoint")
+        raise QuantizationError(
+            "the model is quantized already; start from the original checkpoint"
+        )
     _check_kv(config)
 
 
@@ -90,7 +98,8 @@ def is_quantized(model: nn.Module) -> bool:
 
 def register_backend() -> None:
     """Make ModelOpt know our NVFP4 arithmetic, which needs no GPU."""
-    register_quant_backend(NVFP4_BACKEND, _fake_nvfp4)
+    if not is_registered_quant_backend(NVFP4_BACKEND):
+        register_quant_backend(NVFP4_BACKEND, _fake_nvfp4)
 
 
 def _complete(model: PreTrainedModel, config: QuantizationConfig) -> QuantizationConfig:

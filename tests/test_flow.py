@@ -11,7 +11,7 @@ from families import build
 from torch import Tensor
 
 import modelopt_dms as dms
-from modelopt_dms import flow
+from modelopt_dms import flow, output
 from modelopt_dms.convert import is_converted
 from modelopt_dms.recipe import Recipe
 
@@ -70,7 +70,7 @@ def test_a_run_that_dies_while_saving_is_finished_by_the_same_call(
             raise KeyboardInterrupt
         replace(source, target)
 
-    monkeypatch.setattr(flow.os, "replace", dies_at_the_weights)
+    monkeypatch.setattr(output.os, "replace", dies_at_the_weights)
     with pytest.raises(KeyboardInterrupt):
         dms.compress(
             build("llama"), RECIPE, data=DOCUMENTS, output_dir=tmp_path / "out", progress=False
@@ -137,15 +137,15 @@ def test_output_directories_that_would_lose_something_are_refused(tmp_path: Path
         ("foreign", "thesis.tex"),
         ("done", "already holds"),
     ):
-        with pytest.raises(flow.OutputError, match=message):
-            flow.check_output(tmp_path / name)
-    assert flow.check_output(tmp_path / "new" / "deep") == tmp_path / "new" / "deep"
+        with pytest.raises(output.OutputError, match=message):
+            output.check_output(tmp_path / name)
+    assert output.check_output(tmp_path / "new" / "deep") == tmp_path / "new" / "deep"
 
 
 def test_a_read_only_output_directory_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The owner of this process may be root, to whom nothing is read-only.
-    monkeypatch.setattr(flow.os, "access", lambda path, mode: Path(path) != tmp_path)
-    with pytest.raises(flow.OutputError, match="read-only"):
-        flow.check_output(tmp_path / "new")
+    monkeypatch.setattr(output.os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(output.OutputError, match="read-only"):
+        output.check_output(tmp_path / "new")

@@ -12,13 +12,14 @@ PACKAGE = Path(__file__).parent.parent / "modelopt_dms"
 
 # Rooms by step, from the ground up. A room may import rooms of lower steps, and itself.
 STAIRCASE = [
-    {"ops", "kv_quant", "config", "shelf"},
+    {"ops", "kv_quant", "config", "shelf", "output"},
     {"gate", "pages", "kv_format", "recipe"},
-    {"cache"},
+    {"cache", "gate_kinds"},
     {"attention"},
     {"convert"},
-    {"mode"},
-    {"train"},
+    {"mode", "quantization"},
+    {"train", "packed", "nvidia"},
+    {"loading", "exporters"},
     {"flow", "evaluation"},
     {"report"},
     {"cli", "__init__"},

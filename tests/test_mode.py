@@ -15,7 +15,8 @@ from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from modelopt_dms.config import DMSConfig
 from modelopt_dms.convert import UnsupportedModelError, dms_modules, plan_conversion
-from modelopt_dms.mode import CheckpointError, apply_dms, load
+from modelopt_dms.loading import load
+from modelopt_dms.mode import CheckpointError, apply_dms
 
 
 def same_logits(a: PreTrainedModel, b: PreTrainedModel) -> bool:

@@ -23,7 +23,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from modelopt_dms.config import DMSConfig, RetrofitConfig
+from modelopt_dms.config import (
+    DMSConfig,
+    QuantizationConfig,
+    RetrofitConfig,
+    quantization_to_dict,
+)
 from modelopt_dms.gate import gate_parameters
 from modelopt_dms.train.packing import Samples
 
@@ -46,6 +51,7 @@ def describe_run(
     model: PreTrainedModel,
     config: RetrofitConfig,
     dms: DMSConfig,
+    quantization: QuantizationConfig | None,
     training: Samples,
     processes: int,
 ) -> dict[str, dict[str, Any]]:
@@ -54,6 +60,7 @@ def describe_run(
     return {
         "retrofit": retrofit,
         "dms": dms.model_dump(),
+        "quantize": {} if quantization is None else quantization_to_dict(quantization),
         "data": {"samples": len(training), "digest": training.digest()},
         "model": {"class": type(model).__name__, "digest": _digest(model)},
         "machine": {"processes": processes},

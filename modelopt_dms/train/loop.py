@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modelopt_dms.config import DMSConfig, RetrofitConfig
+from modelopt_dms.config import DMSConfig, QuantizationConfig, RetrofitConfig
 from modelopt_dms.train.checkpoint import (
     WEIGHTS_FILE,
     check_run,
@@ -74,6 +74,14 @@ class RetrofitResult:
         return {key: value for key, value in asdict(self).items() if key != "rows"}
 
 
+@dataclass(frozen=True)
+class PreparedRun:
+    """What `prepare` made: packed data, and the description by which a resume knows the run."""
+
+    data: PreparedData
+    description: dict[str, dict[str, Any]]
+
+
 def prepare(
     model: PreTrainedModel,
     config: RetrofitConfig,
@@ -81,8 +89,9 @@ def prepare(
     *,
     data: Any,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    quantization: QuantizationConfig | None = None,
     resume_from: Path | None = None,
-) -> PreparedData:
+) -> PreparedRun:
     """Check what can be checked before the model is converted, and pack the data; `retrofit` takes them like this.
 
     Args:
@@ -91,6 +100,7 @@ def prepare(
         dms: the facts that the model has or will have.
         data: see `modelopt_dms.train.data.ACCEPTED`.
         tokenizer: needed unless the data are token ids.
+        quantization: how the model is quantized, or will be before it learns.
         resume_from: directory whose checkpoints, if there are any, must be of this run.
 
     Raises:
@@ -98,16 +108,17 @@ def prepare(
             checkpoints are of another run.
     """
     check_reachable(dms.target_cr, dms.window, config.sequence_length, dms.protect_first)
-    data = pack_and_split(
+    packed = pack_and_split(
         open_documents(data, tokenizer, model),
         length=config.sequence_length,
         window=dms.window,
         wanted=_visits(config),
         seed=config.seed,
     )
+    description = describe_run(model, config, dms, quantization, packed.training, _processes())
     if resume_from is not None:
-        check_run(resume_from, describe_run(model, config, dms, data.training, _processes()))
-    return data
+        check_run(resume_from, description)
+    return PreparedRun(packed, description)
 
 
 def retrofit(
@@ -140,25 +151,29 @@ def retrofit(
     if facts is None:
         raise ValueError(f"{type(model).__name__} has no gates; call apply_dms (or compress) first")
     dms = DMSConfig(**facts)
-    if not isinstance(data, PreparedData):
-        data = prepare(model, config, dms, data=data, tokenizer=tokenizer)
+    if isinstance(data, PreparedRun):
+        run = data
+    else:
+        held = getattr(model.config, "dms_quantization", None)
+        quantization = None if held is None else QuantizationConfig(**held)
+        run = prepare(model, config, dms, data=data, tokenizer=tokenizer, quantization=quantization)
     with learning(model, config), _directory(output_dir) as place:
         distiller = Distiller(model, config).train()
         check_head(model)
         log = _train(
             distiller,
-            data.training,
+            run,
             place,
             keep=output_dir is not None,
             resume=resume,
             show=progress,
         )
-        measured = measure(distiller, data.held_out, config.batch_size)
+        measured = measure(distiller, run.data.held_out, config.batch_size)
     return _result(config, dms, measured, log)
 
 
 def _train(
-    distiller: Distiller, samples: Samples, place: Path, *, keep: bool, resume: bool, show: bool
+    distiller: Distiller, run: PreparedRun, place: Path, *, keep: bool, resume: bool, show: bool
 ) -> Progress:
     """Run or resume the training loop; returns its log."""
     model, config = distiller.model, distiller.retrofit
@@ -167,15 +182,13 @@ def _train(
     log = Progress(config.steps, place if keep and main else None, show=show and main)
     checkpoint = None
     if keep:
-        dms = DMSConfig(**model.config.dms_config)
-        description = describe_run(model, config, dms, samples, _processes())
-        checkpoint = open_run(place, description, resume=resume, main=main)
+        checkpoint = open_run(place, run.description, resume=resume, main=main)
     if checkpoint is not None:
         log.load(checkpoint)
         if step_of(checkpoint) == config.steps:
             load_trained(distiller, checkpoint / WEIGHTS_FILE)
             return log
-    visits = Visits(samples, _visits(config), config.seed)
+    visits = Visits(run.data.training, _visits(config), config.seed)
     trainer = RetrofitTrainer(distiller, arguments, visits, log, place if keep else None)
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

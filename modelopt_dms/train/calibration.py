@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The data a retrofit learns from -> the batches that quantization measures its ranges on. Knows no quantizers."""
+
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from modelopt_dms.train.data import DataError, Tokens, open_documents
+from modelopt_dms.train.packing import pack
+
+
+def calibration_batches(
+    model: PreTrainedModel,
+    data: Any,
+    tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    samples: int,
+    length: int,
+    batch_size: int,
+) -> list[dict[str, Tensor]]:
+    """Packed samples of the first documents, the fullest ones, as input_ids and position_ids [B, T].
+
+    Args:
+        model: that will be calibrated.
+        data: see `modelopt_dms.train.data.ACCEPTED`.
+        tokenizer: needed unless the data are token ids.
+        samples: at most this many; fewer if the data end before.
+        length: tokens of a sample.
+        batch_size: samples of a batch.
+
+    Raises:
+        DataError: data are missing, empty or not of this model.
+    """
+    documents: list[Tokens] = []
+    total = 0
+    for document in open_documents(data, tokenizer, model):
+        documents.append(document)
+        total += len(document)
+        if total >= samples * length:
+            break
+    if total == 0:
+        raise DataError(f"all {len(documents)} documents are empty")
+    packed = pack(documents, min(length, total))
+    fullest = (packed.tokens_ahead < 0).sum(dim=1).argsort(stable=True)[:samples]
+    chosen = packed.select(fullest)
+    parts = (chosen.batch(slice(i, i + batch_size)) for i in range(0, len(chosen), batch_size))
+    return [{name: part[name] for name in ("input_ids", "position_ids")} for part in parts]
