@@ -207,7 +207,8 @@ def _stage_step(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
 
 def _drop_step(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """After it, also when it failed: nothing stays staged, and a cache layer's numbers are remembered."""
-    module.dms_gate.forget()
+    if not module.training:  # in training, a checkpointed layer runs a second time
+        module.dms_gate.forget()
     step: LayerStep | None = module.__dict__.pop("dms_step", None)
     if step is not None and step.layer is not None and step.used:
         module.dms_usage = step.layer.slots.usage

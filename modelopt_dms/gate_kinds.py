@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gates that read something else than the attention's input: a borrowed query dimension, or the residual stream."""
 
+import weakref
 from typing import Any
 
 import torch
@@ -99,7 +100,7 @@ class ResidualGate(EvictionGate):
         self.eps = eps
         # In a list, so that the layer does not become a part of its own part.
         self._layer = [layer]
-        self._residual: Tensor | None = None
+        self._residual: weakref.ref[Tensor] | None = None
 
     def attach(self) -> None:
         """Start seeing what enters the layer."""
@@ -111,10 +112,13 @@ class ResidualGate(EvictionGate):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Eviction logits [B, K or 1, T] in float32; the hidden states that attention gets are not used."""
-        assert self._residual is not None, "the attention module ran outside of its decoder layer"
-        x = self._residual.float()
+        residual = None if self._residual is None else self._residual()
+        assert residual is not None, "the attention module ran outside of its decoder layer"
+        x = residual.float()
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
         return super().logits(x * self.norm)
 
     def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._residual = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        # Weak: the layer (and, until the backward pass, what recomputes it) holds its input anyway.
+        residual = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        self._residual = weakref.ref(residual)

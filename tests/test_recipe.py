@@ -38,7 +38,7 @@ def test_a_recipe_of_ones_own_can_import_shipped_units_and_units_beside_it(tmp_p
     unit = "# modelopt-schema: modelopt.torch.opt.config.ConfigDict\nwindow: 77\n"
     (tmp_path / "mine.yaml").write_text(unit)
     (tmp_path / "recipe.yaml").write_text(
-        "imports: {gates: units/nvidia_gates, facts: mine}\n"
+        "imports: {gates: units/retrofit_cr4, facts: mine}\n"
         "dms: {$import: facts, target_cr: 3}\n"
         "retrofit: {$import: gates, steps: 7}\n"
     )
@@ -70,7 +70,7 @@ def test_overrides_do_not_change_the_recipe_they_start_from() -> None:
         ("retrofit.learning_rat=3", "did you mean 'learning_rate'?"),
         ("dms.window=0", "dms.window=0"),
         ("dms.target_cr=0.5", "dms.target_cr=0.5"),
-        ("dms.gate=linear", "'adapter' or 'neuron'"),
+        ("dms.gate=linear", "'adapter', 'residual' or 'neuron'"),
         ("dms.decision_shift=2", "dms.decision_shift=2"),
         ("retrofit.steps=many", "retrofit.steps='many'"),
         ("retrofit.tau=0", "retrofit.tau=0"),

@@ -95,10 +95,11 @@ def test_without_evictions_the_student_is_the_teacher():
     assert out["loss"] == pytest.approx(0.9, abs=1e-5)
 
 
-def test_recomputed_activations_give_the_same_losses_and_gradients_bit_for_bit():
+@pytest.mark.parametrize("gate", ["adapter", "residual"])
+def test_recomputed_activations_give_the_same_losses_and_gradients_bit_for_bit(gate):
     """So the noise is the same in the second run of a layer, and alpha is recorded once, with its gradient."""
-    plain, plain_gradients = step(make_model(), make_config())
-    again, gradients = step(make_model(), make_config(gradient_checkpointing=True))
+    plain, plain_gradients = step(make_model(gate=gate), make_config())
+    again, gradients = step(make_model(gate=gate), make_config(gradient_checkpointing=True))
     assert {name: x.tolist() for name, x in plain.items()} == {
         name: x.tolist() for name, x in again.items()
     }

@@ -128,7 +128,7 @@ def test_reported_ratio_is_the_one_of_the_physical_cache():
     prepared = prepare(model, config, DMSConfig(**model.config.dms_config), data=make_data())
     _, result = run(model, config, data=prepared)
     with torch.no_grad():
-        model.eval()(input_ids=prepared.held_out.input_ids.long(), use_cache=True)
+        model.eval()(input_ids=prepared.data.held_out.input_ids.long(), use_cache=True)
     assert result.compression_ratio > 1.05
     assert kv_stats(model).compression_ratio == pytest.approx(result.compression_ratio, rel=1e-6)
 

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 
 from modelopt_dms.config import DMSConfig
 from modelopt_dms.convert import dms_modules
-from modelopt_dms.gate import EvictionGate, NeuronGate, gates
+from modelopt_dms.gate import EvictionGate, gates
+from modelopt_dms.gate_kinds import NeuronGate
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -32,6 +33,8 @@ class PeerGate(EvictionGate):
         config = DMSConfig(window=window, protect_first=protect_first)
         super().__init__(config, replaced.layer_idx, replaced.kv_heads, 1)
         self.enabled = replaced.enabled
+        # What the replaced gate's hooks still stage for it is dropped with the step.
+        self.forget = replaced.forget  # type: ignore[method-assign]
         if isinstance(replaced, NeuronGate):
             # The model learnt to live without the borrowed dimension; it stays silent.
             self.silence_rotated = replaced.silence_rotated
