@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from modelopt.torch.quantization.nn import TensorQuantizer
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import logging as hf_logging
 
 from modelopt_dms import nvidia
@@ -120,18 +123,19 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _load_base(
     path: Path, config: PreTrainedConfig, weights: dict[str, Tensor] | None, **kwargs: Any
 ) -> PreTrainedModel:
+    loader: Any = AutoModelForCausalLM
     source: dict[str, Any] = {"pretrained_model_name_or_path": path, "config": config}
     if weights is not None:
         # The weights are in plain numbers again; transformers has no reader for ModelOpt's packed ones.
         del config.quantization_config
+        kwargs.pop("trust_remote_code")
+        loader = _plain_class(config, path)
         source |= {"pretrained_model_name_or_path": None, "state_dict": weights}
     # transformers lists our gates as unexpected keys: true, expected, and of no use to a reader.
     verbosity = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            **source, output_loading_info=True, **kwargs
-        )
+        model, info = loader.from_pretrained(**source, output_loading_info=True, **kwargs)
     except SafetensorError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     finally:
@@ -139,6 +143,15 @@ def _load_base(
     if info["missing_keys"]:
         raise CheckpointError(f"{path} lacks the weights {sorted(info['missing_keys'])}")
     return model
+
+
+def _plain_class(config: PreTrainedConfig, path: Path) -> Any:
+    """The class of transformers that a checkpoint's config names."""
+    names = config.architectures or ["(none)"]
+    found = getattr(transformers, names[0], None)
+    if found is None:
+        raise CheckpointError(f"{path}: architectures={names} is no model of transformers")
+    return found
 
 
 def _put_gates(model: nn.Module, stored: dict[str, Tensor], path: Path) -> None:
@@ -158,16 +171,32 @@ def _put_gates(model: nn.Module, stored: dict[str, Tensor], path: Path) -> None:
         tensor.data = stored[key].to(tensor.device)
 
 
-def _put_ranges(model: nn.Module, ranges: dict[str, Tensor], path: Path) -> None:
+def _put_ranges(model: PreTrainedModel, ranges: dict[str, Tensor], path: Path) -> None:
     """Give quantizers the ranges that calibration found, by the names of their buffers."""
     quantizers = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, TensorQuantizer)
     }
+    conversions = get_model_conversion_mapping(model)
     for key, tensor in ranges.items():
         name, _, buffer = key.rpartition(".")
-        if name not in quantizers:
+        candidates = (name, *_quantizer_names(name, conversions))
+        found = next((x for x in candidates if x in quantizers), None)
+        if found is None:
             raise CheckpointError(f"{path}: {key} belongs to no quantizer of this model")
-        device = next(model.get_submodule(name.rpartition(".")[0]).parameters(), tensor).device
-        setattr(quantizers[name], buffer.removeprefix("_"), tensor.to(device))
+        device = next(model.get_submodule(found.rpartition(".")[0]).parameters(), tensor).device
+        setattr(quantizers[found], buffer.removeprefix("_"), tensor.to(device))
+
+
+def _quantizer_names(name: str, conversions: list[Any]) -> list[str]:
+    """What a quantizer may be called in the model, where transformers renames or fuses what it loads."""
+    renamings = [x for x in conversions if isinstance(x, WeightRenaming)]
+    converters = [x for x in conversions if isinstance(x, WeightConverter)]
+    names = [rename_source_key(name, renamings, [])[0]]
+    module, _, kind = name.rpartition(".")
+    fused = rename_source_key(f"{module}.weight", renamings, converters)[0]
+    if fused != f"{module}.weight":
+        expert = next((x for x in reversed(module.split(".")) if x.isdigit()), "")
+        names += [f"{fused}_{kind}", f"{fused}_{kind}s.{expert}"]
+    return names

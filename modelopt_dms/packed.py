@@ -2,7 +2,7 @@
 """ModelOpt's unified Hugging Face checkpoint -> plain weights and the ranges of the quantizers that made it.
 
 Tensors there: `weight` packed (FP8; NVFP4 two a byte), `weight_scale` and `weight_scale_2`, `input_scale`, and
-`k_proj.k_scale`, `v_proj.v_scale`. Knows neither models nor DMS.
+`k_proj.k_scale`, `v_proj.v_scale`; experts one by one or fused. Knows neither models nor DMS.
 """
 
 import json
@@ -15,8 +15,8 @@ from modelopt_dms.kv_quant import BLOCK, E2M1_MAX, E4M3_MAX, Nvfp4
 from modelopt_dms.mode import CheckpointError
 
 PACKED_FILE = "hf_quant_config.json"
-SCALES = (".weight_scale", ".weight_scale_2", ".input_scale", ".k_scale", ".v_scale")
-READABLE = ("FP8", "NVFP4", None)
+SCALES = ("weight_scale", "weight_scale_2", "input_scale")
+READABLE = ("FP8", "NVFP4", "W4A16_NVFP4", None)
 
 
 def is_packed(path: Path) -> bool:
@@ -38,29 +38,38 @@ def unpack(stored: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], di
     for field in ("quant_algo", "kv_cache_quant_algo"):
         if quantization.get(field) not in READABLE:
             raise CheckpointError(
-                f"{path} holds {field}={quantization[field]!r}; only {READABLE[:2]} can be read back. Load the "
+                f"{path} holds {field}={quantization[field]!r}; only {READABLE[:-1]} can be read back. Load the "
                 "directory that compress saved instead"
             )
     weights: dict[str, Tensor] = {}
     ranges: dict[str, Tensor] = {}
     for key, tensor in stored.items():
         name, _, kind = key.rpartition(".")
-        if not key.endswith(SCALES):
-            scale = stored.get(f"{name}.weight_scale") if kind == "weight" else None
-            if scale is None:
-                weights[key] = tensor
-            else:
-                double = stored.get(f"{name}.weight_scale_2")
-                weights[key], amax = _plain(tensor, scale, double)
-                ranges[f"{name}.weight_quantizer._amax"] = amax
-        elif kind == "input_scale":
-            largest = E4M3_MAX * (E2M1_MAX if f"{name}.weight_scale_2" in stored else 1)
-            ranges[f"{name}.input_quantizer._amax"] = tensor.float() * largest
-        elif kind in ("k_scale", "v_scale"):
+        if kind in ("k_scale", "v_scale"):
             attention = name.rpartition(".")[0]
-            largest = E4M3_MAX * (E2M1_MAX if quantization["kv_cache_quant_algo"] == "NVFP4" else 1)
-            ranges[f"{attention}.{kind[0]}_bmm_quantizer._amax"] = tensor.float() * largest
+            ranges[f"{attention}.{kind[0]}_bmm_quantizer._amax"] = tensor.float() * E4M3_MAX
+        elif not key.endswith(SCALES):
+            weights[key], found = _unpack_weight(key, tensor, stored)
+            ranges |= found
     return weights, ranges
+
+
+def _unpack_weight(
+    key: str, tensor: Tensor, stored: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """A tensor in plain numbers, and the ranges of its quantizers by name; none if it is not packed."""
+    # Fused experts are parameters of their own: experts.down_proj, experts.down_proj_weight_scale.
+    prefix = key.removesuffix("weight") if key.endswith(".weight") else f"{key}_"
+    scale, double = (stored.get(f"{prefix}weight_scale{x}") for x in ("", "_2"))
+    if scale is None:
+        return tensor, {}
+    plain, amax = _plain(tensor, scale, double)
+    ranges = {f"{prefix}weight_quantizer._amax": amax}
+    if f"{prefix}input_scale" in stored:
+        largest = E4M3_MAX * (1 if double is None else E2M1_MAX)
+        measured = stored[f"{prefix}input_scale"].float() * largest
+        ranges[f"{prefix}input_quantizer._amax"] = measured
+    return plain, ranges
 
 
 def _plain(weight: Tensor, scale: Tensor, double_scale: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -70,8 +79,12 @@ def _plain(weight: Tensor, scale: Tensor, double_scale: Tensor | None) -> tuple[
             raise CheckpointError(f"a weight of {weight.dtype} without weight_scale_2 is not FP8")
         return weight.float() * scale.float().reshape(
             -1, *[1] * (weight.ndim - 1)
-        ), scale * E4M3_MAX
-    amax = (double_scale.float() * E2M1_MAX * E4M3_MAX).reshape(1)
-    rows = torch.cat([weight, scale.view(torch.uint8)], dim=-1)
-    assert weight.shape[-1] * 2 == scale.shape[-1] * BLOCK
-    return Nvfp4(amax).decode(rows, weight.shape[-1] * 2, torch.float32), amax.squeeze()
+        ), scale.float() * E4M3_MAX
+    amax = (double_scale.float() * (E2M1_MAX * E4M3_MAX)).reshape(1)
+    # Fused experts of some families are [E, in, out]; packed is the dimension that is summed over.
+    transposed = weight.shape[-1] * 2 != scale.shape[-1] * BLOCK
+    if transposed:
+        weight, scale = weight.transpose(-1, -2), scale.transpose(-1, -2)
+    rows = torch.cat([weight, scale.contiguous().view(torch.uint8)], dim=-1)
+    plain = Nvfp4(amax).decode(rows, weight.shape[-1] * 2, torch.float32)
+    return plain.transpose(-1, -2) if transposed else plain, amax.squeeze()

@@ -20,6 +20,7 @@ from modelopt_dms.config import QuantizationConfig, quantization_to_dict
 from modelopt_dms.convert import dms_modules
 from modelopt_dms.kv_format import row_format
 from modelopt_dms.kv_quant import BLOCK, Nvfp4
+from modelopt_dms.ranges import settle
 
 NVFP4_BACKEND = "modelopt_dms_nvfp4"
 
@@ -60,7 +61,8 @@ def quantize(
             arguments = batch if isinstance(batch, Mapping) else {"input_ids": batch}
             network(**{name: x.to(model.device) for name, x in arguments.items()}, use_cache=False)
 
-    insert(model, _complete(model, config), calibrate)
+    insert(model, full, calibrate)
+    settle(model)
     return model
 
 
@@ -111,6 +113,8 @@ def _complete(model: PreTrainedModel, config: QuantizationConfig) -> Quantizatio
             if _is_nvfp4(known.cfg):
                 entry["cfg"] = entry["cfg"] | {"backend": NVFP4_BACKEND}
     entries.append({"quantizer_name": "*dms_*", "enable": False})
+    # ModelOpt's wildcards reach the inputs of LayerNorm, but no checkpoint format and no engine knows them.
+    entries.append({"parent_class": "nn.LayerNorm", "quantizer_name": "*", "enable": False})
     for name, module in dms_modules(model).items():
         if hasattr(module, "expand_kv"):
             entries.append({"quantizer_name": f"{name}.[kv]_bmm_quantizer", "enable": False})

@@ -56,7 +56,7 @@ _LATENT = {
     "kv_lora_rank": 16,
     "qk_nope_head_dim": 8,
     "qk_rope_head_dim": 4,
-    "v_head_dim": 6,
+    "v_head_dim": 8,
     "head_dim": 4,  # transformers: the part of a head that is rotated
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,

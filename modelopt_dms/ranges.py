@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ranges of calibrated quantizers, made what ModelOpt's unified checkpoint will hold of them.
+
+That checkpoint gives linears that read the same input (q, k, v; gate, up) one NVFP4 range, and holds scales in place of
+ranges. Settled right after calibration, a model computes the same before it is exported and after.
+"""
+
+from typing import Any
+
+import torch
+from modelopt.torch.export.unified_export_hf import collect_shared_input_modules
+from modelopt.torch.quantization.nn import TensorQuantizer
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from modelopt_dms.kv_quant import E2M1_MAX, E4M3_MAX, INT8_MAX
+
+ROLES = ("input_quantizer", "weight_quantizer")
+
+
+def settle(model: PreTrainedModel) -> None:
+    """Share and round the ranges of all calibrated quantizers, in place; moves them by rounding errors at most,
+    except NVFP4 ranges that are to be shared, which become their group's largest.
+    """
+    for group in _shared_inputs(model):
+        for role in ROLES:
+            quantizers = [getattr(module, role) for module in group]
+            if len(group) > 1 and all(_is_shared_format(x) for x in quantizers):
+                largest = torch.stack([x.amax for x in quantizers]).max()
+                for quantizer in quantizers:
+                    quantizer.amax = largest
+    for name, module in model.named_modules():
+        if isinstance(module, TensorQuantizer) and getattr(module, "_amax", None) is not None:
+            kv = name.endswith("_bmm_quantizer")
+            module.amax = _as_stored(module.amax, _largest_code(module, kv))
+
+
+def _shared_inputs(model: Any) -> list[list[Any]]:
+    """Groups of quantized linears that read the same tensor."""
+
+    def probe() -> None:
+        model(torch.zeros(1, 2, dtype=torch.long, device=model.device))
+
+    return list(collect_shared_input_modules(model, probe)[0].values())
+
+
+def _is_shared_format(quantizer: Any) -> bool:
+    amax = getattr(quantizer, "_amax", None)
+    return bool(quantizer.is_nvfp4_dynamic) and amax is not None and amax.numel() == 1
+
+
+def _largest_code(quantizer: Any, kv: bool) -> float:
+    """What a range is divided by to give the scale that is stored; for keys and values, FP8's also in NVFP4."""
+    if quantizer.is_nvfp4_dynamic:
+        return E4M3_MAX if kv else E2M1_MAX * E4M3_MAX
+    return INT8_MAX if quantizer.num_bits == 8 else E4M3_MAX
+
+
+def _as_stored(amax: Tensor, largest: float) -> Tensor:
+    """The range that is read back from the scale of a range."""
+    return amax.float() / largest * largest
