@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: modelopt-dms {compress, generate, eval, recipes}. Imports what is heavy only when needed."""
+"""The command line: modelopt-dms {compress, generate, eval, export, recipes}. Heavy imports only when needed."""
 
 import json
 import os
@@ -183,6 +183,33 @@ def evaluate(
     out.print(results_table(rows))
 
 
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(help="Directory of a compressed, quantized model.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the result.")],
+    format: Annotated[str, typer.Option(help="hf: ModelOpt's unified checkpoint.")] = "hf",
+    dtype: DtypeOpt = Dtype.auto,
+    device: DeviceOpt = None,
+    trust_remote_code: TrustOpt = False,
+) -> None:
+    """Write a quantized model for serving, weights packed."""
+    from transformers import AutoTokenizer
+
+    from modelopt_dms.exporters import RECIPE_FILE
+    from modelopt_dms.exporters import export as write
+    from modelopt_dms.loading import load
+    from modelopt_dms.output import check_output
+    from modelopt_dms.recipe import load_recipe
+
+    _quiet_loading()
+    check_output(output)
+    network = load(model, dtype=dtype.value, device_map=device, trust_remote_code=trust_remote_code)
+    recipe = load_recipe(model / RECIPE_FILE) if (model / RECIPE_FILE).is_file() else None
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    write(network, output, format, tokenizer=tokenizer, recipe=recipe)
+    out.print(f"saved to {escape(str(output))}", highlight=False)
+
+
 @recipes_app.callback()
 def recipes(context: typer.Context) -> None:
     """List the shipped recipes."""
@@ -191,6 +218,11 @@ def recipes(context: typer.Context) -> None:
         for name, description in list_recipes().items():
             table.add_row(name, description)
         out.print(table)
+        out.print(
+            "ModelOpt's own PTQ recipes work, too: general/ptq/fp8_default-kv_fp8 and others. "
+            "`recipes show NAME` prints one in full.",
+            highlight=False,
+        )
 
 
 @recipes_app.command()
@@ -206,6 +238,14 @@ def show(
     out.print(
         recipe_to_yaml(load_recipe(name, changes or [])), end="", highlight=False, markup=False
     )
+
+
+@recipes_app.command()
+def schema() -> None:
+    """Print the JSON schema of recipe files, for an editor."""
+    from modelopt_dms.schema import recipe_schema
+
+    print(json.dumps(recipe_schema(), indent=2))
 
 
 def _load_base(
@@ -235,7 +275,7 @@ def _load_any(
     name = str(embedded_model_dir()) if str(path) == EMBEDDED else str(path)
     _check_model_dir(name)
     config = AutoConfig.from_pretrained(name, trust_remote_code=trust)
-    if getattr(config, "dms_config", None) is None:
+    if not any(hasattr(config, x) for x in ("dms_config", "dms_quantization", "dms_window_size")):
         return _load_base(name, dtype, device, trust)
     tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
     return load(name, dtype=dtype.value, device_map=device, trust_remote_code=trust), tokenizer
@@ -251,9 +291,10 @@ def _embedded_documents(tokenizer: "PreTrainedTokenizerBase", recipe: Any) -> li
     """The embedded model's own kind of text, enough for the recipe."""
     from modelopt_dms.evaluation.tasks import training_documents
 
-    retrofit = recipe.retrofit
+    retrofit, quantize = recipe.retrofit, recipe.quantize
     if retrofit is None:
-        return []
+        count, length = (0, 8) if quantize is None else (quantize.samples, quantize.sample_length)
+        return [x.ids for x in training_documents(tokenizer, count, length, seed=0)]
     wanted = retrofit.steps * retrofit.batch_size * retrofit.gradient_accumulation_steps
     count = min(wanted, 2048) + 32
     length = retrofit.sequence_length

@@ -44,9 +44,14 @@ class NeuronGate(EvictionGate):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Eviction logits [B, K, T] in float32 from hidden states [B, T, C]."""
-        q_proj = self._q_proj[0]
+        q_proj: Any = self._q_proj[0]
+        weight = q_proj.weight
+        if hasattr(
+            q_proj, "weight_quantizer"
+        ):  # ModelOpt's: decide by what the quantized projection computes
+            hidden, weight = q_proj.input_quantizer(hidden), q_proj.weight_quantizer(weight)
         bias = None if q_proj.bias is None else q_proj.bias[self.borrowed].float()
-        z = F.linear(hidden.float(), q_proj.weight[self.borrowed].float(), bias)
+        z = F.linear(hidden.float(), weight[self.borrowed].float(), bias)
         z = self.scale * z - self.offset
         if self.threshold.numel() == 1:
             z = z.mean(-1, keepdim=True)

@@ -2,6 +2,7 @@
 """ModelOpt's quantization of a DMS model: gates left out, KV quantizers that the cache can store, NVFP4 on CPUs too."""
 
 import json
+import warnings
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
 from typing import Any
@@ -55,6 +56,13 @@ def quantize(
         )
     full = _complete(model, config)
     _check_kv(full)
+    latent = [name for name, x in dms_modules(model).items() if hasattr(x, "expand_kv")]
+    if latent and _kv_entries(config):
+        warnings.warn(
+            f"{len(latent)} layers cache a latent (MLA) and keep it in {model.dtype}: ModelOpt's KV quantizers are for "
+            "keys and values",
+            stacklevel=2,
+        )
 
     def calibrate(network: Any) -> None:
         for batch in batches:
@@ -98,6 +106,11 @@ def is_quantized(model: nn.Module) -> bool:
     return any(isinstance(x, TensorQuantizer) for x in model.modules())
 
 
+def quantizes(model: nn.Module) -> bool:
+    """Whether any quantizer of a model does something."""
+    return any(isinstance(x, TensorQuantizer) and x.is_enabled for x in model.modules())
+
+
 def register_backend() -> None:
     """Make ModelOpt know our NVFP4 arithmetic, which needs no GPU."""
     if not is_registered_quant_backend(NVFP4_BACKEND):
@@ -135,15 +148,22 @@ def _is_nvfp4(attributes: Any) -> bool:
 
 def _check_kv(config: QuantizationConfig) -> None:
     """Refuse KV quantizers that the cache cannot store, before anything is calibrated."""
-    for entry in config.quant_cfg:
-        if entry.cfg is None or entry.parent_class is not None:
-            continue
-        if not any(fnmatch(f"{x}_bmm_quantizer", entry.quantizer_name) for x in "kv"):
-            continue
+    for entry in _kv_entries(config):
         quantizer = TensorQuantizer(entry.cfg)
         if not quantizer._dynamic and not quantizer._use_constant_amax:
             quantizer.amax = torch.ones(())
         row_format(quantizer)
+
+
+def _kv_entries(config: QuantizationConfig) -> list[Any]:
+    """Entries that give keys or values a number format."""
+    return [
+        entry
+        for entry in config.quant_cfg
+        if entry.cfg is not None
+        and entry.parent_class is None
+        and any(fnmatch(f"{x}_bmm_quantizer", entry.quantizer_name) for x in "kv")
+    ]
 
 
 def _fake_nvfp4(inputs: Tensor, quantizer: TensorQuantizer) -> Tensor:

@@ -19,8 +19,9 @@ ROLES = ("input_quantizer", "weight_quantizer")
 
 
 def settle(model: PreTrainedModel) -> None:
-    """Share and round the ranges of all calibrated quantizers, in place; moves them by rounding errors at most,
-    except NVFP4 ranges that are to be shared, which become their group's largest.
+    """Share and round the ranges of all calibrated quantizers, in place.
+
+    Ranges move by rounding errors at most; shared NVFP4 ranges become the largest of their group.
     """
     for group in _shared_inputs(model):
         for role in ROLES:

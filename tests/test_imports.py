@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "modelopt_dms"
 STAIRCASE = [
     {"ops", "kv_quant", "config", "shelf", "output"},
     {"gate", "pages", "kv_format", "recipe"},
-    {"cache", "gate_kinds"},
+    {"cache", "gate_kinds", "schema"},
     {"attention"},
     {"convert", "ranges"},
     {"mode"},

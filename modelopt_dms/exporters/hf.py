@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelopt_dms.output import check_output, staged
 from modelopt_dms.packed import PACKED_FILE
-from modelopt_dms.quantization import is_quantized
+from modelopt_dms.quantization import quantizes
 from modelopt_dms.recipe import Recipe, recipe_to_yaml
 
 FORMATS = ("hf",)
@@ -42,20 +42,25 @@ def export(
         recipe: written along with the model.
 
     Raises:
-        ExportError: unknown format, or a model without quantizers.
+        ExportError: unknown format, a model without quantizers, or with some that ModelOpt cannot pack.
         OutputError: the directory cannot be written to without losing something.
     """
     if format not in FORMATS:
         raise ExportError(f"format={format!r} is not known; accepted: {', '.join(FORMATS)}")
-    if not is_quantized(model):
+    if not quantizes(model):
         raise ExportError(
-            "the model is not quantized, so there is nothing to pack; save_pretrained writes it as it is"
+            "no quantizer of the model is enabled, so there is nothing to pack; save_pretrained writes it as it is"
         )
     target = check_output(output_dir)
     packed: Any = copy.deepcopy(model)
     packed.config.architectures = [_plain_name(model)]
     with staged(target) as place:
-        export_hf_checkpoint(packed, dtype=model.dtype, export_dir=place)
+        try:
+            export_hf_checkpoint(packed, dtype=model.dtype, export_dir=place)
+        except (AssertionError, RuntimeError, NotImplementedError, ValueError) as error:
+            raise ExportError(
+                f"ModelOpt's unified checkpoint cannot hold this quantization ({error}); use save_pretrained"
+            ) from error
         _add_dms(place / PACKED_FILE, model)
         if tokenizer is not None:
             tokenizer.save_pretrained(place)

@@ -1,0 +1,337 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DMS and quantization together: the cache holds what ModelOpt computes, and nothing changes on the way to disk."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import modelopt.torch.opt as mto
+import pytest
+import torch
+from families import (
+    FAMILIES,
+    LATENT,
+    WINDOW,
+    build,
+    build_dms,
+    distance,
+    feed,
+    greedy_without_cache,
+    open_gates,
+    tokens,
+)
+from modelopt.torch.quantization.nn import TensorQuantizer
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import modelopt_dms as dms
+from modelopt_dms.cache import DMSLayer, kv_stats
+from modelopt_dms.convert import dms_modules
+from modelopt_dms.gate import record_alpha
+from modelopt_dms.kv_format import KVFormatError
+from modelopt_dms.quantization import QuantizationError, is_quantized
+
+LENGTH = 24
+FP8 = "fp8_default-kv_fp8-dms_cr8"
+NVFP4 = "nvfp4_default-kv_nvfp4-dms_cr8"
+# ModelOpt's activation ranges make tiny differences between ways of summing cross a rounding boundary now and then.
+FLIPS = 1e-3
+
+LOAD_IN_A_FRESH_PROCESS = """
+import json, sys
+from pathlib import Path
+import torch
+from safetensors.torch import load_file
+import modelopt_dms as dms
+
+for path in map(Path, sys.argv[1:]):
+    expected = load_file(path / "expected" / "outputs.safetensors")
+    for name in ("saved", "exported"):
+        model = dms.load(path / name)
+        ids = expected["ids"]
+        with torch.no_grad():
+            logits = model(ids, use_cache=False).logits
+            generated = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8)
+        same = torch.equal(logits, expected["logits"]) and torch.equal(generated, expected["generated"])
+        print("RESULT", json.dumps([path.name + " " + name, same]))
+"""
+
+
+def config(recipe: str) -> Any:
+    return dms.load_recipe(recipe).quantize
+
+
+def quantized(family: str, recipe: str, **facts: Any) -> PreTrainedModel:
+    with unwarned():
+        return dms.quantize(build_dms(family, **facts), config(recipe), [tokens(4, 32, seed=5)])
+
+
+@contextmanager
+def unwarned() -> Iterator[None]:
+    """Latents keep their dtype, and say so; other tests look at that."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
+
+
+@pytest.fixture(scope="module")
+def ids() -> Tensor:
+    return tokens(2, LENGTH)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(family: str) -> PreTrainedModel:
+    """Shared by the tests of one family; a test leaves it as it was."""
+    return quantized(family, FP8)
+
+
+@torch.no_grad()
+def test_every_way_of_feeding_the_quantized_cache_equals_the_full_forward(
+    model: PreTrainedModel, ids: Tensor
+) -> None:
+    full = model(ids, use_cache=False).logits
+    for split in ([LENGTH], [1] * LENGTH, [10, 1, 1, 8, 4]):
+        assert distance(feed(model, ids, split)[0], full) < FLIPS
+
+
+@torch.no_grad()
+def test_generate_equals_recomputing_every_step_from_scratch(
+    model: PreTrainedModel, ids: Tensor
+) -> None:
+    prompt = ids[:, :12]
+    generated = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8)
+    assert torch.equal(generated, greedy_without_cache(model, prompt, 8))
+
+
+@torch.no_grad()
+def test_the_cache_holds_what_modelopts_quantizers_compute(
+    family: str, model: PreTrainedModel, ids: Tensor
+) -> None:
+    """Rows as the model hands them to the cache, through the quantizers, against what is stored; and one byte each."""
+    given: dict[int, tuple[Tensor, Tensor]] = {}
+    update = DMSLayer.update
+
+    def spy(layer: DMSLayer, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
+        given[id(layer)] = (k, v)
+        return update(layer, k, v, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch, record_alpha(model) as record:
+        patch.setattr(DMSLayer, "update", spy)
+        _, cache = feed(model, ids, [LENGTH])
+    for module in dms_modules(model).values():
+        layer = cache.layers[module.layer_idx]
+        k, v = given[id(layer)]
+        if family not in LATENT:
+            k, v = module.k_bmm_quantizer(k), module.v_bmm_quantizer(v)
+            assert layer.slots.keys[0].dtype == torch.uint8
+            assert layer.slots.keys[0].shape[-1] == k.shape[-1]
+        evict = record.hard[module.layer_idx]
+        old = torch.arange(LENGTH) < LENGTH - WINDOW - 1
+        for b in range(2):
+            for head in range(k.shape[1]):
+                live = ~(evict[b, head] & old)
+                # Slots are in no order; sort rows to compare them.
+                for held, expected in zip(
+                    layer.rows(b * k.shape[1] + head),
+                    (k[b, head, live], v[b, head, live]),
+                    strict=True,
+                ):
+                    assert torch.equal(_sorted(held), _sorted(expected))
+
+
+def _sorted(rows: Tensor) -> Tensor:
+    return torch.tensor(sorted(rows.tolist()))
+
+
+@torch.no_grad()
+def test_all_families_save_and_export_and_load_bit_exactly_in_a_fresh_process(
+    tmp_path: Path, ids: Tensor
+) -> None:
+    for family in FAMILIES:
+        model = quantized(family, FP8)
+        place = tmp_path / family
+        model.save_pretrained(place / "saved")
+        outputs = {
+            "ids": ids,
+            "logits": model(ids, use_cache=False).logits,
+            "generated": model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8),
+        }
+        dms.export(model, place / "exported")
+        # Exporting packs a copy.
+        assert torch.equal(model(ids, use_cache=False).logits, outputs["logits"])
+        (place / "expected").mkdir()
+        save_file(outputs, place / "expected" / "outputs.safetensors")
+    result = subprocess.run(
+        [sys.executable, "-c", LOAD_IN_A_FRESH_PROCESS, *(str(tmp_path / x) for x in FAMILIES)],
+        cwd=Path(__file__).resolve().parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    lines = [x.removeprefix("RESULT ") for x in result.stdout.splitlines() if "RESULT " in x]
+    wanted = [f"{family} {kind}" for family in FAMILIES for kind in ("saved", "exported")]
+    assert dict(json.loads(line) for line in lines) == dict.fromkeys(wanted, True)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_moe", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize("recipe", [NVFP4, "nvfp4_weight_only-kv_fp8-dms_cr8"])
+@torch.no_grad()
+def test_nvfp4_runs_on_a_cpu_and_loads_bit_exactly(
+    family: str, recipe: str, ids: Tensor, tmp_path: Path
+) -> None:
+    model = quantized(family, recipe)
+    full = model(ids, use_cache=False).logits
+    assert distance(feed(model, ids, [1] * LENGTH)[0], full) < FLIPS
+    model.save_pretrained(tmp_path / "saved")
+    dms.export(model, tmp_path / "exported")
+    for name in ("saved", "exported"):
+        assert torch.equal(dms.load(tmp_path / name)(ids, use_cache=False).logits, full), name
+    facts = json.loads((tmp_path / "exported" / "hf_quant_config.json").read_text())
+    assert facts["dms"]["window"] == WINDOW
+    assert facts["quantization"]["kv_cache_quant_algo"] == ("NVFP4" if recipe == NVFP4 else "FP8")
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    ["int8_smoothquant-dms_cr4", "kv_int8-dms_cr8", "kv_fp8_dynamic-dms_cr8", "kv_nvfp4-dms_cr8"],
+)
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@torch.no_grad()
+def test_other_formats_save_and_load_bit_exactly(
+    recipe: str, family: str, ids: Tensor, tmp_path: Path
+) -> None:
+    model = quantized(family, recipe)
+    full = model(ids, use_cache=False).logits
+    assert distance(feed(model, ids, [11] + [1] * 13)[0], full) < FLIPS
+    model.save_pretrained(tmp_path)
+    assert torch.equal(dms.load(tmp_path)(ids, use_cache=False).logits, full)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "row"),
+    [
+        (FP8, 128),
+        ("kv_int8-dms_cr8", 128),
+        ("kv_fp8_dynamic-dms_cr8", 132),
+        (NVFP4, 64 + 8),
+    ],
+)
+@torch.no_grad()
+def test_bytes_are_those_of_the_format_scales_included(recipe: str, row: int) -> None:
+    """2 layers of 2 KV heads of 128: bytes allocated are rows times bytes a row, and less than a page over."""
+    facts: dict[str, Any] = {"base": {"head_dim": 128, "hidden_size": 64}}
+    model = quantized("llama", recipe, **facts)
+    _, cache = feed(model, tokens(1, 200), [200])
+    stats = kv_stats(cache)
+    for layer in stats.layers:
+        rows = int(layer.live.sum())
+        assert rows * 2 * row <= layer.kv_bytes <= (rows + 2 * (16 + 200 // 16 + 1)) * 2 * row
+        assert layer.bf16_bytes == 200 * 2 * 2 * 128 * 2
+    assert stats.memory_reduction == pytest.approx(
+        sum(x.bf16_bytes for x in stats.layers) / sum(x.kv_bytes for x in stats.layers)
+    )
+
+
+@torch.no_grad()
+def test_gates_are_left_in_high_precision() -> None:
+    model = quantized("llama", NVFP4)
+    for name, module in model.named_modules():
+        if isinstance(module, TensorQuantizer):
+            assert "dms_gate" not in name or not module.is_enabled
+    before = [x.dms_gate.weight.clone() for x in dms_modules(build_dms("llama")).values()]
+    after = [x.dms_gate.weight for x in dms_modules(model).values()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@torch.no_grad()
+def test_a_borrowed_neuron_is_read_from_the_quantized_projection(tmp_path: Path) -> None:
+    """What decides is what an engine with packed weights would compute."""
+    model = quantized("llama", NVFP4, gate="neuron")
+    ids = tokens(2, LENGTH)
+    full = model(ids, use_cache=False).logits
+    dms.export(model, tmp_path)
+    assert torch.equal(dms.load(tmp_path)(ids, use_cache=False).logits, full)
+
+
+@torch.no_grad()
+def test_modelopt_saves_and_restores_both_modes(ids: Tensor, tmp_path: Path) -> None:
+    model = quantized("qwen3", NVFP4)
+    full = model(ids, use_cache=False).logits
+    mto.save(model, tmp_path / "model.pt")
+    restored = mto.restore(build("qwen3", seed=7), tmp_path / "model.pt")
+    assert torch.equal(restored.eval()(ids, use_cache=False).logits, full)
+
+
+@torch.no_grad()
+def test_a_model_without_gates_can_be_quantized_saved_and_exported_too(
+    ids: Tensor, tmp_path: Path
+) -> None:
+    model = dms.quantize(build("llama"), config("general/ptq/fp8_default-kv_fp8"), [tokens(4, 32)])
+    full = model(ids, use_cache=False).logits
+    model.save_pretrained(tmp_path / "saved")
+    dms.export(model, tmp_path / "exported")
+    for name in ("saved", "exported"):
+        assert torch.equal(dms.load(tmp_path / name)(ids, use_cache=False).logits, full)
+
+
+@torch.no_grad()
+def test_batches_may_be_what_a_dataloader_gives() -> None:
+    batch = {"input_ids": tokens(4, 32, seed=5), "attention_mask": torch.ones(4, 32)}
+    one = dms.quantize(build_dms("llama"), config(FP8), [batch])
+    other = quantized("llama", FP8)
+    for name, module in other.named_modules():
+        if isinstance(module, TensorQuantizer) and module.is_enabled:
+            assert torch.equal(one.get_submodule(name).amax, module.amax), name
+
+
+def test_latents_stay_in_the_models_dtype_and_that_is_said() -> None:
+    with pytest.warns(UserWarning, match="cache a latent .MLA. and keep it in torch.float32"):
+        dms.quantize(build_dms("deepseek_v3"), config(FP8), [tokens(4, 32)])
+
+
+def test_a_quantized_model_is_not_quantized_again_nor_given_gates() -> None:
+    model = quantized("llama", FP8)
+    with pytest.raises(QuantizationError, match="quantized already"):
+        dms.quantize(model, config(FP8), [tokens(1, 8)])
+
+
+@pytest.mark.parametrize(
+    ("cfg", "message"),
+    [
+        ({"num_bits": 4}, "num_bits 4"),
+        ({"num_bits": (4, 3), "bias": {-1: None}}, "bias"),
+    ],
+)
+def test_kv_quantizers_that_cannot_be_stored_are_refused_before_anything_is_done(
+    cfg: dict[str, Any], message: str
+) -> None:
+    model = build_dms("llama")
+    wanted = {"quant_cfg": [{"quantizer_name": "*[kv]_bmm_quantizer", "cfg": cfg}]}
+    with pytest.raises(KVFormatError, match=message):
+        dms.quantize(model, wanted, [tokens(1, 8)])
+    assert not is_quantized(model)
+    assert not hasattr(model.config, "dms_quantization")
+
+
+def test_gates_opened_after_quantization_evict_from_the_quantized_cache(ids: Tensor) -> None:
+    """Quantize first, gates learn under it: the order of a quantization-aware retrofit."""
+    with torch.no_grad():
+        model = dms.apply_dms(build("llama"), {"window": WINDOW, "scale": 10.0})
+        model = open_gates(dms.quantize(model, config(FP8), [tokens(4, 32)]))
+        full = model(ids, use_cache=False).logits
+        logits, cache = feed(model, ids, [1] * LENGTH)
+    assert distance(logits, full) < FLIPS
+    assert kv_stats(cache).live_tokens < LENGTH
