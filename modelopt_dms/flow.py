@@ -2,6 +2,7 @@
 """The front door's flow: recipe -> gates -> retrofit -> a model that forgets, saved if asked for."""
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,9 +81,9 @@ def compress(
         quantize(model, recipe.quantize, batches)
     if target is not None:
         if recipe.export is not None:
-            export(
-                model, target / EXPORT_DIR, recipe.export.format, tokenizer=tokenizer, recipe=recipe
-            )
+            exported = target / EXPORT_DIR
+            shutil.rmtree(exported, ignore_errors=True)  # an interrupted run's
+            export(model, exported, recipe.export.format, tokenizer=tokenizer, recipe=recipe)
         save(model, target, recipe=recipe, tokenizer=tokenizer, result=result)
     return model
 

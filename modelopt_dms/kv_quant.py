@@ -186,7 +186,7 @@ class Nvfp4(RowFormat):
 
 def _to_e2m1(scaled: Tensor) -> Tensor:
     """Codes of the nearest e2m1 values, ties to the even code."""
-    magnitude = scaled.abs()
+    magnitude = scaled.abs().contiguous()
     bounds = _E2M1_BOUNDS.to(scaled.device)
     code = torch.searchsorted(bounds, magnitude, out_int32=True).to(torch.uint8)
     code += (magnitude[..., None] == bounds[[1, 3, 5]]).any(-1)

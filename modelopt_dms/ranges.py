@@ -31,9 +31,11 @@ def settle(model: PreTrainedModel) -> None:
                 for quantizer in quantizers:
                     quantizer.amax = largest
     for name, module in model.named_modules():
-        if isinstance(module, TensorQuantizer) and getattr(module, "_amax", None) is not None:
-            kv = name.endswith("_bmm_quantizer")
-            module.amax = _as_stored(module.amax, _largest_code(module, kv))
+        if not isinstance(module, TensorQuantizer) or module.amax is None:
+            continue
+        code = _largest_code(module, kv=name.endswith("_bmm_quantizer"))
+        if code is not None:
+            module.amax = _as_stored(module.amax, code)
 
 
 def _shared_inputs(model: Any) -> list[list[Any]]:
@@ -50,10 +52,12 @@ def _is_shared_format(quantizer: Any) -> bool:
     return bool(quantizer.is_nvfp4_dynamic) and amax is not None and amax.numel() == 1
 
 
-def _largest_code(quantizer: Any, kv: bool) -> float:
+def _largest_code(quantizer: Any, kv: bool) -> float | None:
     """What a range is divided by to give the scale that is stored; for keys and values, FP8's also in NVFP4."""
     if quantizer.is_nvfp4_dynamic:
         return E4M3_MAX if kv else E2M1_MAX * E4M3_MAX
+    if quantizer.block_sizes is not None or quantizer.num_bits not in (8, (4, 3)):
+        return None
     return INT8_MAX if quantizer.num_bits == 8 else E4M3_MAX
 
 

@@ -109,7 +109,7 @@ def load_recipe(
     try:
         return Recipe(**data)
     except ValidationError as error:
-        raise RecipeError(f"{where}: {'; '.join(_readable(x) for x in error.errors())}") from None
+        raise _invalid(where, error) from None
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:
@@ -143,6 +143,8 @@ def _read(path: Path) -> dict[str, Any]:
         try:
             resolved = load_config(located, schema_type=_Sections)
         except (ValueError, yaml.YAMLError) as error:
+            if isinstance(error.__cause__, ValidationError):
+                raise _invalid(str(path), error.__cause__) from None
             raise RecipeError(str(error).replace(str(located), str(path))) from None
     return resolved.model_dump(exclude_unset=True)
 
@@ -208,6 +210,10 @@ def _schemas(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [x for option in get_args(annotation) for x in _schemas(option)]
+
+
+def _invalid(where: str, error: ValidationError) -> RecipeError:
+    return RecipeError(f"{where}: {'; '.join(_readable(x) for x in error.errors())}")
 
 
 def _readable(error: Any) -> str:

@@ -166,3 +166,53 @@ def test_the_embedded_model_is_an_ordinary_small_checkpoint() -> None:
     assert sum(x.stat().st_size for x in directory.rglob("*")) <= 8 * 2**20
     model = AutoModelForCausalLM.from_pretrained(directory)
     assert len(AutoTokenizer.from_pretrained(directory)) <= model.config.vocab_size
+
+
+def test_quantize_and_export_from_one_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """DMS and quantization on the embedded model, exported by the recipe and once more by hand; both generate."""
+    changes = (*FAST, "retrofit.sequence_length=512", "dms.window=16", "quantize.samples=8")
+    words = [word for change in changes for word in ("--set", change)]
+    recipe = "nvfp4_default-kv_nvfp4-dms_cr8"
+    made = tmp_path / "made"
+    assert run(monkeypatch, "compress", "embedded", "-r", recipe, "-o", made, *words) == 0
+    assert run(monkeypatch, "export", made, "--output", tmp_path / "again") == 0
+    texts = set()
+    for place in (made, made / "exported", tmp_path / "again"):
+        capsys.readouterr()
+        words = ["--prompt", "def main(", "--max-new-tokens", "4", "--stats"]
+        assert run(monkeypatch, "generate", place, *words) == 0
+        printed = capsys.readouterr().out
+        assert "smaller than keeping every token in bfloat16" in printed
+        texts.add(printed)
+    assert len(texts) == 1
+    assert run(monkeypatch, "export", tmp_path / "again", "-o", tmp_path / "x", "--format", "gguf")
+    assert "format='gguf'" in capsys.readouterr().err
+
+
+def test_a_stock_recipe_of_modelopt_runs_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock = "general/ptq/fp8_default-kv_fp8"
+    words = ("compress", "embedded", "-r", stock, "-o", tmp_path / "q", "--set")
+    assert run(monkeypatch, *words, "quantize.samples=4") == 0
+    assert run(monkeypatch, "generate", tmp_path / "q", "-p", "x", "--max-new-tokens", 2) == 0
+
+
+def test_a_model_that_is_not_quantized_is_not_exported(
+    compressed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(monkeypatch, "export", compressed, "-o", tmp_path / "x") == 1
+    assert "nothing to pack" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_schema_is_json(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "recipes", "schema") == 0
+    assert json.loads(capsys.readouterr().out)["title"] == "modelopt_dms recipe"

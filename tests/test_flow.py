@@ -2,6 +2,7 @@
 """compress: nothing happens before everything is checked, and nothing is ever half-written."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from torch import Tensor
 import modelopt_dms as dms
 from modelopt_dms import flow, output
 from modelopt_dms.convert import is_converted
+from modelopt_dms.quantization import is_quantized
 from modelopt_dms.recipe import Recipe
+from modelopt_dms.shelf import list_recipes
 
 RECIPE = Recipe(
     dms={"target_cr": 2.0, "window": 4, "scale": 10.0},
@@ -149,3 +152,116 @@ def test_a_read_only_output_directory_is_refused(
     monkeypatch.setattr(output.os, "access", lambda path, mode: Path(path) != tmp_path)
     with pytest.raises(output.OutputError, match="read-only"):
         output.check_output(tmp_path / "new")
+
+
+TINY = {
+    "dms.window": 4,
+    "dms.scale": 10.0,
+    "retrofit.steps": 2,
+    "retrofit.sequence_length": 48,
+    "retrofit.batch_size": 2,
+    "retrofit.gradient_accumulation_steps": 1,
+    "retrofit.warmup_steps": 0,
+}
+SCALED = {"quantize.samples": 4, "quantize.sample_length": 32, "quantize.batch_size": 2}
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_every_shipped_recipe_runs_scaled_to_a_tiny_model(name: str, tmp_path: Path) -> None:
+    wanted = dms.load_recipe(name)
+    changes = TINY | ({} if wanted.quantize is None else SCALED)
+    base = {"head_dim": 16, "hidden_size": 32}
+    model = dms.compress(
+        build("llama", **base),
+        name,
+        data=[list(range(60))] * 8,
+        overrides=changes,
+        output_dir=tmp_path / "out",
+        progress=False,
+    )
+    assert torch.equal(logits(dms.load(tmp_path / "out")), logits(model))
+    stored = dms.load_recipe(tmp_path / "out" / flow.RECIPE_FILE)
+    assert stored == dms.load_recipe(name, changes)
+    assert is_quantized(model) == (wanted.quantize is not None)
+    exported = tmp_path / "out" / flow.EXPORT_DIR
+    assert exported.exists() == (wanted.export is not None)
+    if wanted.export is not None:
+        assert torch.equal(logits(dms.load(exported)), logits(model))
+        assert dms.load_recipe(exported / flow.RECIPE_FILE) == stored
+
+
+QUANTIZED = dms.load_recipe("fp8_default-kv_fp8-dms_cr8", TINY | SCALED | {"dms.target_cr": 2.0})
+
+
+@pytest.mark.parametrize("order", ["before_retrofit", "after_retrofit"])
+def test_gates_learn_under_fake_quantization_when_the_recipe_says_so(
+    order: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    original = flow.retrofit
+
+    def spy(model: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(is_quantized(model))
+        return original(model, *args, **kwargs)
+
+    monkeypatch.setattr(flow, "retrofit", spy)
+    recipe = dms.load_recipe(QUANTIZED, {"quantize.order": order, "retrofit.steps": 6})
+    model = dms.compress(
+        build("llama"), recipe, data=DOCUMENTS, output_dir=tmp_path / "out", progress=False
+    )
+    assert seen == [order == "before_retrofit"]
+    assert torch.equal(logits(dms.load(tmp_path / "out")), logits(model))
+
+
+def test_a_quantization_aware_run_that_dies_goes_on_from_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"quantize.order": "before_retrofit", "retrofit.steps": 6, "retrofit.save_steps": 2}
+    recipe = dms.load_recipe(QUANTIZED, changes)
+    options = {"data": DOCUMENTS, "progress": False}
+    whole = dms.compress(build("llama"), recipe, output_dir=tmp_path / "whole", **options)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(flow, "export", lambda *args, **kwargs: _interrupt())
+        dms.compress(build("llama"), recipe, output_dir=tmp_path / "cut", **options)
+    again = dms.compress(build("llama"), recipe, output_dir=tmp_path / "cut", **options)
+    assert torch.equal(logits(again), logits(whole))
+    other = dms.load_recipe(recipe, {"quantize.order": "after_retrofit"})
+    shutil.copytree(tmp_path / "cut" / flow.WORK_DIR, tmp_path / "other" / flow.WORK_DIR)
+    with pytest.raises(ValueError, match="quantize"):
+        dms.compress(build("llama"), other, output_dir=tmp_path / "other", **options)
+
+
+def _interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_recipe_of_modelopt_quantizes_a_model_with_or_without_gates(tmp_path: Path) -> None:
+    recipe = dms.load_recipe("general/ptq/fp8_default-kv_fp8", SCALED)
+    plain = dms.compress(build("llama"), recipe, data=DOCUMENTS)
+    assert is_quantized(plain) and not is_converted(plain)
+    dms.compress(build("llama"), RECIPE, data=DOCUMENTS, output_dir=tmp_path / "a", progress=False)
+    both = dms.compress(
+        dms.load(tmp_path / "a"), recipe, data=DOCUMENTS, output_dir=tmp_path / "b", progress=False
+    )
+    assert is_quantized(both) and is_converted(both)
+    assert torch.equal(logits(dms.load(tmp_path / "b")), logits(both))
+
+
+def test_what_a_quantization_lacks_is_said_before_anything_is_done(tmp_path: Path) -> None:
+    model = build("llama")
+    before = logits(model)
+    recipe = dms.load_recipe("general/ptq/fp8_default-kv_fp8")
+    with pytest.raises(ValueError, match="data is missing"):
+        dms.compress(model, recipe)
+    with pytest.raises(ValueError, match="needs an output_dir"):
+        dms.compress(model, QUANTIZED, data=DOCUMENTS)
+    bad = {"quant_cfg": [{"quantizer_name": "*k_bmm_quantizer", "cfg": {"num_bits": 4}}]}
+    with pytest.raises(ValueError, match="num_bits 4"):
+        dms.compress(model, Recipe(quantize=bad), data=DOCUMENTS, output_dir=tmp_path / "out")
+    assert not is_quantized(model) and not (tmp_path / "out").exists()
+    assert torch.equal(logits(model), before)
+
+
+def test_a_recipe_that_calibrates_nothing_needs_no_data() -> None:
+    quantized = dms.compress(build("llama"), "general/ptq/mxfp4_mlp_weight_only")
+    assert is_quantized(quantized)

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recipes: what ships loads, changes apply, and a mistake is named with the nearest valid key."""
 
+import json
 from pathlib import Path
 
+import jsonschema
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from modelopt_dms.recipe import Recipe, load_recipe, recipe_to_yaml
+from modelopt_dms.schema import recipe_schema
 from modelopt_dms.shelf import RecipeError, list_recipes, recipes_dir
 
 
@@ -86,6 +90,50 @@ def test_a_mistake_is_one_line_that_names_it(change: str, message: str) -> None:
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("quantize: {algoritm: max}", "unknown key 'quantize.algoritm', did you mean 'algorithm'?"),
+        ("quantize: {sampels: 3}", "did you mean 'samples'?"),
+        (
+            "quantize: {quant_cfg: [{quantizer_name: '*', enabel: false}]}",
+            "unknown key 'quantize.quant_cfg[0].enabel', did you mean 'enable'?",
+        ),
+        (
+            "quantize: {quant_cfg: [{quantizer_name: '*', cfg: {num_bit: 8}}]}",
+            "did you mean 'num_bits'?",
+        ),
+        ("quantize: {order: first}", "quantize.order='first'"),
+        ("export: {format: gguf}", "export.format='gguf'"),
+        ("exports: {format: hf}", "unknown key 'exports', did you mean 'export'?"),
+        ("metadata: {descripton: x}", "did you mean 'description'?"),
+    ],
+)
+def test_a_mistake_in_any_section_of_a_file_is_named(
+    text: str, message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError) as error:
+        load_recipe(path)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", sorted(list_recipes()))
+def test_a_resolved_recipe_reads_back_as_the_same(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name)
+    path = tmp_path / "resolved.yaml"
+    path.write_text(recipe_to_yaml(recipe))
+    assert "$import" not in path.read_text()
+    assert load_recipe(path) == recipe
+
+
+def test_recipes_of_modelopt_load_too() -> None:
+    recipe = load_recipe("general/ptq/nvfp4_default-kv_fp8")
+    assert recipe.dms is None and recipe.retrofit is None
+    assert recipe.quantize is not None and recipe.quantize.algorithm is not None
+
+
 def test_an_unknown_recipe_names_the_nearest() -> None:
     with pytest.raises(RecipeError, match="unknown recipe 'dms_cr5'.*did you mean 'dms_cr"):
         load_recipe("dms_cr5")
@@ -107,3 +155,19 @@ def test_a_broken_file_is_named(text: str, message: str, tmp_path: Path) -> None
         load_recipe(path)
     with pytest.raises(RecipeError, match="does not exist"):
         load_recipe(tmp_path / "missing.yaml")
+
+
+def test_the_schema_for_editors_accepts_every_shipped_file_and_refuses_typos() -> None:
+    validator = jsonschema.Draft202012Validator(recipe_schema())
+    validator.check_schema(recipe_schema())
+    for path in recipes_dir().glob("*.yaml"):
+        validator.validate(json.loads(json.dumps(yaml.safe_load(path.read_text()))))
+    for bad in (
+        {"dms": {"windo": 3}},
+        {"quantize": {"quant_cfg": [{"quantizer_nam": "*"}]}},
+        {"retrofit": {"steps": 0}},
+        {"exports": {}},
+    ):
+        assert not validator.is_valid(bad), bad
+    fields = recipe_schema()["$defs"]["DMSConfig"]["properties"]
+    assert all(x.get("title") and x.get("description") for k, x in fields.items() if k != "$import")
