@@ -20,7 +20,13 @@ def kv_formats(module: Any) -> tuple[RowFormat | None, RowFormat | None]:
     Raises:
         KVFormatError: a quantizer computes something that no format stores.
     """
-    return tuple(row_format(getattr(module, f"{x}_bmm_quantizer", None)) for x in "kv")  # type: ignore[return-value]
+    formats = tuple(row_format(getattr(module, f"{x}_bmm_quantizer", None)) for x in "kv")
+    if hasattr(module, "expand_kv") and any(formats):
+        raise KVFormatError(
+            "a layer that caches a latent (MLA) cannot store what KV quantizers compute from it; disable its "
+            "[kv]_bmm_quantizer, as modelopt_dms.quantize does"
+        )
+    return formats  # type: ignore[return-value]
 
 
 def row_format(quantizer: Any) -> RowFormat | None:

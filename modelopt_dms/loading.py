@@ -90,9 +90,14 @@ def load(
             del model.config.dms_config
             apply_dms(model, DMSConfig(**facts))
         _put_gates(model, gates, path)
+    if quantization is None and not is_quantized(model) and _ranges(stored):
+        raise CheckpointError(
+            f"{path} was quantized by mtq.quantize, but nothing says how; quantize with modelopt_dms.quantize, or call "
+            "modelopt.torch.opt.enable_huggingface_checkpointing() before saving and loading"
+        )
     if quantization is not None and not is_quantized(model):
         insert(model, QuantizationConfig(**quantization))
-        ranges |= {key: x for key, x in stored.items() if key.endswith(RANGE_SUFFIXES)}
+        ranges |= _ranges(stored)
         _put_ranges(model, ranges, path)
     return model.eval()
 
@@ -111,6 +116,10 @@ def _read(path: Path, parts: tuple[str, ...]) -> dict[str, Tensor]:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file} cannot be read: {error}") from error
     return stored
+
+
+def _ranges(stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: x for key, x in stored.items() if key.endswith(RANGE_SUFFIXES)}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

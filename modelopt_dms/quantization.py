@@ -3,7 +3,7 @@
 
 import json
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatch
 from typing import Any
 
@@ -33,7 +33,7 @@ class QuantizationError(ValueError):
 def quantize(
     model: PreTrainedModel,
     config: QuantizationConfig | dict[str, Any],
-    batches: Iterable[Tensor | Mapping[str, Tensor]] = (),
+    batches: Iterable[Tensor | Mapping[str, Tensor]] | Callable[[PreTrainedModel], Any] = (),
 ) -> PreTrainedModel:
     """Quantize weights, activations and KV cache of a causal LM in place, as ModelOpt does; apply DMS before it.
 
@@ -43,7 +43,8 @@ def quantize(
     Args:
         model: in eval mode.
         config: ModelOpt's `quant_cfg` and `algorithm`, and what the recipe's section `quantize` adds.
-        batches: what to calibrate with: token ids [B, T], or arguments of the model's forward.
+        batches: what to calibrate with: token ids [B, T] or arguments of the model's forward, one after the other; or
+            a function that runs the model, as `mtq.quantize` takes it.
 
     Raises:
         QuantizationError: the model is quantized already.
@@ -65,6 +66,9 @@ def quantize(
         )
 
     def calibrate(network: Any) -> None:
+        if callable(batches):
+            batches(network)
+            return
         for batch in batches:
             arguments = batch if isinstance(batch, Mapping) else {"input_ids": batch}
             network(**{name: x.to(model.device) for name, x in arguments.items()}, use_cache=False)

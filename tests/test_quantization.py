@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """DMS and quantization together: the cache holds what ModelOpt computes, and nothing changes on the way to disk."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import modelopt.torch.opt as mto
+import modelopt.torch.quantization as mtq
 import pytest
 import torch
 from families import (
@@ -34,6 +36,7 @@ from modelopt_dms.cache import DMSLayer, kv_stats
 from modelopt_dms.convert import dms_modules
 from modelopt_dms.gate import record_alpha
 from modelopt_dms.kv_format import KVFormatError
+from modelopt_dms.mode import CheckpointError
 from modelopt_dms.quantization import QuantizationError, is_quantized
 
 LENGTH = 24
@@ -335,3 +338,40 @@ def test_gates_opened_after_quantization_evict_from_the_quantized_cache(ids: Ten
         logits, cache = feed(model, ids, [1] * LENGTH)
     assert distance(logits, full) < FLIPS
     assert kv_stats(cache).live_tokens < LENGTH
+
+
+@torch.no_grad()
+def test_modelopts_own_presets_and_forward_loops_work(ids: Tensor) -> None:
+    """What a ModelOpt user would type; and mtq.quantize itself on a model with gates."""
+    calibration = tokens(4, 32, seed=5)
+
+    def forward_loop(model: Any) -> None:
+        model(calibration)
+
+    preset = copy.deepcopy(mtq.FP8_DEFAULT_CFG)
+    preset["quant_cfg"] += copy.deepcopy(mtq.FP8_KV_CFG["quant_cfg"])
+    ours = dms.quantize(build_dms("llama"), preset, forward_loop)
+    theirs = mtq.quantize(build_dms("llama"), preset, forward_loop)
+    for model in (ours, theirs):
+        logits, cache = feed(model, ids, [1] * LENGTH)
+        assert distance(logits, model(ids, use_cache=False).logits) < FLIPS
+        assert cache.layers[0].slots.keys[0].dtype == torch.uint8
+    # Settling moves ranges by rounding errors; a value on the border between two codes may then flip.
+    difference = theirs(ids, use_cache=False).logits - ours(ids, use_cache=False).logits
+    assert difference.abs().mean() < 1e-3
+
+
+def test_what_mtq_quantized_alone_is_not_loaded_as_if_it_were_plain(tmp_path: Path) -> None:
+    model = build_dms("llama")
+    mtq.quantize(model, mtq.FP8_DEFAULT_CFG, lambda network: network(tokens(1, 8)))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="quantized by mtq.quantize"):
+        dms.load(tmp_path)
+
+
+def test_latents_with_kv_quantizers_of_modelopt_are_refused() -> None:
+    model = build_dms("deepseek_v3")
+    cfg = {"quant_cfg": mtq.FP8_KV_CFG["quant_cfg"], "algorithm": "max"}
+    mtq.quantize(model, cfg, lambda network: network(tokens(1, 8), use_cache=False))
+    with pytest.raises(KVFormatError, match="caches a latent"):
+        model(tokens(1, 8), use_cache=True)
