@@ -55,6 +55,7 @@ def scaled(name: str, args: argparse.Namespace) -> dms.Recipe:
     changes: dict[str, Any] = {"dms.window": args.window, "dms.scale": 10.0}
     changes |= {f"retrofit.{key}": value for key, value in TRAINING.items()}
     changes |= {"retrofit.steps": args.steps, "retrofit.sequence_length": args.sequence_length}
+    changes |= {"retrofit.rate_weight": args.rate_weight, "retrofit.save_steps": args.steps}
     if recipe.retrofit is not None and recipe.retrofit.train == "all":
         changes["retrofit.learning_rate"] = ALL_WEIGHTS_LEARNING_RATE
     if recipe.quantize is not None:
@@ -92,8 +93,10 @@ def evaluate(model: PreTrainedModel, tokenizer: Any, args: argparse.Namespace) -
 
 
 def weight_bytes(model: PreTrainedModel) -> int:
-    """Bytes of the weights with those that are quantized packed, scales included, and the rest in bfloat16."""
-    total = sum(2 * x.numel() for x in model.parameters())
+    """Bytes of the weights: quantized ones packed, scales included; gates in float32, the rest in bfloat16."""
+    total = sum(
+        (4 if ".dms_gate." in name else 2) * x.numel() for name, x in model.named_parameters()
+    )
     for module in model.modules():
         quantizer = getattr(module, "weight_quantizer", None)
         if not isinstance(quantizer, TensorQuantizer) or not quantizer.is_enabled:
@@ -209,13 +212,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=240, help="optimizer steps of every retrofit")
     parser.add_argument("--window", type=int, default=DELAY_WINDOW)
     parser.add_argument("--sequence-length", type=int, default=TRAINING["sequence_length"])
+    parser.add_argument("--rate-weight", type=float, default=2.0)
     parser.add_argument("--documents", type=int, default=600)
     parser.add_argument("--length", type=int, default=2048, help="context tokens of an episode")
     parser.add_argument("--episodes", type=int, default=8, help="per task")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     hf_logging.disable_progress_bar()
-    console = Console()
+    console = Console(width=150)
     console.print(table(rows(args, console)))
 
 

@@ -114,6 +114,27 @@ def test_the_benchmark_compares_caches_of_one_model(
     assert {"cpu", "date", "torch", "commit"} <= found["machine"].keys()
 
 
+def test_the_composition_table_has_every_technique_alone_and_all_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    bench = load("benchmarks/composition.py")
+    arguments = "--recipes dms_cr4 kv_nvfp4-dms_cr8 --steps 2 --window 8 --sequence-length 128"
+    arguments += " --documents 12 --length 256 --episodes 1"
+    places = ["--output", str(tmp_path / "rows.json"), "--work", str(tmp_path / "work")]
+    bench.main([*arguments.split(), *places])
+    none, dms, both = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    values = 2 * 2 * 4 * 2 * 32  # bytes of bf16: keys and values, 4 layers, 2 KV heads of 32
+    assert none["kv_bytes_per_token"] == values
+    assert dms["dms_alone"]["accuracy"] == dms["accuracy"]
+    assert both["quantization_alone"]["compression_ratio"] == 1.0
+    # Half a byte a value and a scale in 16; slack is less than a third at this length.
+    row = values / 2 * (0.5 + 1 / 16)
+    assert row <= both["quantization_alone"]["kv_bytes_per_token"] <= 1.33 * row
+    assert both["kv_reduction"] == pytest.approx(values / both["kv_bytes_per_token"])
+    assert both["weight_bytes"] == none["weight_bytes"] + 4 * 4 * 2 * 128  # the gates, float32
+
+
 def test_the_table_fits_a_terminal_of_80_columns(demo_output: Path) -> None:
     rows = json.loads((demo_output / "results.json").read_text())["rows"]
     console = Console(width=80, record=True, file=io.StringIO())
