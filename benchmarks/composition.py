@@ -212,7 +212,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=240, help="optimizer steps of every retrofit")
     parser.add_argument("--window", type=int, default=DELAY_WINDOW)
     parser.add_argument("--sequence-length", type=int, default=TRAINING["sequence_length"])
-    parser.add_argument("--rate-weight", type=float, default=2.0)
+    parser.add_argument("--rate-weight", type=float, default=1.5)
     parser.add_argument("--documents", type=int, default=600)
     parser.add_argument("--length", type=int, default=2048, help="context tokens of an episode")
     parser.add_argument("--episodes", type=int, default=8, help="per task")
