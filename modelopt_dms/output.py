@@ -46,11 +46,16 @@ def check_output(output_dir: str | Path, ours: tuple[str, ...] = ()) -> Path:
 
 @contextmanager
 def staged(target: Path) -> Iterator[Path]:
-    """A directory to write a model into; when all is written, its files move to `target`."""
+    """A directory to write a model into; when all is written, its files move to `target`. An error leaves no trace."""
+    existed = target.exists()
     staging = target / STAGING_DIR
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
-    yield staging
+    try:
+        yield staging
+    except Exception:
+        shutil.rmtree(staging if existed else target)
+        raise
     # config.json goes last: without it the directory is not a model, and the next run starts over.
     for path in sorted(staging.iterdir(), key=lambda x: x.name == "config.json"):
         os.replace(path, target / path.name)

@@ -34,6 +34,7 @@ from transformers import PreTrainedModel
 import modelopt_dms as dms
 from modelopt_dms.cache import DMSLayer, kv_stats
 from modelopt_dms.convert import dms_modules
+from modelopt_dms.exporters import ExportError
 from modelopt_dms.gate import record_alpha
 from modelopt_dms.kv_format import KVFormatError
 from modelopt_dms.mode import CheckpointError
@@ -303,6 +304,17 @@ def test_batches_may_be_what_a_dataloader_gives() -> None:
 def test_latents_stay_in_the_models_dtype_and_that_is_said() -> None:
     with pytest.warns(UserWarning, match="cache a latent .MLA. and keep it in torch.float32"):
         dms.quantize(build_dms("deepseek_v3"), config(FP8), [tokens(4, 32)])
+
+
+def test_what_modelopt_cannot_pack_is_said_and_leaves_nothing(tmp_path: Path) -> None:
+    model = quantized("llama", "kv_int8-dms_cr8")
+    with pytest.raises(ExportError, match="cannot hold this quantization"):
+        dms.export(model, tmp_path / "new")
+    with pytest.raises(ExportError, match="no quantizer"):
+        dms.export(build_dms("llama"), tmp_path / "new")
+    with pytest.raises(ExportError, match="format='onnx' is not known; accepted: hf"):
+        dms.export(model, tmp_path / "new", "onnx")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_quantized_model_is_not_quantized_again_nor_given_gates() -> None:
