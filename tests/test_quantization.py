@@ -250,6 +250,32 @@ def test_bytes_are_those_of_the_format_scales_included(recipe: str, row: int) ->
 
 
 @torch.no_grad()
+def test_beams_padding_turns_and_drafts_work_on_the_quantized_cache() -> None:
+    model = quantized("llama", "kv_nvfp4-dms_cr8")
+    ids = tokens(2, 16)
+    ones = torch.ones_like(ids)
+    greedy = model.generate(ids, attention_mask=ones, max_new_tokens=8)
+    beams = {"attention_mask": ones, "num_beams": 3, "max_new_tokens": 6}
+    assert torch.equal(model.generate(ids, **beams), model.generate(ids, use_cache=False, **beams))
+    padded = torch.cat([torch.zeros(2, 5, dtype=torch.long), ids], dim=1)
+    mask = torch.cat([torch.zeros(2, 5, dtype=torch.long), ones], dim=1)
+    after = model.generate(padded, attention_mask=mask, max_new_tokens=8)
+    assert torch.equal(after[:, 5:], greedy)
+    assistant = quantized("llama", "kv_nvfp4-dms_cr8", seed=3)
+    one = {"attention_mask": ones[:1], "max_new_tokens": 8}
+    drafted = model.generate(ids[:1], assistant_model=assistant, **one)
+    assert torch.equal(drafted, model.generate(ids[:1], **one))
+    first = model.generate(ids, attention_mask=ones, max_new_tokens=4, return_dict_in_generate=True)
+    second = model.generate(
+        first.sequences,
+        attention_mask=torch.ones_like(first.sequences),
+        past_key_values=first.past_key_values,
+        max_new_tokens=4,
+    )
+    assert torch.equal(second, greedy)
+
+
+@torch.no_grad()
 def test_gates_are_left_in_high_precision() -> None:
     model = quantized("llama", NVFP4)
     for name, module in model.named_modules():
