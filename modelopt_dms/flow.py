@@ -13,18 +13,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelopt_dms.config import QuantizationConfig
 from modelopt_dms.convert import plan_conversion
+from modelopt_dms.data import calibration_batches
 from modelopt_dms.exporters import RECIPE_FILE, export
 from modelopt_dms.mode import apply_dms
 from modelopt_dms.output import check_output, staged
 from modelopt_dms.quantization import check_quantization, is_quantized, quantize
 from modelopt_dms.recipe import Recipe, load_recipe, recipe_to_yaml
-from modelopt_dms.train import (
-    PreparedRun,
-    RetrofitResult,
-    calibration_batches,
-    prepare,
-    retrofit,
-)
+from modelopt_dms.train import PreparedRun, RetrofitResult, prepare, retrofit
 
 SUMMARY_FILE = "dms_summary.json"
 WORK_DIR = "retrofit"

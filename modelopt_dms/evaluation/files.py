@@ -6,8 +6,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from modelopt_dms.data import Documents, open_documents
 from modelopt_dms.evaluation.score import Row, perplexity
-from modelopt_dms.train.data import Documents, open_documents
 
 
 def score_files(

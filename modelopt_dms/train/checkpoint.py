@@ -29,8 +29,8 @@ from modelopt_dms.config import (
     RetrofitConfig,
     quantization_to_dict,
 )
+from modelopt_dms.data import Samples
 from modelopt_dms.gate import gate_parameters
-from modelopt_dms.train.packing import Samples
 
 RUN_FILE = "run.json"
 LOG_FILE = "train_log.jsonl"

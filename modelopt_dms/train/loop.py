@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelopt_dms.config import DMSConfig, QuantizationConfig, RetrofitConfig
+from modelopt_dms.data import PreparedData, Samples, Visits, open_documents, pack_and_split
 from modelopt_dms.train.checkpoint import (
     WEIGHTS_FILE,
     check_run,
@@ -21,10 +22,8 @@ from modelopt_dms.train.checkpoint import (
     open_run,
     step_of,
 )
-from modelopt_dms.train.data import open_documents
 from modelopt_dms.train.distill import Distiller, learning, noise_seed
 from modelopt_dms.train.head import check_head
-from modelopt_dms.train.packing import PreparedData, Samples, Visits, pack_and_split
 from modelopt_dms.train.progress import Progress, Row
 from modelopt_dms.train.schedule import check_reachable, physical_cr, target_evicted_fraction
 from modelopt_dms.train.trainer import RetrofitTrainer, training_arguments
@@ -98,7 +97,7 @@ def prepare(
         model: converted or not.
         config: how to train.
         dms: the facts that the model has or will have.
-        data: see `modelopt_dms.train.data.ACCEPTED`.
+        data: see `modelopt_dms.data.ACCEPTED`.
         tokenizer: needed unless the data are token ids.
         quantization: how the model is quantized, or will be before it learns.
         resume_from: directory whose checkpoints, if there are any, must be of this run.
@@ -138,7 +137,7 @@ def retrofit(
     Args:
         model: converted by `apply_dms`; target ratio and window are read from its config.
         config: how to train.
-        data: see `modelopt_dms.train.data.ACCEPTED`; or what `prepare` made of it.
+        data: see `modelopt_dms.data.ACCEPTED`; or what `prepare` made of it.
         tokenizer: needed unless the data are token ids.
         output_dir: for checkpoints and logs; nothing is written without it.
         resume: go on from the newest checkpoint in `output_dir`.

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from modelopt_dms.config import RetrofitConfig
+from modelopt_dms.data import Visits
 from modelopt_dms.train.checkpoint import (
     PARTIAL_DIR,
     WEIGHTS_FILE,
@@ -26,7 +27,6 @@ from modelopt_dms.train.checkpoint import (
     save_trained,
 )
 from modelopt_dms.train.distill import Distiller, noise_seed
-from modelopt_dms.train.packing import Visits
 from modelopt_dms.train.progress import Progress
 from modelopt_dms.train.schedule import physical_cr, scheduled_cr, target_evicted_fraction
 

@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modelopt_dms.train.data import DataError, Tokens, open_documents
-from modelopt_dms.train.packing import pack
+from modelopt_dms.data.documents import DataError, Tokens, open_documents
+from modelopt_dms.data.packing import pack
 
 
 def calibration_batches(
@@ -23,7 +23,7 @@ def calibration_batches(
 
     Args:
         model: that will be calibrated.
-        data: see `modelopt_dms.train.data.ACCEPTED`.
+        data: see `modelopt_dms.data.ACCEPTED`.
         tokenizer: needed unless the data are token ids.
         samples: at most this many; fewer if the data end before.
         length: tokens of a sample.

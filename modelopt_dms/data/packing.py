@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from modelopt_dms.train.data import DataError
+from modelopt_dms.data.documents import DataError
 
 HELD_OUT_SAMPLES = 8
 
