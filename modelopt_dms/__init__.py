@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from modelopt_dms.cache import KVStats, kv_stats
-    from modelopt_dms.config import DMSConfig, QuantizationConfig, RetrofitConfig
+    from modelopt_dms.calibration import CalibrationResult, calibrate
+    from modelopt_dms.compression import set_compression
+    from modelopt_dms.config import (
+        CalibrateConfig,
+        DMSConfig,
+        QuantizationConfig,
+        RetrofitConfig,
+    )
     from modelopt_dms.exporters import export
     from modelopt_dms.flow import compress
     from modelopt_dms.gate import eviction_off
@@ -34,6 +41,8 @@ except PackageNotFoundError:
 
 # No module bears the name of a public function: importing it would put the module in the function's place.
 _HOME = {
+    "CalibrateConfig": "config",
+    "CalibrationResult": "calibration",
     "DMSConfig": "config",
     "KVStats": "cache",
     "QuantizationConfig": "config",
@@ -41,6 +50,7 @@ _HOME = {
     "RetrofitConfig": "config",
     "RetrofitResult": "train",
     "apply_dms": "mode",
+    "calibrate": "calibration",
     "compress": "flow",
     "eviction_off": "gate",
     "export": "exporters",
@@ -49,9 +59,12 @@ _HOME = {
     "load_recipe": "recipe",
     "quantize": "quantization",
     "retrofit": "train",
+    "set_compression": "compression",
 }
 
 __all__ = [
+    "CalibrateConfig",
+    "CalibrationResult",
     "DMSConfig",
     "KVStats",
     "QuantizationConfig",
@@ -59,6 +72,7 @@ __all__ = [
     "RetrofitConfig",
     "RetrofitResult",
     "apply_dms",
+    "calibrate",
     "compress",
     "eviction_off",
     "export",
@@ -68,6 +82,7 @@ __all__ = [
     "quantize",
     "register",
     "retrofit",
+    "set_compression",
 ]
 
 

@@ -69,6 +69,9 @@ def dms_attention(
         )
     scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
     mask = _as_bool(attention_mask)
+    watch = getattr(getattr(module, "dms_gate", None), "watch", None)
+    if watch is not None:
+        watch(query, key, value, scoring)
     step: LayerStep | None = getattr(module, "dms_step", None)
     if step is None:
         out = plain_attention(query, key, value, mask, scoring)

@@ -83,6 +83,69 @@ class DMSConfig(ModeloptBaseConfig):
         return value
 
 
+class CalibrateConfig(ModeloptBaseConfig):
+    """How the gates are fitted, without training, to what future queries attend to."""
+
+    samples: int = ModeloptField(
+        default=64,
+        ge=1,
+        title="Samples",
+        description="Documents, or parts of them, to fit the gates to.",
+    )
+    sample_length: int = ModeloptField(
+        default=4096,
+        ge=8,
+        title="Tokens per sample",
+        description="Longer documents are cut; target_cr is met at this length.",
+    )
+    batch_size: int = ModeloptField(
+        default=1, ge=1, title="Samples per forward", description="Shorter samples are padded."
+    )
+    held_out: int = ModeloptField(
+        default=8,
+        ge=1,
+        title="Held-out samples",
+        description="From these come the thresholds, and the curve from compression ratio to quality.",
+    )
+    need: Literal["max", "mean"] = ModeloptField(
+        default="max",
+        title="When a key is needed",
+        description="Attention, times value norm, that queries beyond the window pay to it: the largest, or the mean.",
+    )
+    budget: Literal["global", "uniform"] = ModeloptField(
+        default="global",
+        title="Who shares a budget",
+        description="'global': all heads compete, and some keep more than others. 'uniform': every head keeps as much.",
+    )
+    ridge: float = ModeloptField(
+        default=1e-3,
+        gt=0.0,
+        title="Ridge",
+        description="Penalty on the gates' weights, relative to the mean square of what they read.",
+    )
+    curve: list[float] = ModeloptField(
+        default=[1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0],
+        title="Curve",
+        description="Compression ratios at which quality is measured; those in between are interpolated.",
+    )
+    save_steps: int = ModeloptField(
+        default=16,
+        ge=1,
+        title="Checkpoint interval",
+        description="Forwards between resumable checkpoints.",
+    )
+    seed: int = ModeloptField(
+        default=0, ge=0, title="Seed", description="Draws the samples; same seed, same result."
+    )
+
+    @field_validator("curve")
+    @classmethod
+    def _above_one(cls, value: list[float]) -> list[float]:
+        if not value or min(value) <= 1.0:
+            raise ValueError("curve must list compression ratios above 1, for example [2, 4, 8]")
+        return sorted(set(value))
+
+
 class RetrofitConfig(ModeloptBaseConfig):
     """How the gates learn: distillation from the same model with eviction off, plus a rate loss."""
 
@@ -132,10 +195,11 @@ class RetrofitConfig(ModeloptBaseConfig):
     )
     ramp_fraction: float = ModeloptField(
         default=0.7,
-        gt=0.0,
+        ge=0.0,
         le=1.0,
         title="Ramp of the compression ratio",
-        description="The scheduled ratio rises linearly from 1 to target_cr over this fraction of the steps.",
+        description="The scheduled ratio rises linearly from 1 to target_cr over this fraction of the steps; 0 asks for "
+        "all of it from the start, which suits calibrated gates.",
     )
     rate_weight: float = ModeloptField(
         default=1.0,

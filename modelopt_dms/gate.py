@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hidden state -> eviction logit per KV head -> decision, hard or relaxed. Knows neither cache nor attention."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -33,6 +33,7 @@ class EvictionGate(nn.Module):
         noise_seed: seed of the logistic noise of the next training forward; None for no noise.
         tau: temperature of the relaxed decision.
         record: where decisions are recorded, or None.
+        watch: told the queries, keys and values of the layer's next attention, and how they are scored; or None.
     """
 
     def __init__(self, config: DMSConfig, layer_idx: int, kv_heads: int, hidden_size: int) -> None:
@@ -63,6 +64,7 @@ class EvictionGate(nn.Module):
         self.noise_seed: int | None = None
         self.tau = 0.1
         self.record: AlphaRecord | None = None
+        self.watch: Callable[..., None] | None = None
 
     def attach(self) -> None:
         """Hook into what else the gate reads or silences; the adapter needs nothing but the hidden state."""
@@ -70,9 +72,13 @@ class EvictionGate(nn.Module):
     def forget(self) -> None:
         """Drop what was staged for one forward."""
 
+    def features(self, hidden: Tensor) -> Tensor:
+        """What the logits are linear in [B, T, C], float32, from the hidden states [B, T, C] that attention gets."""
+        return hidden.float()
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Eviction logits [B, K or 1, T] in float32 from hidden states [B, T, C]."""
-        z = self.scale * F.linear(hidden.float(), self.weight.float()) - self.offset
+        z = self.scale * F.linear(self.features(hidden), self.weight.float()) - self.offset
         return z.transpose(1, 2)  # [B, T, K] -> [B, K, T]
 
     def decide(self, hidden: Tensor, positions: Tensor) -> Tensor:

@@ -115,13 +115,13 @@ class ResidualGate(EvictionGate):
         """Drop the residual stream of one forward."""
         self._residual = None
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Eviction logits [B, K or 1, T] in float32; the hidden states that attention gets are not used."""
+    def features(self, hidden: Tensor) -> Tensor:
+        """The normed residual stream [B, T, C] in float32; the hidden states that attention gets are not used."""
         residual = None if self._residual is None else self._residual()
         assert residual is not None, "the attention module ran outside of its decoder layer"
         x = residual.float()
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
-        return super().logits(x * self.norm)
+        return x * self.norm
 
     def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Weak: the layer (and, until the backward pass, what recomputes it) holds its input anyway.

@@ -12,15 +12,15 @@ PACKAGE = Path(__file__).parent.parent / "modelopt_dms"
 
 # Rooms by step, from the ground up. A room may import rooms of lower steps, and itself.
 STAIRCASE = [
-    {"ops", "kv_quant", "config", "shelf", "output", "data"},
+    {"ops", "kv_quant", "config", "shelf", "output", "data", "ratio"},
     {"gate", "pages", "kv_format", "recipe"},
-    {"cache", "gate_kinds", "schema"},
+    {"cache", "gate_kinds", "schema", "compression"},
     {"attention"},
     {"convert", "ranges"},
     {"mode"},
     {"quantization"},
     {"train", "packed", "nvidia"},
-    {"loading", "exporters"},
+    {"loading", "exporters", "calibration"},
     {"flow", "evaluation"},
     {"report"},
     {"cli", "__init__"},

@@ -3,7 +3,7 @@
 
 from modelopt_dms.data.batches import calibration_batches
 from modelopt_dms.data.documents import ACCEPTED, DataError, Documents, Tokens, open_documents
-from modelopt_dms.data.packing import PreparedData, Samples, Visits, pack_and_split
+from modelopt_dms.data.packing import PreparedData, Samples, Visits, pack_and_split, pad
 
 __all__ = [
     "ACCEPTED",
@@ -16,4 +16,5 @@ __all__ = [
     "calibration_batches",
     "open_documents",
     "pack_and_split",
+    "pad",
 ]

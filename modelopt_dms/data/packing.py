@@ -94,6 +94,11 @@ def pack(documents: Iterable[Tokens], length: int) -> Samples:
     return _stack([_sample(pieces, length) for pieces in bins], length)
 
 
+def pad(pieces: Sequence[Tokens], length: int) -> Samples:
+    """One piece of at most `length` tokens a sample, padded on the right."""
+    return _stack([_sample([piece], length) for piece in pieces], length)
+
+
 def _sample(pieces: list[Tokens], length: int) -> tuple[Tokens, Tokens, Tokens]:
     padding = length - sum(map(len, pieces))
     lengths = [len(piece) for piece in pieces]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The mathematics of DMS on plain tensors. Knows neither transformers nor modelopt."""
 
+from modelopt_dms.ops.need import future_need
 from modelopt_dms.ops.reference import (
     Scoring,
     assign_slots,
@@ -19,6 +20,7 @@ __all__ = [
     "Scoring",
     "assign_slots",
     "decode_attention",
+    "future_need",
     "merge_partials",
     "partial_attention",
     "past_bias",

@@ -62,12 +62,12 @@ def describe_run(
         "dms": dms.model_dump(),
         "quantize": {} if quantization is None else quantization_to_dict(quantization),
         "data": {"samples": len(training), "digest": training.digest()},
-        "model": {"class": type(model).__name__, "digest": _digest(model)},
+        "model": {"class": type(model).__name__, "digest": model_digest(model)},
         "machine": {"processes": processes},
     }
 
 
-def _digest(model: PreTrainedModel) -> str:
+def model_digest(model: PreTrainedModel) -> str:
     """A fingerprint of the weights as they were before the retrofit: the start of each, gates apart."""
     gates = {name for name, _ in gate_parameters(model)}
     digest = hashlib.sha256()
@@ -205,13 +205,7 @@ def _check_same_run(directory: Path, description: Mapping[str, Mapping[str, Any]
         raise ResumeError(
             f"{path} cannot be read ({error}), so its checkpoints cannot be resumed; {_WAYS_OUT}"
         ) from error
-    ours = _flatten(json.loads(json.dumps(description)))
-    theirs = _flatten(stored)
-    different = [
-        f"{key} (there {theirs.get(key)!r}, now {ours.get(key)!r})"
-        for key in sorted(ours.keys() | theirs.keys())
-        if ours.get(key) != theirs.get(key)
-    ]
+    different = differences(stored, description)
     if different:
         raise ResumeError(
             f"output_dir={directory} holds checkpoints of a run with other settings: "
@@ -220,6 +214,18 @@ def _check_same_run(directory: Path, description: Mapping[str, Mapping[str, Any]
 
 
 _WAYS_OUT = "use another output_dir, or resume=False to start over"
+
+
+def differences(
+    stored: Mapping[str, Mapping[str, Any]], description: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
+    """Where a stored description of a run differs from ours, in words."""
+    ours, theirs = _flatten(json.loads(json.dumps(description))), _flatten(stored)
+    return [
+        f"{key} (there {theirs.get(key)!r}, now {ours.get(key)!r})"
+        for key in sorted(ours.keys() | theirs.keys())
+        if ours.get(key) != theirs.get(key)
+    ]
 
 
 def _flatten(description: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelopt_dms.config import DMSConfig, QuantizationConfig, RetrofitConfig
-from modelopt_dms.data import PreparedData, Samples, Visits, open_documents, pack_and_split
+from modelopt_dms.data import PreparedData, Visits, open_documents, pack_and_split
+from modelopt_dms.ratio import check_reachable, physical_cr, target_evicted_fraction
 from modelopt_dms.train.checkpoint import (
     WEIGHTS_FILE,
     check_run,
@@ -22,10 +22,10 @@ from modelopt_dms.train.checkpoint import (
     open_run,
     step_of,
 )
-from modelopt_dms.train.distill import Distiller, learning, noise_seed
+from modelopt_dms.train.distill import Distiller, learning
 from modelopt_dms.train.head import check_head
+from modelopt_dms.train.measure import measure
 from modelopt_dms.train.progress import Progress, Row
-from modelopt_dms.train.schedule import check_reachable, physical_cr, target_evicted_fraction
 from modelopt_dms.train.trainer import RetrofitTrainer, training_arguments
 
 
@@ -204,35 +204,6 @@ def _visits(config: RetrofitConfig) -> int:
 def _processes() -> int:
     # Set by torchrun; Trainer reads the same.
     return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-@torch.no_grad()
-def measure(distiller: Distiller, held_out: Samples, batch_size: int) -> dict[str, Any]:
-    """Means over held-out samples, weighted by the tokens they are taken over.
-
-    Returns:
-        kl, evicted_hard, evicted_by_layer with hard decisions; kl_soft, evicted_soft with relaxed ones.
-    """
-    sums: dict[str, torch.Tensor] = {}
-    valid = counted = 0
-    for start in range(0, len(held_out), batch_size):
-        batch = held_out.batch(slice(start, start + batch_size))
-        n_valid = int((batch["tokens_ahead"] >= 0).sum())
-        n_counted = int(distiller.counted(batch["position_ids"], batch["tokens_ahead"]).sum())
-        hard = distiller.eval()(**batch, target=0.0, noise_seed=None)
-        seed = (
-            noise_seed(distiller.retrofit.seed, 0, distiller.retrofit.steps, start)
-            if distiller.retrofit.noise
-            else None
-        )
-        soft = distiller.train()(**batch, target=0.0, noise_seed=seed)
-        found = {"kl": hard["kl"] * n_valid, "kl_soft": soft["kl"] * n_valid}
-        found |= {name: hard[name] * n_counted for name in ("evicted_hard", "evicted_by_layer")}
-        found["evicted_soft"] = soft["evicted_soft"] * n_counted
-        for name, value in found.items():
-            sums[name] = sums.get(name, 0.0) + value.double().cpu()
-        valid, counted = valid + n_valid, counted + n_counted
-    return {name: (x / (valid if "kl" in name else counted)).tolist() for name, x in sums.items()}
 
 
 @contextmanager

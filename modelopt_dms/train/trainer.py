@@ -19,6 +19,7 @@ from transformers import (
 
 from modelopt_dms.config import RetrofitConfig
 from modelopt_dms.data import Visits
+from modelopt_dms.ratio import physical_cr, target_evicted_fraction
 from modelopt_dms.train.checkpoint import (
     PARTIAL_DIR,
     WEIGHTS_FILE,
@@ -28,7 +29,7 @@ from modelopt_dms.train.checkpoint import (
 )
 from modelopt_dms.train.distill import Distiller, noise_seed
 from modelopt_dms.train.progress import Progress
-from modelopt_dms.train.schedule import physical_cr, scheduled_cr, target_evicted_fraction
+from modelopt_dms.train.schedule import scheduled_cr
 
 # Scalars of a forward of the distiller that are logged.
 MEASURED = ("loss", "kl", "rate", "evicted_soft", "evicted_hard")

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Documents -> what gates are fitted to, and what they are judged on. Knows no model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from modelopt_dms.config import CalibrateConfig, DMSConfig
+from modelopt_dms.data import DataError, Samples, Tokens, pad
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """Samples to fit to, longest first, and samples to set thresholds and measure quality on."""
+
+    fit: Samples
+    held_out: Samples
+
+
+def draw(documents: Sequence[Tokens], config: CalibrateConfig, dms: DMSConfig) -> CalibrationData:
+    """Cut documents, in an order fixed by the seed, into samples; read no more of them than needed.
+
+    Raises:
+        DataError: fewer than two documents, or parts of them, are longer than the delay window.
+    """
+    wanted = config.samples + config.held_out
+    shortest = dms.window + 2 + dms.protect_first
+    pieces: list[Tokens] = []
+    longest = 0
+    for index in np.random.default_rng(config.seed).permutation(len(documents)):
+        document = documents[int(index)]
+        longest = max(longest, len(document))
+        for start in range(0, len(document), config.sample_length):
+            piece = document[start : start + config.sample_length]
+            if len(piece) >= shortest:
+                pieces.append(piece)
+        if len(pieces) >= wanted:
+            break
+    if len(pieces) < 2:
+        raise DataError(
+            f"nothing to calibrate on: at least two samples of {shortest} tokens or more are needed (window={dms.window}, "
+            f"sample_length={config.sample_length}), but the longest document has {longest}"
+        )
+    held = min(config.held_out, max(1, len(pieces) // 5))
+    fit = sorted(pieces[held:wanted], key=len, reverse=True)
+    return CalibrationData(pad(fit, len(fit[0])), pad(pieces[:held], config.sample_length))

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One model, every compression ratio: thresholds move along a measured curve. Knows no data and no training."""
+
+from bisect import bisect_left
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from modelopt_dms.gate import gates
+from modelopt_dms.ratio import physical_cr, target_evicted_fraction
+
+
+class CompressionError(ValueError):
+    """A compression ratio that a model cannot be set to; the message says what it can."""
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """What one setting of the thresholds gives, measured on held-out samples with hard decisions.
+
+    Attributes:
+        shift: what is added to every threshold; more evicts less.
+        evicted_fraction: share of the tokens whose eviction takes effect.
+        compression_ratio: physical, of a sequence of the curve's `length`.
+        kl: KL divergence from the model with eviction off, nats per token.
+    """
+
+    shift: float
+    evicted_fraction: float
+    compression_ratio: float
+    kl: float
+
+
+@dataclass(frozen=True)
+class Curve:
+    """From thresholds to compression ratio to quality. Stored in the model's config as `dms_curve`.
+
+    Attributes:
+        length: tokens of the sequences it was measured on.
+        window: delay window.
+        protect_first: tokens at the start that are never evicted.
+        thresholds: every layer's thresholds at shift 0.
+        points: by rising evicted fraction.
+    """
+
+    length: int
+    window: int
+    protect_first: int
+    thresholds: tuple[tuple[float, ...], ...]
+    points: tuple[CurvePoint, ...]
+
+    def at(self, cr: float, length: int | None = None) -> CurvePoint:
+        """The point at a compression ratio, interpolated between measured ones.
+
+        Args:
+            cr: wanted ratio of logical to live tokens.
+            length: tokens of the sequence that shall have it; the curve's by default.
+
+        Raises:
+            CompressionError: out of what was measured, or impossible at this length.
+        """
+        length = self.length if length is None else length
+        always_live = self.window + 1 + self.protect_first
+        if cr < 1.0 or cr * always_live > length:
+            raise CompressionError(
+                f"cr={cr:g} must be at least 1 and, as {always_live} tokens are always live, at most "
+                f"{length / always_live:.3g} at length={length}"
+            )
+        wanted = target_evicted_fraction(cr, length, self.window, self.protect_first)
+        least, most = self.points[0], self.points[-1]
+        if not least.evicted_fraction <= wanted <= most.evicted_fraction:
+            span = (
+                physical_cr(x.evicted_fraction, length, self.window, self.protect_first)
+                for x in (least, most)
+            )
+            raise CompressionError(
+                f"cr={cr:g} is out of what was measured; at length={length} it can be "
+                f"{' to '.join(f'{x:.3g}' for x in span)}"
+            )
+        fractions = [x.evicted_fraction for x in self.points]
+        above = max(1, bisect_left(fractions, wanted))
+        if above == len(self.points):
+            return most
+        a, b = self.points[above - 1], self.points[above]
+        part = (wanted - a.evicted_fraction) / max(b.evicted_fraction - a.evicted_fraction, 1e-12)
+        return CurvePoint(
+            a.shift + part * (b.shift - a.shift), wanted, cr, a.kl + part * (b.kl - a.kl)
+        )
+
+
+def curve_of(model: PreTrainedModel) -> Curve:
+    """The curve that a model carries.
+
+    Raises:
+        CompressionError: it carries none.
+    """
+    stored = getattr(model.config, "dms_curve", None)
+    if stored is None:
+        raise CompressionError(
+            f"{type(model).__name__} carries no curve from thresholds to compression ratios; make one with "
+            "modelopt_dms.measure_curve, or compress the model with this version"
+        )
+    points = tuple(CurvePoint(**x) for x in stored["points"])
+    thresholds = tuple(tuple(x) for x in stored["thresholds"])
+    return Curve(**{**stored, "points": points, "thresholds": thresholds})
+
+
+def store_curve(model: PreTrainedModel, curve: Curve) -> None:
+    """Have a model carry a curve, from now on and when it is saved."""
+    stored: dict[str, Any] = asdict(curve)
+    stored["thresholds"] = [list(x) for x in curve.thresholds]
+    stored["points"] = list(stored["points"])
+    model.config.dms_curve = stored
+
+
+def set_compression(model: PreTrainedModel, cr: float, *, length: int | None = None) -> CurvePoint:
+    """Set a model, in place, to a compression ratio on the curve it carries. No training; holds when it is saved.
+
+    Args:
+        model: a DMS model with a curve, such as `compress` makes.
+        cr: wanted ratio of logical to live tokens in the KV cache; about 1 evicts nothing.
+        length: tokens of a sequence that shall have this ratio; by default the length the curve was measured at.
+            Shorter sequences compress less, longer ones more.
+
+    Returns:
+        What is expected there.
+
+    Raises:
+        CompressionError: no curve, or a ratio that it does not reach.
+    """
+    curve = curve_of(model)
+    point = curve.at(cr, length)
+    move_thresholds(model, curve.thresholds, point.shift)
+    return point
+
+
+@torch.no_grad()
+def move_thresholds(
+    model: nn.Module, thresholds: tuple[tuple[float, ...], ...], shift: float
+) -> None:
+    """Set every gate's threshold to one of these, by layer, plus a shift."""
+    for gate, base in zip(gates(model), thresholds, strict=True):
+        gate.threshold.copy_(torch.tensor(base, dtype=torch.float64) + shift)
+
+
+def thresholds_of(model: nn.Module) -> tuple[tuple[float, ...], ...]:
+    """Every gate's thresholds, by layer."""
+    return tuple(tuple(gate.threshold.tolist()) for gate in gates(model))
