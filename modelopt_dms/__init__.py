@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         QuantizationConfig,
         RetrofitConfig,
     )
+    from modelopt_dms.evaluation.tuning import tune
     from modelopt_dms.exporters import export
     from modelopt_dms.flow import compress
     from modelopt_dms.gate import eviction_off
@@ -60,6 +61,7 @@ _HOME = {
     "quantize": "quantization",
     "retrofit": "train",
     "set_compression": "compression",
+    "tune": "evaluation.tuning",
 }
 
 __all__ = [
@@ -83,6 +85,7 @@ __all__ = [
     "register",
     "retrofit",
     "set_compression",
+    "tune",
 ]
 
 

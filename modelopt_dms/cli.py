@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: modelopt-dms {compress, generate, eval, export, recipes}. Heavy imports only when needed."""
+"""The command line: modelopt-dms {compress, tune, generate, eval, export, recipes}. Heavy imports only when needed."""
 
 import json
 import os
@@ -55,6 +55,10 @@ DtypeOpt = Annotated[Dtype, typer.Option(help="Dtype of the base model.")]
 DeviceOpt = Annotated[
     str | None, typer.Option(help="Device or device_map, for example 'cuda' or 'auto'.")
 ]
+RatioOpt = Annotated[
+    float | None,
+    typer.Option("--cr", help="Compression ratio to run at, on the curve that the model carries."),
+]
 TrustOpt = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
 ]
@@ -92,12 +96,12 @@ def compress(
     texts: Any = data or _embedded_documents(tokenizer, chosen)
     run(network, chosen, tokenizer=tokenizer, data=texts, output_dir=output, resume=resume)
     out.print(f"saved to {escape(str(output))}", highlight=False)
-    summary = json.loads((output / SUMMARY_FILE).read_text())
-    if summary:
+    for stage, summary in json.loads((output / SUMMARY_FILE).read_text()).items():
         out.print(
-            "on held-out samples of {sequence_length} tokens: compression ratio {compression_ratio:.2f} "
-            "(recipe: {target_cr:g}), KL from the full cache {kl:.4f} nats a token; "
-            "{steps} steps in {seconds:.0f} s".format(**summary),
+            "{stage}, on held-out samples of {sequence_length} tokens: compression ratio {compression_ratio:.2f} "
+            "(recipe: {target_cr:g}), KL from the full cache {kl:.4f} nats a token; {seconds:.0f} s".format(
+                stage=stage, **summary
+            ),
             highlight=False,
         )
 
@@ -114,6 +118,7 @@ def generate(
     stats: Annotated[
         bool, typer.Option("--stats", help="Show what the KV cache held at the end.")
     ] = False,
+    cr: RatioOpt = None,
     dtype: DtypeOpt = Dtype.auto,
     device: DeviceOpt = None,
     trust_remote_code: TrustOpt = False,
@@ -124,6 +129,7 @@ def generate(
     from modelopt_dms.cache import kv_stats
 
     network, tokenizer = _load_any(model, dtype, device, trust_remote_code)
+    _set_ratio(network, cr)
     text = sys.stdin.read() if prompt == "-" else prompt
     inputs = tokenizer(text, return_tensors="pt").to(network.device)
     sampling: dict[str, Any] = {"do_sample": temperature > 0}
@@ -160,6 +166,7 @@ def evaluate(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write the rows here.")
     ] = None,
+    cr: RatioOpt = None,
     dtype: DtypeOpt = Dtype.auto,
     device: DeviceOpt = None,
     trust_remote_code: TrustOpt = False,
@@ -172,6 +179,7 @@ def evaluate(
     _check_files(data or [])
     sizes = [_length(x) for x in lengths.split(",")]
     network, tokenizer = _load_any(model, dtype, device, trust_remote_code)
+    _set_ratio(network, cr)
     rows: list[dict[str, Any]] = []
     if data:
         rows += score_files(network, tokenizer, data, sizes, count)
@@ -181,6 +189,58 @@ def evaluate(
     if json_file is not None:
         write_json(json_file, rows)
     out.print(results_table(rows))
+
+
+@app.command()
+def tune(
+    model: Annotated[Path, typer.Argument(help="Directory of a compressed model.")],
+    max_loss: Annotated[
+        float,
+        typer.Option(min=0.0, help="Percent by which perplexity may rise above the full cache's."),
+    ] = 0.5,
+    data: DataOpt = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Write a copy that is set to what was found."),
+    ] = None,
+    length: Annotated[
+        int | None,
+        typer.Option(min=64, help="Tokens of a sample; by default those of the model's curve."),
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Samples.")] = 16,
+    dtype: DtypeOpt = Dtype.auto,
+    device: DeviceOpt = None,
+    trust_remote_code: TrustOpt = False,
+) -> None:
+    """Find the largest compression ratio within a quality budget on your data."""
+    from modelopt_dms.compression import curve_of
+    from modelopt_dms.evaluation.tasks import held_out_text
+    from modelopt_dms.evaluation.tuning import tune as run
+    from modelopt_dms.exporters.tuned import save_tuned
+    from modelopt_dms.output import check_output
+
+    _check_files(data or [])
+    if output is not None:
+        check_output(output)
+    network, tokenizer = _load_any(model, dtype, device, trust_remote_code)
+    size = curve_of(network).length if length is None else length
+    texts: Any = data or held_out_text(tokenizer, size, count, 0)
+    found = run(
+        network, data=texts, tokenizer=tokenizer, max_loss=max_loss, length=size, count=count
+    )
+    table = Table(
+        "compression ratio", "perplexity", "loss", title=f"{found.samples} samples of {size} tokens"
+    )
+    table.add_row("1.00", f"{found.full_perplexity:.3f}", "")
+    for trial in sorted(found.trials, key=lambda x: x.compression_ratio):
+        mark = "  <- chosen" if trial == found.chosen else ""
+        table.add_row(
+            f"{trial.compression_ratio:.2f}", f"{trial.perplexity:.3f}", f"{trial.loss:.2f} %{mark}"
+        )
+    out.print(table)
+    if output is not None:
+        save_tuned(network, model, output)
+        out.print(f"saved to {escape(str(output))}", highlight=False)
 
 
 @app.command()
@@ -281,6 +341,13 @@ def _load_any(
     return load(name, dtype=dtype.value, device_map=device, trust_remote_code=trust), tokenizer
 
 
+def _set_ratio(model: "PreTrainedModel", cr: float | None) -> None:
+    if cr is not None:
+        from modelopt_dms.compression import set_compression
+
+        set_compression(model, cr)
+
+
 def _quiet_loading() -> None:
     from transformers.utils import logging
 
@@ -291,14 +358,20 @@ def _embedded_documents(tokenizer: "PreTrainedTokenizerBase", recipe: Any) -> li
     """The embedded model's own kind of text, enough for the recipe."""
     from modelopt_dms.evaluation.tasks import training_documents
 
-    retrofit, quantize = recipe.retrofit, recipe.quantize
-    if retrofit is None:
-        count, length = (0, 8) if quantize is None else (quantize.samples, quantize.sample_length)
-        return [x.ids for x in training_documents(tokenizer, count, length, seed=0)]
-    wanted = retrofit.steps * retrofit.batch_size * retrofit.gradient_accumulation_steps
-    count = min(wanted, 2048) + 32
-    length = retrofit.sequence_length
-    return [x.ids for x in training_documents(tokenizer, count, length, seed=retrofit.seed)]
+    retrofit, calibrate, quantize = recipe.retrofit, recipe.calibrate, recipe.quantize
+    counts, lengths = [0], [8]
+    if retrofit is not None:
+        visits = retrofit.steps * retrofit.batch_size * retrofit.gradient_accumulation_steps
+        counts.append(min(visits, 2048) + 32)
+        lengths.append(retrofit.sequence_length)
+    if calibrate is not None:
+        counts.append(calibrate.samples + calibrate.held_out)
+        lengths.append(calibrate.sample_length)
+    if quantize is not None:
+        counts.append(quantize.samples)
+        lengths.append(quantize.sample_length)
+    seed = 0 if retrofit is None else retrofit.seed
+    return [x.ids for x in training_documents(tokenizer, max(counts), max(lengths), seed)]
 
 
 def _check_model_dir(path: str) -> None:

@@ -2,7 +2,7 @@
 """One model, every compression ratio: thresholds move along a measured curve. Knows no data and no training."""
 
 from bisect import bisect_left
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -70,24 +70,27 @@ class Curve:
                 f"{length / always_live:.3g} at length={length}"
             )
         wanted = target_evicted_fraction(cr, length, self.window, self.protect_first)
-        least, most = self.points[0], self.points[-1]
-        if not least.evicted_fraction <= wanted <= most.evicted_fraction:
-            span = (
-                physical_cr(x.evicted_fraction, length, self.window, self.protect_first)
-                for x in (least, most)
+        least, most = (x.evicted_fraction for x in (self.points[0], self.points[-1]))
+        if not least <= wanted <= most:
+            low, high = (
+                physical_cr(x, length, self.window, self.protect_first) for x in (least, most)
             )
             raise CompressionError(
-                f"cr={cr:g} is out of what was measured; at length={length} it can be "
-                f"{' to '.join(f'{x:.3g}' for x in span)}"
+                f"cr={cr:g} is out of what was measured; at length={length} it can be {low:.3g} to {high:.3g}"
             )
+        return replace(self.at_fraction(wanted), compression_ratio=cr)
+
+    def at_fraction(self, wanted: float) -> CurvePoint:
+        """The point at an evicted fraction within the measured ones, interpolated; at the curve's length."""
         fractions = [x.evicted_fraction for x in self.points]
-        above = max(1, bisect_left(fractions, wanted))
-        if above == len(self.points):
-            return most
+        above = min(max(1, bisect_left(fractions, wanted)), len(fractions) - 1)
         a, b = self.points[above - 1], self.points[above]
         part = (wanted - a.evicted_fraction) / max(b.evicted_fraction - a.evicted_fraction, 1e-12)
         return CurvePoint(
-            a.shift + part * (b.shift - a.shift), wanted, cr, a.kl + part * (b.kl - a.kl)
+            shift=a.shift + part * (b.shift - a.shift),
+            evicted_fraction=wanted,
+            compression_ratio=physical_cr(wanted, self.length, self.window, self.protect_first),
+            kl=a.kl + part * (b.kl - a.kl),
         )
 
 

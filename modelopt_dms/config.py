@@ -198,8 +198,8 @@ class RetrofitConfig(ModeloptBaseConfig):
         ge=0.0,
         le=1.0,
         title="Ramp of the compression ratio",
-        description="The scheduled ratio rises linearly from 1 to target_cr over this fraction of the steps; 0 asks for "
-        "all of it from the start, which suits calibrated gates.",
+        description="The scheduled ratio rises linearly from 1 to target_cr over this fraction of the steps; 0 asks "
+        "for all of it from the start, which suits calibrated gates.",
     )
     rate_weight: float = ModeloptField(
         default=1.0,

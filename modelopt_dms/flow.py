@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The front door's flow: recipe -> gates -> retrofit -> a model that forgets, saved if asked for."""
+"""The front door's flow: recipe -> gates -> calibration -> retrofit -> a model that forgets, saved if asked for."""
 
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,15 @@ from modelopt.torch.quantization.config import need_calibration
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modelopt_dms.config import QuantizationConfig
+from modelopt_dms.calibration import (
+    CalibrationResult,
+    PreparedCalibration,
+    calibrate,
+    prepare_calibration,
+    trace_curve,
+)
+from modelopt_dms.compression import store_curve
+from modelopt_dms.config import CalibrateConfig, QuantizationConfig
 from modelopt_dms.convert import plan_conversion
 from modelopt_dms.data import calibration_batches
 from modelopt_dms.exporters import RECIPE_FILE, export
@@ -23,6 +32,7 @@ from modelopt_dms.train import PreparedRun, RetrofitResult, prepare, retrofit
 
 SUMMARY_FILE = "dms_summary.json"
 WORK_DIR = "retrofit"
+CALIBRATION_DIR = "calibration"
 EXPORT_DIR = "exported"
 
 
@@ -56,31 +66,49 @@ def compress(
         ValueError: recipe, model, data or output directory are not usable; nothing was changed or written.
     """
     recipe = load_recipe(recipe, overrides)
-    target = None if output_dir is None else check_output(output_dir, (WORK_DIR, EXPORT_DIR))
+    target = None
+    if output_dir is not None:
+        target = check_output(output_dir, (CALIBRATION_DIR, WORK_DIR, EXPORT_DIR))
     if recipe.export is not None and target is None:
         raise ValueError(f"export.format={recipe.export.format!r} needs an output_dir")
-    work = None if target is None else target / WORK_DIR
-    run = _plan_dms(model, recipe, data, tokenizer, work if resume else None)
+    plan = _plan_dms(model, recipe, data, tokenizer, target if resume else None)
     batches = _plan_quantization(model, recipe.quantize, data, tokenizer)
-    result = None
+    results: dict[str, CalibrationResult | RetrofitResult] = {}
     if recipe.dms is not None:
         apply_dms(model, recipe.dms)
     if recipe.quantize is not None and recipe.quantize.order == "before_retrofit":
         quantize(model.eval(), recipe.quantize, batches)
+    where = {"resume": resume, "progress": progress}
+    if recipe.calibrate is not None:
+        work = None if target is None else target / CALIBRATION_DIR
+        results["calibrate"] = calibrate(
+            model, recipe.calibrate, data=plan.calibration, output_dir=work, **where
+        )
     if recipe.retrofit is not None:
-        result = retrofit(
-            model, recipe.retrofit, data=run, output_dir=work, resume=resume, progress=progress
+        work = None if target is None else target / WORK_DIR
+        results["retrofit"] = retrofit(
+            model, recipe.retrofit, data=plan.retrofit, output_dir=work, **where
         )
     model.eval()
     if recipe.quantize is not None and not is_quantized(model):
         quantize(model, recipe.quantize, batches)
+    _measure_curve(model, recipe, plan)
     if target is not None:
         if recipe.export is not None:
             exported = target / EXPORT_DIR
             shutil.rmtree(exported, ignore_errors=True)  # an interrupted run's
             export(model, exported, recipe.export.format, tokenizer=tokenizer, recipe=recipe)
-        save(model, target, recipe=recipe, tokenizer=tokenizer, result=result)
+        save(model, target, recipe=recipe, tokenizer=tokenizer, results=results)
+        shutil.rmtree(target / CALIBRATION_DIR, ignore_errors=True)
     return model
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What gates are fitted to and learn from."""
+
+    calibration: PreparedCalibration | None = None
+    retrofit: PreparedRun | None = None
 
 
 def _plan_dms(
@@ -89,23 +117,53 @@ def _plan_dms(
     data: Any,
     tokenizer: PreTrainedTokenizerBase | None,
     resume_from: Path | None,
-) -> PreparedRun | None:
-    """Check that gates can be put on the model and can learn; the packed data, if they will."""
+) -> _Plan:
+    """Check that gates can be put on the model and can be fitted or learn; the samples, if they will."""
     if recipe.dms is None:
-        return None
+        return _Plan()
     plan_conversion(model, recipe.dms)
-    if recipe.retrofit is None:
-        return None
     first = recipe.quantize is not None and recipe.quantize.order == "before_retrofit"
-    return prepare(
-        model,
-        recipe.retrofit,
-        recipe.dms,
-        data=data,
-        tokenizer=tokenizer,
-        quantization=recipe.quantize if first else None,
-        resume_from=resume_from,
-    )
+    quantization = recipe.quantize if first else None
+    calibration = run = None
+    if recipe.calibrate is not None:
+        calibration = prepare_calibration(
+            model,
+            recipe.calibrate,
+            recipe.dms,
+            data=data,
+            tokenizer=tokenizer,
+            quantization=quantization,
+            resume_from=None if resume_from is None else resume_from / CALIBRATION_DIR,
+        )
+    if recipe.retrofit is not None:
+        run = prepare(
+            model,
+            recipe.retrofit,
+            recipe.dms,
+            data=data,
+            tokenizer=tokenizer,
+            calibration=recipe.calibrate,
+            quantization=quantization,
+            resume_from=None if resume_from is None else resume_from / WORK_DIR,
+        )
+    return _Plan(calibration, run)
+
+
+def _measure_curve(model: PreTrainedModel, recipe: Recipe, plan: _Plan) -> None:
+    """Have the finished model carry its curve; what calibration measured holds if nothing came after it."""
+    dms, how = recipe.dms, recipe.calibrate or CalibrateConfig()
+    if dms is None or (recipe.retrofit is None and recipe.quantize is None):
+        return
+    if plan.retrofit is not None and recipe.retrofit is not None:
+        held_out, batch_size = plan.retrofit.data.held_out, recipe.retrofit.batch_size
+        length = recipe.retrofit.sequence_length
+    elif plan.calibration is not None:
+        held_out, batch_size = plan.calibration.data.held_out, how.batch_size
+        length = how.sample_length
+    else:
+        return
+    ratios = sorted({*how.curve, dms.target_cr} - {1.0})
+    store_curve(model, trace_curve(model, held_out, ratios, length=length, batch_size=batch_size))
 
 
 def _plan_quantization(
@@ -136,7 +194,7 @@ def save(
     *,
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase | None,
-    result: RetrofitResult | None,
+    results: Mapping[str, CalibrationResult | RetrofitResult],
 ) -> None:
     """Write model, tokenizer, resolved recipe and summary to `target`; complete or not there at all."""
     with staged(target) as place:
@@ -144,5 +202,5 @@ def save(
         if tokenizer is not None:
             tokenizer.save_pretrained(place)
         (place / RECIPE_FILE).write_text(recipe_to_yaml(recipe), encoding="utf-8")
-        summary = {} if result is None else result.summary()
+        summary = {name: result.summary() for name, result in results.items()}
         (place / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")

@@ -12,6 +12,7 @@ from modelopt.torch.opt.config_loader import load_config
 from pydantic import BaseModel, ValidationError, model_validator
 
 from modelopt_dms.config import (
+    CalibrateConfig,
     DMSConfig,
     ExportConfig,
     QuantizationConfig,
@@ -45,10 +46,15 @@ class Recipe(ModeloptBaseConfig):
         title="DMS",
         description="Facts stored with the model; without it the recipe only quantizes.",
     )
+    calibrate: CalibrateConfig | None = ModeloptField(
+        default=None,
+        title="Calibration",
+        description="How the gates are fitted to what future queries attend to, in one pass and without training.",
+    )
     retrofit: RetrofitConfig | None = ModeloptField(
         default=None,
         title="Retrofit",
-        description="How the gates learn; without it they stay untrained and evict nothing.",
+        description="How the gates learn, from scratch or from what calibration made of them.",
     )
     quantize: QuantizationConfig | None = ModeloptField(
         default=None,
@@ -62,12 +68,17 @@ class Recipe(ModeloptBaseConfig):
     @model_validator(mode="before")
     @classmethod
     def _dms_unless_it_only_quantizes(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and ("quantize" not in data or "retrofit" in data):
+        gated = ("calibrate", "retrofit")
+        if isinstance(data, Mapping) and ("quantize" not in data or any(x in data for x in gated)):
             return {"dms": {}, **data}
         return data
 
     @model_validator(mode="after")
     def _something_learns(self) -> "Recipe":
+        if self.calibrate is not None and self.dms is not None and self.dms.gate == "neuron":
+            raise ValueError(
+                "dms.gate='neuron' has no weights of its own to calibrate; use dms.gate='adapter', or only retrofit"
+            )
         frozen = self.retrofit is not None and self.retrofit.train == "gates"
         if frozen and self.dms is not None and self.dms.gate == "neuron":
             raise ValueError(
@@ -81,6 +92,7 @@ class _Sections(ModeloptBaseConfig):
 
     metadata: Any = ModeloptField(default=None)
     dms: Any = ModeloptField(default=None)
+    calibrate: Any = ModeloptField(default=None)
     retrofit: Any = ModeloptField(default=None)
     quantize: QuantizationConfig | None = ModeloptField(default=None)
     export: Any = ModeloptField(default=None)

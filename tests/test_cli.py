@@ -36,7 +36,7 @@ def compressed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_compress_writes_a_model_its_recipe_and_a_summary(compressed: Path) -> None:
     names = {x.name for x in compressed.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "dms_recipe.yaml"} <= names
-    assert json.loads((compressed / "dms_summary.json").read_text())["steps"] == 2
+    assert json.loads((compressed / "dms_summary.json").read_text())["retrofit"]["steps"] == 2
     assert not {x for x in names if x.startswith(".")}
 
 

@@ -3,6 +3,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +26,9 @@ from modelopt_dms.train.distill import Distiller
 from modelopt_dms.train.head import input_device, last_hidden
 from modelopt_dms.train.measure import measure
 
+SETTLING_STEPS = 3
+NEAR = 0.005
+
 
 def trace_curve(
     model: PreTrainedModel,
@@ -44,18 +48,52 @@ def trace_curve(
         batch_size: samples at a time.
     """
     dms = DMSConfig(**model.config.dms_config)
-    base = thresholds_of(model)
     logits = torch.cat([x.flatten() for x in margins(model, samples, batch_size)]).sort().values
     fractions = [0.0] + [
         target_evicted_fraction(cr, length, dms.window, dms.protect_first)
         for cr in sorted(ratios)
         if cr * (dms.window + 1 + dms.protect_first) <= length
     ]
+    shifts = [threshold_for(logits, fraction) for fraction in fractions]
+    points = _measure(model, samples, shifts, length, batch_size)
+    return Curve(length, dms.window, dms.protect_first, thresholds_of(model), points)
+
+
+def settle(
+    model: PreTrainedModel, samples: Samples, curve: Curve, fraction: float, *, batch_size: int
+) -> Curve:
+    """Move thresholds, in place, along a curve to where they evict a fraction; the curve of the model as it is then.
+
+    What is evicted in one layer changes what gates of the next ones read, so thresholds found with nothing evicted are
+    only nearly right.
+    """
+    for _ in range(SETTLING_STEPS):
+        found = curve.at_fraction(fraction).shift
+        move_thresholds(model, curve.thresholds, found)
+        here = _measure(model, samples, [0.0], curve.length, batch_size)
+        others = [replace(x, shift=x.shift - found) for x in curve.points if x.shift != found]
+        points = _in_order([*others, *here])
+        curve = replace(curve, thresholds=thresholds_of(model), points=points)
+        if abs(here[0].evicted_fraction - fraction) < NEAR:
+            break
+    return curve
+
+
+def _measure(
+    model: PreTrainedModel,
+    samples: Samples,
+    shifts: Sequence[float],
+    length: int,
+    batch_size: int,
+) -> tuple[CurvePoint, ...]:
+    """What these shifts of the model's thresholds give."""
+    dms = DMSConfig(**model.config.dms_config)
+    base = thresholds_of(model)
     found: list[CurvePoint] = []
-    with _evaluated(model) as distiller:
+    with _in_eval(model):
+        distiller = Distiller(model, RetrofitConfig()).eval()
         try:
-            for fraction in fractions:
-                shift = threshold_for(logits, fraction)
+            for shift in shifts:
                 move_thresholds(model, base, shift)
                 result = measure(distiller, samples, batch_size, soft=False)
                 evicted = result["evicted_hard"]
@@ -63,8 +101,13 @@ def trace_curve(
                 found.append(CurvePoint(shift, evicted, ratio, max(0.0, result["kl"])))
         finally:
             move_thresholds(model, base, 0.0)
-    points = sorted(found, key=lambda x: (x.evicted_fraction, -x.shift))
-    return Curve(length, dms.window, dms.protect_first, base, tuple(points))
+    return _in_order(found)
+
+
+def _in_order(points: Sequence[CurvePoint]) -> tuple[CurvePoint, ...]:
+    """By rising evicted fraction; of several that evict as much, the one with the highest thresholds."""
+    unique = {x.evicted_fraction: x for x in sorted(points, key=lambda x: x.shift)}
+    return tuple(unique[x] for x in sorted(unique))
 
 
 def threshold_for(logits: Tensor, fraction: float) -> float:
@@ -119,9 +162,3 @@ def _in_eval(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-@contextmanager
-def _evaluated(model: PreTrainedModel) -> Iterator[Distiller]:
-    with _in_eval(model):
-        yield Distiller(model, RetrofitConfig()).eval()

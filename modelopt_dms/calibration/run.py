@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelopt_dms.calibration.fit import accumulate
-from modelopt_dms.calibration.measuring import margins, threshold_for, trace_curve
+from modelopt_dms.calibration.measuring import margins, settle, threshold_for, trace_curve
 from modelopt_dms.calibration.samples import CalibrationData, draw
 from modelopt_dms.calibration.state import STATE_FILE, check_state
 from modelopt_dms.calibration.statistics import Fit
@@ -25,7 +25,7 @@ from modelopt_dms.config import (
 from modelopt_dms.data import open_documents
 from modelopt_dms.gate import gates
 from modelopt_dms.ratio import check_reachable, target_evicted_fraction
-from modelopt_dms.train.checkpoint import model_digest
+from modelopt_dms.train.checkpoint import FREE_FIELDS, model_digest
 from modelopt_dms.train.head import check_head
 
 # Standard deviation of fitted logits: several times that of the retrofit's noise (1.8), so that a retrofit which starts
@@ -49,7 +49,8 @@ class CalibrationResult:
         seconds: of this process.
         tokens: that gates were fitted to.
         target_cr: what the recipe asked for.
-        compression_ratio: measured at `length`, with hard decisions.
+        sequence_length: tokens of a sample.
+        compression_ratio: measured at that length, with hard decisions.
         evicted_fraction: share of the tokens whose eviction takes effect.
         kl: KL divergence from the model with eviction off, nats per token.
         explained: for every layer and row, the share of the need's variance that the gate explains.
@@ -59,6 +60,7 @@ class CalibrationResult:
     seconds: float
     tokens: int
     target_cr: float
+    sequence_length: int
     compression_ratio: float
     evicted_fraction: float
     kl: float
@@ -103,7 +105,7 @@ def prepare_calibration(
         dms.target_cr, dms.window, config.sample_length, dms.protect_first, "sample_length"
     )
     drawn = draw(open_documents(data, tokenizer, model), config, dms)
-    values = {key: value for key, value in config.model_dump().items() if key != "save_steps"}
+    values = {key: value for key, value in config.model_dump().items() if key not in FREE_FIELDS}
     description: dict[str, dict[str, Any]] = {
         "calibrate": values,
         "dms": dms.model_dump(),
@@ -176,7 +178,10 @@ def calibrate(
         )
         fits = [x.solve(config.ridge) for x in sums.values()]
         _put(model, fits)
-        _set_thresholds(model, run.data, config, dms)
+        fraction = target_evicted_fraction(
+            dms.target_cr, config.sample_length, dms.window, dms.protect_first
+        )
+        _set_thresholds(model, run.data, config, fraction)
         curve = trace_curve(
             model,
             run.data.held_out,
@@ -184,6 +189,7 @@ def calibrate(
             length=config.sample_length,
             batch_size=config.batch_size,
         )
+        curve = settle(model, run.data.held_out, curve, fraction, batch_size=config.batch_size)
     finally:
         model.train(training)
     store_curve(model, curve)
@@ -192,6 +198,7 @@ def calibrate(
         seconds=time.perf_counter() - start,
         tokens=int((run.data.fit.tokens_ahead >= 0).sum()),
         target_cr=dms.target_cr,
+        sequence_length=config.sample_length,
         compression_ratio=here.compression_ratio,
         evicted_fraction=here.evicted_fraction,
         kl=here.kl,
@@ -211,12 +218,9 @@ def _put(model: PreTrainedModel, fits: list[Fit]) -> None:
 
 
 def _set_thresholds(
-    model: PreTrainedModel, data: CalibrationData, config: CalibrateConfig, dms: DMSConfig
+    model: PreTrainedModel, data: CalibrationData, config: CalibrateConfig, fraction: float
 ) -> None:
-    """Move thresholds so that target_cr is met on held-out samples."""
-    fraction = target_evicted_fraction(
-        dms.target_cr, config.sample_length, dms.window, dms.protect_first
-    )
+    """Move thresholds so that this fraction of held-out tokens is above them."""
     above = margins(model, data.held_out, config.batch_size)
     together = torch.cat([x.flatten() for x in above]).sort().values
     for gate, rows in zip(gates(model), above, strict=True):

@@ -39,9 +39,10 @@ def draw(documents: Sequence[Tokens], config: CalibrateConfig, dms: DMSConfig) -
             break
     if len(pieces) < 2:
         raise DataError(
-            f"nothing to calibrate on: at least two samples of {shortest} tokens or more are needed (window={dms.window}, "
-            f"sample_length={config.sample_length}), but the longest document has {longest}"
+            f"nothing to calibrate on: at least two samples of {shortest} tokens or more are needed "
+            f"(window={dms.window}, sample_length={config.sample_length}), but the longest document has {longest}"
         )
-    held = min(config.held_out, max(1, len(pieces) // 5))
+    held = config.held_out if len(pieces) >= wanted else max(1, len(pieces) // 5)
+    held = min(held, config.held_out)
     fit = sorted(pieces[held:wanted], key=len, reverse=True)
     return CalibrationData(pad(fit, len(fit[0])), pad(pieces[:held], config.sample_length))

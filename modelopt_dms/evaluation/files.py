@@ -30,14 +30,19 @@ def score_files(
         ValueError: unusable files, or none has a document of that many tokens.
     """
     documents = open_documents(list(files), tokenizer, model)
-    cut = {length: _samples(documents, length, count) for length in lengths}
+    cut = {length: cut_documents(documents, length, count) for length in lengths}
     return [
         {"task": "data", "length": length, **perplexity(model, samples).row()}
         for length, samples in cut.items()
     ]
 
 
-def _samples(documents: Documents, length: int, count: int) -> list[list[int]]:
+def cut_documents(documents: Documents, length: int, count: int) -> list[list[int]]:
+    """The first `count` samples of exactly `length` tokens.
+
+    Raises:
+        ValueError: no document is long enough.
+    """
     samples: list[list[int]] = []
     longest = 0
     for ids in documents:

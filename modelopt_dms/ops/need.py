@@ -44,11 +44,10 @@ def future_need(
         for head in range(K):
             group = slice(head * (H // K), (head + 1) * (H // K))
             sinks = None if scoring.sinks is None else scoring.sinks[group].float()
-            queries = positions[
-                window + 1 : int(lengths[b])
-            ]  # earlier ones have nothing beyond the window
-            for some in queries.split(rows):
-                end = int(some[-1]) + 1
+            length = int(lengths[b])
+            for start in range(window + 1, length, rows):  # earlier queries are within the window
+                end = min(start + rows, length)
+                some = positions[start:end]
                 weights = _weights(q[b, group, some], k[b, head, :end], some, sinks, scoring)
                 weights = weights.masked_fill(some[:, None] - positions[:end] <= window, 0.0)
                 best = weights.amax(dim=(0, 1))

@@ -4,7 +4,7 @@
 run.json            what the run is: recipe, data, model; a resume must agree with it
 train_log.jsonl     one row per logging interval
 logs/               TensorBoard
-checkpoint-<step>/  trained.safetensors (only what learns), progress.json, and Trainer's optimizer and scheduler state
+checkpoint-<step>/  trained.safetensors (what learns; thresholds), progress.json, Trainer's optimizer and scheduler
 .partial/           a checkpoint being written
 """
 
@@ -20,17 +20,18 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from modelopt_dms.config import (
+    CalibrateConfig,
     DMSConfig,
     QuantizationConfig,
     RetrofitConfig,
     quantization_to_dict,
 )
 from modelopt_dms.data import Samples
-from modelopt_dms.gate import gate_parameters
+from modelopt_dms.gate import EvictionGate, gate_parameters
 
 RUN_FILE = "run.json"
 LOG_FILE = "train_log.jsonl"
@@ -51,20 +52,25 @@ def describe_run(
     model: PreTrainedModel,
     config: RetrofitConfig,
     dms: DMSConfig,
+    calibration: CalibrateConfig | None,
     quantization: QuantizationConfig | None,
     training: Samples,
     processes: int,
 ) -> dict[str, dict[str, Any]]:
     """What makes a run the one it is, as JSON; two runs with the same description compute the same."""
-    retrofit = {key: value for key, value in config.model_dump().items() if key not in FREE_FIELDS}
     return {
-        "retrofit": retrofit,
+        "retrofit": _computing(config),
         "dms": dms.model_dump(),
+        "calibrate": {} if calibration is None else _computing(calibration),
         "quantize": {} if quantization is None else quantization_to_dict(quantization),
         "data": {"samples": len(training), "digest": training.digest()},
         "model": {"class": type(model).__name__, "digest": model_digest(model)},
         "machine": {"processes": processes},
     }
+
+
+def _computing(config: CalibrateConfig | RetrofitConfig) -> dict[str, Any]:
+    return {key: value for key, value in config.model_dump().items() if key not in FREE_FIELDS}
 
 
 def model_digest(model: PreTrainedModel) -> str:
@@ -156,18 +162,13 @@ def commit(directory: Path, step: int) -> None:
 
 
 def save_trained(module: nn.Module, path: Path) -> None:
-    """Write the parameters that learn, and only those, to a safetensors file."""
-    tensors = {
-        name: p.detach().cpu().contiguous()
-        for name, p in module.named_parameters()
-        if p.requires_grad
-    }
-    save_file(tensors, path)
+    """Write what learns, and the gates' thresholds, and only those, to a safetensors file."""
+    save_file({name: x.cpu().contiguous() for name, x in _trained(module).items()}, path)
 
 
 @torch.no_grad()
 def load_trained(module: nn.Module, path: Path) -> None:
-    """Put the parameters of `save_trained` back.
+    """Put the tensors of `save_trained` back.
 
     Raises:
         ResumeError: the file is broken, or is not of this model.
@@ -178,16 +179,27 @@ def load_trained(module: nn.Module, path: Path) -> None:
         raise ResumeError(
             f"{path} cannot be read: {error}; remove {path.parent} to go on without it"
         ) from error
-    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    expected = {name: tuple(p.shape) for name, p in parameters.items()}
+    ours = _trained(module)
+    expected = {name: tuple(x.shape) for name, x in ours.items()}
     stored = {name: tuple(x.shape) for name, x in tensors.items()}
     if expected != stored:
         odd = sorted(dict(expected.items() ^ stored.items()))
         raise ResumeError(
             f"{path} does not fit this model: {', '.join(odd[:3])} missing, unexpected or of another shape"
         )
-    for name, parameter in parameters.items():
-        parameter.copy_(tensors[name])
+    for name, tensor in ours.items():
+        tensor.copy_(tensors[name])
+
+
+def _trained(module: nn.Module) -> dict[str, Tensor]:
+    """What a retrofit changes, and what calibration set before it."""
+    trained = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
+    thresholds = {
+        f"{name}.threshold": x.threshold
+        for name, x in module.named_modules()
+        if isinstance(x, EvictionGate)
+    }
+    return trained | thresholds
 
 
 def write_text(path: Path, text: str) -> None:

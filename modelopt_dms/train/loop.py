@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modelopt_dms.config import DMSConfig, QuantizationConfig, RetrofitConfig
+from modelopt_dms.config import CalibrateConfig, DMSConfig, QuantizationConfig, RetrofitConfig
 from modelopt_dms.data import PreparedData, Visits, open_documents, pack_and_split
 from modelopt_dms.ratio import check_reachable, physical_cr, target_evicted_fraction
 from modelopt_dms.train.checkpoint import (
@@ -88,6 +88,7 @@ def prepare(
     *,
     data: Any,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    calibration: CalibrateConfig | None = None,
     quantization: QuantizationConfig | None = None,
     resume_from: Path | None = None,
 ) -> PreparedRun:
@@ -99,6 +100,7 @@ def prepare(
         dms: the facts that the model has or will have.
         data: see `modelopt_dms.data.ACCEPTED`.
         tokenizer: needed unless the data are token ids.
+        calibration: how the gates are calibrated before they learn, if they are.
         quantization: how the model is quantized, or will be before it learns.
         resume_from: directory whose checkpoints, if there are any, must be of this run.
 
@@ -114,7 +116,9 @@ def prepare(
         wanted=_visits(config),
         seed=config.seed,
     )
-    description = describe_run(model, config, dms, quantization, packed.training, _processes())
+    description = describe_run(
+        model, config, dms, calibration, quantization, packed.training, _processes()
+    )
     if resume_from is not None:
         check_run(resume_from, description)
     return PreparedRun(packed, description)
