@@ -40,8 +40,8 @@ def dms_attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    scaling: float | None = None,
     dropout: float = 0.0,
+    scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     **kwargs: Any,
@@ -54,8 +54,8 @@ def dms_attention(
         key: [B, K, S, D]; of the new tokens only, if the layer's cache is a DMS layer.
         value: [B, K, S, Dv].
         attention_mask: bool or additive [B, 1, T, S'], or None for causal.
-        scaling: factor on q.k, 1 / sqrt(D) by default.
         dropout: refused; decisions are trained without it.
+        scaling: factor on q.k, 1 / sqrt(D) by default.
         softcap: Gemma 2's soft cap on scores.
         s_aux: gpt-oss' sink logits [H].
         **kwargs: what other implementations use.
