@@ -229,10 +229,28 @@ class RetrofitConfig(ModeloptBaseConfig):
         title="Logistic noise",
         description="Sample the relaxed decision while training.",
     )
-    train: Literal["gates", "all"] = ModeloptField(
+    cr_range: list[float] | None = ModeloptField(
+        default=None,
+        title="Range of compression ratios",
+        description="[lowest, highest]: every step draws the ratio it trains for, and thresholds move there along the "
+        "calibrated curve, so that one model serves the whole range. Takes the place of the ramp.",
+    )
+    train: Literal["gates", "lora", "all"] = ModeloptField(
         default="gates",
         title="What learns",
-        description="'gates': the base model stays frozen. 'all': every weight learns, against a frozen copy.",
+        description="'gates': the base model stays frozen. 'lora': gates and low-rank adapters, merged at the end. "
+        "'all': every weight learns, against a frozen copy.",
+    )
+    lora_rank: int = ModeloptField(
+        default=16, ge=1, title="LoRA rank", description="Of the adapters, for train='lora'."
+    )
+    lora_alpha: float = ModeloptField(
+        default=32.0, gt=0.0, title="LoRA alpha", description="Adapters are scaled by alpha / rank."
+    )
+    lora_modules: list[str] = ModeloptField(
+        default=["all-linear"],
+        title="LoRA modules",
+        description="Endings of the names of layers that get an adapter, such as q_proj; or all-linear.",
     )
     gradient_checkpointing: bool = ModeloptField(
         default=False,
@@ -257,6 +275,15 @@ class RetrofitConfig(ModeloptBaseConfig):
         title="Seed",
         description="Seeds data order and gate noise; same seed, same result.",
     )
+
+    @field_validator("cr_range")
+    @classmethod
+    def _rising(cls, value: list[float] | None) -> list[float] | None:
+        if value is not None and not (len(value) == 2 and 1.0 < value[0] < value[1]):
+            raise ValueError(
+                "cr_range must be [lowest, highest] with 1 < lowest < highest, for example [2, 16]"
+            )
+        return value
 
 
 class QuantizationConfig(QuantizeConfig):

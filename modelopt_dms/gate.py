@@ -32,6 +32,7 @@ class EvictionGate(nn.Module):
         enabled: False while the model must behave as if it had never been converted.
         noise_seed: seed of the logistic noise of the next training forward; None for no noise.
         tau: temperature of the relaxed decision.
+        moved: what is added to the threshold of the next training forward.
         record: where decisions are recorded, or None.
         watch: told the queries, keys and values of the layer's next attention, and how they are scored; or None.
     """
@@ -63,6 +64,7 @@ class EvictionGate(nn.Module):
         self.enabled = True
         self.noise_seed: int | None = None
         self.tau = 0.1
+        self.moved = 0.0
         self.record: AlphaRecord | None = None
         self.watch: Callable[..., None] | None = None
 
@@ -94,13 +96,11 @@ class EvictionGate(nn.Module):
 
     def relax(self, hidden: Tensor, positions: Tensor) -> Tensor:
         """Relaxed decisions as log(1 - alpha) [B, K, T] float32, differentiable (Gumbel-sigmoid)."""
-        z = self.logits(hidden)
+        z = self.logits(hidden) - (self.threshold[:, None] + self.moved)
         allowed = self._may_evict(positions)
         with torch.no_grad():
-            self._remember(
-                "hard", (z > self.threshold[:, None]).expand(-1, self.kv_heads, -1) & allowed
-            )
-        z = (z - self.threshold[:, None] + self._noise(z)) / self.tau
+            self._remember("hard", (z > 0).expand(-1, self.kv_heads, -1) & allowed)
+        z = (z + self._noise(z)) / self.tau
         # Below this, exp() underflows to an exact 0 for alpha and its gradient.
         z = torch.where(allowed, z, -1e4).expand(-1, self.kv_heads, -1)
         self._remember("alphas", torch.sigmoid(z))
@@ -139,10 +139,17 @@ def gate_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     ]
 
 
-def set_noise(model: nn.Module, seed: int | None, tau: float) -> None:
-    """Fix the noise and temperature of the next training forward of every gate; seed None is no noise."""
+def set_relaxation(model: nn.Module, seed: int | None, tau: float, moved: float = 0.0) -> None:
+    """Fix noise, temperature and move of the thresholds for the next training forward of every gate.
+
+    Args:
+        model: a converted model.
+        seed: of the noise; None is no noise.
+        tau: temperature.
+        moved: what is added to every threshold; more evicts less.
+    """
     for gate in gates(model):
-        gate.noise_seed, gate.tau = seed, tau
+        gate.noise_seed, gate.tau, gate.moved = seed, tau, moved
 
 
 @contextmanager

@@ -79,11 +79,27 @@ class Recipe(ModeloptBaseConfig):
             raise ValueError(
                 "dms.gate='neuron' has no weights of its own to calibrate; use dms.gate='adapter', or only retrofit"
             )
-        frozen = self.retrofit is not None and self.retrofit.train == "gates"
-        if frozen and self.dms is not None and self.dms.gate == "neuron":
+        if self.retrofit is None or self.dms is None:
+            return self
+        if self.retrofit.train != "all" and self.dms.gate == "neuron":
             raise ValueError(
                 "dms.gate='neuron' has no parameters of its own to train; use retrofit.train='all'"
             )
+        early = self.quantize is not None and self.quantize.order == "before_retrofit"
+        if self.retrofit.train == "lora" and early:
+            raise ValueError(
+                "retrofit.train='lora' cannot merge into quantized weights; use quantize.order='after_retrofit'"
+            )
+        if self.retrofit.cr_range is not None:
+            if self.calibrate is None:
+                raise ValueError(
+                    "retrofit.cr_range needs the thresholds of calibrated gates; add a section calibrate"
+                )
+            highest = max([*self.calibrate.curve, self.dms.target_cr])
+            if self.retrofit.cr_range[1] > highest:
+                raise ValueError(
+                    f"retrofit.cr_range={self.retrofit.cr_range} goes beyond what calibrate.curve measures, {highest:g}"
+                )
         return self
 
 

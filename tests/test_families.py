@@ -34,7 +34,7 @@ from transformers.modeling_utils import AttentionInterface
 from modelopt_dms.cache import DMSLayer, kv_stats
 from modelopt_dms.config import DMSConfig
 from modelopt_dms.convert import dms_modules, plan_conversion
-from modelopt_dms.gate import eviction_off, record_alpha, set_noise
+from modelopt_dms.gate import eviction_off, record_alpha, set_relaxation
 from modelopt_dms.mode import apply_dms
 
 LENGTH = 24
@@ -198,7 +198,7 @@ def test_live_length_is_what_the_decisions_say(
 
 def test_gradients_reach_only_the_gates(model: PreTrainedModel, ids: Tensor) -> None:
     model.train()
-    set_noise(model, 3, tau=1.0)
+    set_relaxation(model, 3, tau=1.0)
     with frozen_base(model) as gates:
         model(ids, use_cache=False).logits.square().mean().backward()
         assert len(gates) == len(dms_modules(model))

@@ -9,7 +9,7 @@ import torch
 from families import build, build_dms, distance, eager_copy, feed, frozen_base, tokens
 
 from modelopt_dms.convert import dms_modules
-from modelopt_dms.gate import eviction_off, record_alpha, set_noise
+from modelopt_dms.gate import eviction_off, record_alpha, set_relaxation
 from modelopt_dms.loading import load
 
 RESIDUAL = ["llama", "gemma3", "phi3", "olmo2", "gpt_neox", "gpt_oss", "deepseek_v3"]
@@ -54,7 +54,7 @@ def test_a_residual_gate_reads_what_enters_the_layer_through_its_own_norm() -> N
 
 def test_a_residual_gate_learns_also_under_checkpointing_and_keeps_nothing() -> None:
     model = build_dms("llama", gate="residual").train()
-    set_noise(model, 3, tau=1.0)
+    set_relaxation(model, 3, tau=1.0)
     ids = tokens(2, 16)
     found = []
     for checkpointing in (False, True):

@@ -12,7 +12,7 @@ from hypothesis import given
 from torch import Tensor
 
 from modelopt_dms.convert import dms_modules
-from modelopt_dms.gate import set_noise
+from modelopt_dms.gate import set_relaxation
 from modelopt_dms.ops import (
     Scoring,
     assign_slots,
@@ -343,7 +343,7 @@ def test_a_llama_layer_equals_its_float64_rewrite(training: bool) -> None:
     module = next(iter(dms_modules(model).values()))
     gate = module.dms_gate
     model.train(training)
-    set_noise(model, None, tau=0.7)
+    set_relaxation(model, None, tau=0.7)
     torch.manual_seed(0)
     B, T, H, K, D = 2, 14, 4, 2, 8
     x = torch.randn(B, T, 32)

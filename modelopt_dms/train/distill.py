@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 
 from modelopt_dms.config import RetrofitConfig
 from modelopt_dms.convert import dms_modules
-from modelopt_dms.gate import eviction_off, gate_parameters, record_alpha, set_noise
+from modelopt_dms.gate import eviction_off, gate_parameters, record_alpha, set_relaxation
 from modelopt_dms.ops import shift_decisions
 from modelopt_dms.train.head import input_device, last_hidden, output_head
+from modelopt_dms.train.lora import adapters_off, is_adapter
 from modelopt_dms.train.loss import kl_divergence, mean_decision, rate_loss
 
 
@@ -56,6 +57,7 @@ class Distiller(nn.Module):
         tokens_ahead: Tensor,
         target: float,
         noise_seed: int | None,
+        moved: float = 0.0,
     ) -> dict[str, Tensor]:
         """Losses and measures of a batch, all float32 scalars.
 
@@ -65,6 +67,7 @@ class Distiller(nn.Module):
             tokens_ahead: [B, T], how many tokens of the document follow; -1 where padded.
             target: wanted share of evicted tokens among those whose eviction takes effect.
             noise_seed: fixes the noise of the soft decisions; None for none.
+            moved: what is added to thresholds of soft decisions.
 
         Returns:
             loss, kl, rate; evicted_soft (training mode), evicted_hard and evicted_by_layer [layers]: shares of the
@@ -75,9 +78,9 @@ class Distiller(nn.Module):
             x.to(device) for x in (input_ids, position_ids, tokens_ahead)
         )
         teacher = self.model if self.copy is None else self.copy
-        with torch.no_grad(), eviction_off(teacher):
+        with torch.no_grad(), eviction_off(teacher), adapters_off(teacher):
             wanted = last_hidden(teacher, input_ids, position_ids)
-        set_noise(self.model, noise_seed, self.retrofit.tau)
+        set_relaxation(self.model, noise_seed, self.retrofit.tau, moved)
         with record_alpha(self.model) as record:
             hidden = last_hidden(self.model, input_ids, position_ids)
         kl = kl_divergence(
@@ -130,9 +133,10 @@ def learning(model: PreTrainedModel, config: RetrofitConfig) -> Iterator[None]:
         ValueError: there is nothing to train.
     """
     trained = (
-        {id(p) for _, p in gate_parameters(model)}
-        if config.train == "gates"
-        else {id(p) for p in model.parameters()}
+        {id(p) for p in model.parameters()}
+        if config.train == "all"
+        else {id(p) for _, p in gate_parameters(model)}
+        | {id(p) for name, p in model.named_parameters() if is_adapter(name)}
     )
     if not trained:
         raise ValueError(
@@ -160,7 +164,7 @@ def learning(model: PreTrainedModel, config: RetrofitConfig) -> Iterator[None]:
         for parameter, requires_grad in gradients:
             parameter.requires_grad_(requires_grad)
             parameter.grad = None
-        set_noise(model, None, config.tau)
+        set_relaxation(model, None, config.tau)
 
 
 def _dropout_rates(model: nn.Module) -> list[tuple[nn.Module, str, float]]:

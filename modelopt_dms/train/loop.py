@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from modelopt_dms.compression import curve_of
 from modelopt_dms.config import CalibrateConfig, DMSConfig, QuantizationConfig, RetrofitConfig
 from modelopt_dms.data import PreparedData, Visits, open_documents, pack_and_split
 from modelopt_dms.ratio import check_reachable, physical_cr, target_evicted_fraction
@@ -24,6 +25,7 @@ from modelopt_dms.train.checkpoint import (
 )
 from modelopt_dms.train.distill import Distiller, learning
 from modelopt_dms.train.head import check_head
+from modelopt_dms.train.lora import adapted, check_lora
 from modelopt_dms.train.measure import measure
 from modelopt_dms.train.progress import Progress, Row
 from modelopt_dms.train.trainer import RetrofitTrainer, training_arguments
@@ -109,6 +111,9 @@ def prepare(
             checkpoints are of another run.
     """
     check_reachable(dms.target_cr, dms.window, config.sequence_length, dms.protect_first)
+    check_lora(config)
+    if config.cr_range is not None and calibration is None:
+        curve_of(model).at(config.cr_range[1])
     packed = pack_and_split(
         open_documents(data, tokenizer, model),
         length=config.sequence_length,
@@ -160,7 +165,7 @@ def retrofit(
         held = getattr(model.config, "dms_quantization", None)
         quantization = None if held is None else QuantizationConfig(**held)
         run = prepare(model, config, dms, data=data, tokenizer=tokenizer, quantization=quantization)
-    with learning(model, config), _directory(output_dir) as place:
+    with adapted(model, config), learning(model, config), _directory(output_dir) as place:
         distiller = Distiller(model, config).train()
         check_head(model)
         log = _train(

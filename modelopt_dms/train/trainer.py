@@ -17,6 +17,7 @@ from transformers import (
     default_data_collator,
 )
 
+from modelopt_dms.compression import curve_of
 from modelopt_dms.config import RetrofitConfig
 from modelopt_dms.data import Visits
 from modelopt_dms.ratio import physical_cr, target_evicted_fraction
@@ -29,7 +30,7 @@ from modelopt_dms.train.checkpoint import (
 )
 from modelopt_dms.train.distill import Distiller, noise_seed
 from modelopt_dms.train.progress import Progress
-from modelopt_dms.train.schedule import scheduled_cr
+from modelopt_dms.train.schedule import drawn_cr, scheduled_cr
 
 # Scalars of a forward of the distiller that are logged.
 MEASURED = ("loss", "kl", "rate", "evicted_soft", "evicted_hard")
@@ -60,6 +61,8 @@ class RetrofitTrainer(Trainer):
         """
         self.distiller, self.progress, self.directory = distiller, progress, directory
         self._micro_step = 0
+        sampled = distiller.retrofit.cr_range is not None
+        self._curve = curve_of(distiller.model) if sampled else None
         flow = _Flow(progress, distiller.retrofit, directory is not None, self._scheduled)
         super().__init__(
             distiller,
@@ -91,7 +94,9 @@ class RetrofitTrainer(Trainer):
             seed = noise_seed(
                 self.distiller.retrofit.seed, self.args.process_index, step, self._micro_step
             )
-        out = model(**inputs, target=self._scheduled(step)["target_fraction"], noise_seed=seed)
+        target = self._scheduled(step)["target_fraction"]
+        moved = 0.0 if self._curve is None else self._curve.at_fraction(target).shift
+        out = model(**inputs, target=target, noise_seed=seed, moved=moved)
         self._micro_step = (self._micro_step + 1) % self.args.gradient_accumulation_steps
         measured = torch.stack(
             [out[name].detach().to(self.args.device, torch.float32) for name in MEASURED]
@@ -111,7 +116,10 @@ class RetrofitTrainer(Trainer):
     def _scheduled(self, step: int) -> dict[str, float]:
         """What the recipe asks for at a step: the compression ratio, and the share of tokens to evict for it."""
         config, dms = self.distiller.retrofit, self.distiller.model.config.dms_config
-        cr = scheduled_cr(step, config.steps, dms["target_cr"], config.ramp_fraction)
+        if config.cr_range is None:
+            cr = scheduled_cr(step, config.steps, dms["target_cr"], config.ramp_fraction)
+        else:
+            cr = drawn_cr(step, *config.cr_range, config.seed)
         return {"target_cr": cr, "target_fraction": target_evicted_fraction(cr, *self._shape())}
 
     def _shape(self) -> tuple[int, int, int]:
