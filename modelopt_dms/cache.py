@@ -88,23 +88,22 @@ class DMSLayer(CacheLayerMixin):
         """No limit."""
         return -1
 
-    def get_max_cache_shape(self) -> int:
-        """No limit (the name before transformers 5.15)."""
-        return -1
-
     def reset(self) -> None:
         """Forget everything."""
         self.slots = SlotLists(self.slots.window, self.slots.shift)
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Roll back: a negative count of tokens to remove, or (transformers before 5.15) the length to keep.
+        """Roll back: a negative count of tokens to remove.
 
         Raises:
-            ValueError: the rows needed for going back that far are gone.
+            ValueError: a positive count, or the rows needed for going back that far are gone.
         """
-        keep = tokens_to_remove if tokens_to_remove > 0 else self.slots.seen + tokens_to_remove
-        self.slots.crop(max(0, self.slots.seen - keep))
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"crop({tokens_to_remove}) must be a negative number of tokens to remove"
+            )
+        self.slots.crop(max(0, min(self.slots.seen, -tokens_to_remove)))
 
     def activate_past_recording(self) -> None:
         """From now on, keep what a rollback within the whole delay window needs."""
