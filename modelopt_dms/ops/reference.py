@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 # Scores exist for at most this many query rows at a time; more than this falls out of a CPU core's cache.
 QUERY_ROWS = 128
@@ -157,7 +158,8 @@ def prefill_partial(
     K = k.shape[1]
     grouped = q.unflatten(1, (K, H // K))  # [B, H, T, D] -> [B, K, G, T, D]
     outs, lses = [], []
-    for start, end, bias in _query_blocks(keep_logprob, window, mask):
+    for start, end in _query_blocks(T):
+        bias = _block_bias(keep_logprob, window, mask, start, end)
         out, lse = partial_attention(
             grouped[..., start:end, :],
             k[:, :, None, :end],
@@ -186,16 +188,27 @@ def prefill_attention(
     grouped = q.reshape(B * K, G, T, D)
     k, v = k.flatten(0, 1), v.flatten(0, 1)
     sinks = None if scoring.sinks is None else scoring.sinks.float().view(K, G).repeat(B, 1)
-    outs = []
-    for start, end, bias in _query_blocks(keep_logprob, window, mask):
-        rows = grouped[:, :, start:end].flatten(1, 2)  # [B*K, G*t, D]
+
+    def rows(start: int, end: int) -> Tensor:
+        """Output [B*K, G, t, Dv] of the queries from start to end."""
+        bias = _block_bias(keep_logprob, window, mask, start, end)
+        some = grouped[:, :, start:end].flatten(1, 2)  # [B*K, G*t, D]
         bias = bias[:, :, None].expand(-1, -1, G, -1, -1).reshape(B * K, -1, end)
-        scores = _biased_scores(rows, k[:, :end].transpose(1, 2), bias, scoring)
+        scores = _biased_scores(some, k[:, :end].transpose(1, 2), bias, scoring)
         if sinks is not None:
             column = sinks.repeat_interleave(end - start, dim=1)[..., None]
             scores = torch.cat([scores, column], dim=-1)
         weights = scores.softmax(-1)[..., :end].to(v.dtype)
-        outs.append((weights @ v[:, :end]).unflatten(1, (G, -1)))
+        return (weights @ v[:, :end]).unflatten(1, (G, -1))
+
+    outs = []
+    for start, end in _query_blocks(T):
+        if torch.is_grad_enabled() and T > QUERY_ROWS:
+            # The backward pass makes the scores anew: kept, they would take memory with the square of T.
+            out = checkpoint(rows, start, end, use_reentrant=False, preserve_rng_state=False)
+        else:
+            out = rows(start, end)
+        outs.append(out)
     return torch.cat(outs, dim=2).reshape(B, H, T, -1)
 
 
@@ -274,20 +287,23 @@ def assign_slots(expired: Tensor, marked: Tensor, live: Tensor) -> tuple[Tensor,
     return torch.where(reuse, expired, live), live + (~reuse).long()
 
 
-def _query_blocks(
-    keep_logprob: Tensor, window: int, mask: Tensor | None
-) -> Iterator[tuple[int, int, Tensor]]:
-    """Blocks of query rows start..end with their bias [B, K, t, end] on the keys up to their end."""
-    T = keep_logprob.shape[-1]
-    positions = torch.arange(T, device=keep_logprob.device)
+def _query_blocks(T: int) -> Iterator[tuple[int, int]]:
+    """Blocks of query rows, start..end."""
     for start in range(0, T, QUERY_ROWS):
-        end = min(start + QUERY_ROWS, T)
-        bias = delay_bias(keep_logprob[..., :end], positions[start:end], positions[:end], window)
-        if mask is not None:
-            # A padding token sees itself: a row without any key would be NaN, and spread through its value.
-            itself = positions[start:end, None] == positions[:end]
-            bias = bias.masked_fill(~(mask[:, :, start:end, :end] | itself), float("-inf"))
-        yield start, end, bias
+        yield start, min(start + QUERY_ROWS, T)
+
+
+def _block_bias(
+    keep_logprob: Tensor, window: int, mask: Tensor | None, start: int, end: int
+) -> Tensor:
+    """Bias [B, K, t, end] of query rows start..end on the keys up to their end."""
+    positions = torch.arange(end, device=keep_logprob.device)
+    bias = delay_bias(keep_logprob[..., :end], positions[start:], positions, window)
+    if mask is None:
+        return bias
+    # A padding token sees itself: a row without any key would be NaN, and spread through its value.
+    itself = positions[start:, None] == positions
+    return bias.masked_fill(~(mask[:, :, start:end, :end] | itself), float("-inf"))
 
 
 def _biased_scores(rows: Tensor, keys: Tensor, bias: Tensor, scoring: Scoring) -> Tensor:
