@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelopt_dms.config import CalibrateConfig, DMSConfig, QuantizationConfig, RetrofitConfig
-from modelopt_dms.data import PreparedData, Visits, open_documents, pack_and_split
+from modelopt_dms.data import PreparedData, open_sources, prepare_samples
 from modelopt_dms.ratio import check_reachable, physical_cr, target_evicted_fraction
 from modelopt_dms.train.checkpoint import (
     WEIGHTS_FILE,
@@ -109,16 +109,14 @@ def prepare(
             checkpoints are of another run.
     """
     check_reachable(dms.target_cr, dms.window, config.sequence_length, dms.protect_first)
-    packed = pack_and_split(
-        open_documents(data, tokenizer, model),
+    packed = prepare_samples(
+        open_sources(data, tokenizer, model),
         length=config.sequence_length,
         window=dms.window,
         wanted=_visits(config),
         seed=config.seed,
     )
-    description = describe_run(
-        model, config, dms, calibration, quantization, packed.training, _processes()
-    )
+    description = describe_run(model, config, dms, calibration, quantization, packed, _processes())
     if resume_from is not None:
         check_run(resume_from, description)
     return PreparedRun(packed, description)
@@ -191,7 +189,7 @@ def _train(
         if step_of(checkpoint) == config.steps:
             load_trained(distiller, checkpoint / WEIGHTS_FILE)
             return log
-    visits = Visits(run.data.training, _visits(config), config.seed)
+    visits = run.data.visits(_visits(config), config.seed)
     trainer = RetrofitTrainer(distiller, arguments, visits, log, place if keep else None)
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
