@@ -25,12 +25,14 @@ if TYPE_CHECKING:
         QuantizationConfig,
         RetrofitConfig,
     )
+    from modelopt_dms.data import Blend
     from modelopt_dms.evaluation.tuning import tune
     from modelopt_dms.exporters import export
     from modelopt_dms.flow import compress
     from modelopt_dms.gate import eviction_off
     from modelopt_dms.loading import load
     from modelopt_dms.mode import apply_dms
+    from modelopt_dms.previews import Preview, preview
     from modelopt_dms.quantization import quantize
     from modelopt_dms.recipe import Recipe, load_recipe
     from modelopt_dms.train import RetrofitResult, retrofit
@@ -42,10 +44,12 @@ except PackageNotFoundError:
 
 # No module bears the name of a public function: importing it would put the module in the function's place.
 _HOME = {
+    "Blend": "data",
     "CalibrateConfig": "config",
     "CalibrationResult": "calibration",
     "DMSConfig": "config",
     "KVStats": "cache",
+    "Preview": "previews",
     "QuantizationConfig": "config",
     "Recipe": "recipe",
     "RetrofitConfig": "config",
@@ -58,6 +62,7 @@ _HOME = {
     "kv_stats": "cache",
     "load": "loading",
     "load_recipe": "recipe",
+    "preview": "previews",
     "quantize": "quantization",
     "retrofit": "train",
     "set_compression": "compression",
@@ -65,10 +70,12 @@ _HOME = {
 }
 
 __all__ = [
+    "Blend",
     "CalibrateConfig",
     "CalibrationResult",
     "DMSConfig",
     "KVStats",
+    "Preview",
     "QuantizationConfig",
     "Recipe",
     "RetrofitConfig",
@@ -81,6 +88,7 @@ __all__ = [
     "kv_stats",
     "load",
     "load_recipe",
+    "preview",
     "quantize",
     "register",
     "retrofit",

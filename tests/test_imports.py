@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "modelopt_dms"
 STAIRCASE = [
     {"ops", "kv_quant", "config", "shelf", "output", "data", "ratio"},
     {"gate", "pages", "kv_format", "recipe"},
-    {"cache", "gate_kinds", "schema", "compression"},
+    {"cache", "gate_kinds", "schema", "compression", "previews"},
     {"attention"},
     {"convert", "ranges"},
     {"mode"},

@@ -14,7 +14,7 @@ from modelopt_dms.data.documents import (
 )
 from modelopt_dms.data.errors import DataError
 from modelopt_dms.data.files import choose_column
-from modelopt_dms.data.mixing import PreparedData, prepare_samples
+from modelopt_dms.data.mixing import PreparedData, Tally, prepare_samples
 from modelopt_dms.data.packing import Samples, pack_and_split, pad
 from modelopt_dms.data.sources import Blend, Source, open_sources, parse_data, read_once
 from modelopt_dms.data.visits import Visits
@@ -27,6 +27,7 @@ __all__ = [
     "PreparedData",
     "Samples",
     "Source",
+    "Tally",
     "Tokens",
     "Visits",
     "calibration_batches",

@@ -75,9 +75,10 @@ class RetrofitResult:
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """What `prepare` made: packed data, and the description by which a resume knows the run."""
+    """What `prepare` made: packed data, how many samples are visited, and how a resume knows the run."""
 
     data: PreparedData
+    visits: int
     description: dict[str, dict[str, Any]]
 
 
@@ -119,7 +120,7 @@ def prepare(
     description = describe_run(model, config, dms, calibration, quantization, packed, _processes())
     if resume_from is not None:
         check_run(resume_from, description)
-    return PreparedRun(packed, description)
+    return PreparedRun(packed, _visits(config), description)
 
 
 def retrofit(
@@ -189,7 +190,7 @@ def _train(
         if step_of(checkpoint) == config.steps:
             load_trained(distiller, checkpoint / WEIGHTS_FILE)
             return log
-    visits = run.data.visits(_visits(config), config.seed)
+    visits = run.data.visits(run.visits, config.seed)
     trainer = RetrofitTrainer(distiller, arguments, visits, log, place if keep else None)
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
