@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from modelopt_dms.previews import Preview, preview
     from modelopt_dms.quantization import quantize
     from modelopt_dms.recipe import Recipe, load_recipe
+    from modelopt_dms.traces import Sampling, generate_traces
     from modelopt_dms.train import RetrofitResult, retrofit
 
 try:
@@ -54,11 +55,13 @@ _HOME = {
     "Recipe": "recipe",
     "RetrofitConfig": "config",
     "RetrofitResult": "train",
+    "Sampling": "traces",
     "apply_dms": "mode",
     "calibrate": "calibration",
     "compress": "flow",
     "eviction_off": "gate",
     "export": "exporters",
+    "generate_traces": "traces",
     "kv_stats": "cache",
     "load": "loading",
     "load_recipe": "recipe",
@@ -80,11 +83,13 @@ __all__ = [
     "Recipe",
     "RetrofitConfig",
     "RetrofitResult",
+    "Sampling",
     "apply_dms",
     "calibrate",
     "compress",
     "eviction_off",
     "export",
+    "generate_traces",
     "kv_stats",
     "load",
     "load_recipe",

@@ -156,6 +156,46 @@ def preview(
 
 
 @app.command()
+def traces(
+    model: ModelArg,
+    prompts: Annotated[
+        list[Path],
+        typer.Option("--prompts", help=".jsonl, .txt or .parquet file; may be repeated."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help=".jsonl file for the result.")],
+    count: Annotated[
+        int | None, typer.Option(min=1, help="Number of traces; by default one a prompt.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a trace, at most.")] = 2048,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.6,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from tokens that hold this probability.")
+    ] = 0.95,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts continued together.")] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Seed for sampling.")] = 0,
+    dtype: DtypeOpt = Dtype.auto,
+    device: DeviceOpt = None,
+    trust_remote_code: TrustOpt = False,
+) -> None:
+    """Have MODEL itself, with eviction off, continue prompts: data for a retrofit. Goes on if interrupted."""
+    from modelopt_dms.traces import (
+        Sampling,
+        check_traces_output,
+        generate_traces,
+        tokenize_prompts,
+    )
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, batch_size, seed)
+    check_traces_output(output)
+    _check_files(prompts, "--prompts")
+    # Of the model nothing but its tokenizer is loaded before the prompts are known to be usable.
+    starts = tokenize_prompts(prompts, _load_tokenizer(model, trust_remote_code), count)
+    network, tokenizer = _load_any(Path(model), dtype, device, trust_remote_code)
+    generate_traces(network, starts, tokenizer, output, sampling=sampling)
+    out.print(f"saved to {escape(str(output))}", highlight=False)
+
+
+@app.command()
 def generate(
     model: DirArg,
     prompt: Annotated[
@@ -452,12 +492,12 @@ def _data(arguments: list[str] | None) -> Any:
     return found or None
 
 
-def _check_files(paths: list[Path]) -> None:
+def _check_files(paths: list[Path], option: str = "--data") -> None:
     for path in paths:
         if not path.is_file():
-            raise ValueError(f"--data {path} does not exist or is not a file")
+            raise ValueError(f"{option} {path} does not exist or is not a file")
         if path.stat().st_size == 0:
-            raise ValueError(f"--data {path} is empty")
+            raise ValueError(f"{option} {path} is empty")
 
 
 def _length(text: str) -> int:

@@ -20,7 +20,7 @@ STAIRCASE = [
     {"mode"},
     {"quantization"},
     {"train", "packed", "nvidia"},
-    {"loading", "exporters", "calibration"},
+    {"loading", "exporters", "calibration", "traces"},
     {"flow", "evaluation"},
     {"report"},
     {"cli", "__init__"},

@@ -16,10 +16,11 @@ from modelopt_dms.data.chat import render_chat
 from modelopt_dms.data.errors import DataError
 from modelopt_dms.data.files import SUFFIXES, choose_column, read_files
 
-ACCEPTED = (
+KINDS = (
     "a datasets.Dataset with a column input_ids, messages or text; a list of strings, of chat records "
-    '{"messages": [...]} or of token-id lists; paths of .jsonl, .txt or .parquet files'
+    '{"messages": [...]} or of token-id lists; or paths of .jsonl, .txt or .parquet files'
 )
+ACCEPTED = f"{KINDS}; or a Blend of these"
 
 Tokens = NDArray[np.int32]
 
@@ -86,7 +87,7 @@ def open_documents(
     """Documents of any accepted kind of data; reads files, tokenizes nothing yet.
 
     Args:
-        data: see `ACCEPTED`. A .txt file is one document.
+        data: see `KINDS`. A .txt file is one document.
         tokenizer: needed unless the data are token ids.
         model: whose vocabulary the ids must fit, if there is one yet.
         name: of the data, for messages.
@@ -120,7 +121,7 @@ def open_records(data: Any, name: str = "data") -> tuple[Sequence[Any], list[str
 
 def _records(data: Any, name: str) -> tuple[Sequence[Any], list[str]]:
     if data is None:
-        raise DataError(f"{name} is missing; expected {ACCEPTED}")
+        raise DataError(f"{name} is missing; expected {KINDS}")
     if isinstance(data, Dataset):
         return data.select_columns([choose_column(data.column_names, "the dataset")]), []
     if isinstance(data, DatasetDict):
@@ -135,7 +136,7 @@ def _records(data: Any, name: str) -> tuple[Sequence[Any], list[str]]:
     if paths:
         return read_files(paths)
     if not isinstance(data, Sequence):
-        raise DataError(f"{name} is a {type(data).__name__}; expected {ACCEPTED}")
+        raise DataError(f"{name} is a {type(data).__name__}; expected {KINDS}")
     return data, []
 
 
