@@ -159,11 +159,15 @@ def test_a_question_ends_where_the_answer_begins() -> None:
 
 
 def test_what_cannot_be_kept_is_said() -> None:
-    silent = tokenizer_with("{% for m in messages %}{{ m.role }}{% endfor %}")
+    silent = tokenizer_with("{# </think> #}{% for m in messages %}{{ m.role }}{% endfor %}")
     with pytest.raises(
         DataError, match=r"notes:3: .*chat_template drops the thinking of messages\[1"
     ):
         render_chat([ask("Q"), inline("T", "A")], silent, "notes:3")
+    with pytest.raises(
+        DataError, match=r"drops the thinking of messages\[1\] and knows no </think>"
+    ):
+        render_chat([ask("Q"), field("T", "A", "thinking")], tokenizer_with(PLAIN), "notes:3")
     called = {**inline("T", "A"), "tool_calls": [{"name": "search"}]}
     with pytest.raises(DataError, match="drops the thinking"):
         render_chat([ask("Q"), called], tokenizer_with(NEVER), "notes:3")

@@ -133,6 +133,11 @@ def _as_written(chat: Chat, tokenizer: PreTrainedTokenizerBase, label: str) -> s
     *before, last = chat
     thought = _thought(last)
     assert thought is not None
+    if "</think>" not in str(tokenizer.chat_template):
+        raise DataError(
+            f"{label}: the tokenizer's chat_template drops the {thought.field} of messages[{len(before)}] and knows no "
+            "</think>; put the thinking into the content as the model writes it, or pass texts"
+        )
     mark = _MARK.format("answer")
     marked = _apply([*before, {"role": "assistant", "content": mark}], tokenizer, label)
     _, there, end = marked.rpartition(mark)
