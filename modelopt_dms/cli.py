@@ -178,12 +178,8 @@ def traces(
     trust_remote_code: TrustOpt = False,
 ) -> None:
     """Have MODEL itself, with eviction off, continue prompts: data for a retrofit. Goes on if interrupted."""
-    from modelopt_dms.traces import (
-        Sampling,
-        check_traces_output,
-        generate_traces,
-        tokenize_prompts,
-    )
+    from modelopt_dms.data import tokenize_prompts
+    from modelopt_dms.traces import Sampling, check_traces_output, generate_traces
 
     sampling = Sampling(max_new_tokens, temperature, top_p, batch_size, seed)
     check_traces_output(output)

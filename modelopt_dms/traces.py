@@ -19,15 +19,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modelopt_dms.data import (
-    DataError,
-    Tokens,
-    check_ids,
-    choose_column,
-    open_records,
-    render_question,
-    tokenize,
-)
+from modelopt_dms.data import DataError, Tokens, tokenize_prompts
 from modelopt_dms.gate import eviction_off
 from modelopt_dms.output import OutputError
 from modelopt_dms.train.checkpoint import ResumeError, differences, model_digest, write_text
@@ -145,38 +137,6 @@ def check_traces_output(output: str | Path) -> Path:
             f"output={target} cannot be written: {nearest} is not a writable directory"
         )
     return target
-
-
-def tokenize_prompts(
-    prompts: Any, tokenizer: PreTrainedTokenizerBase, count: int | None
-) -> list[Tokens]:
-    """The token ids that each of `count` traces starts with.
-
-    Raises:
-        DataError: prompts are missing, empty or not usable; names which.
-    """
-    if count is not None and count < 1:
-        raise DataError(f"count={count} must be at least 1")
-    records, labels = open_records(prompts, "prompts")
-    wanted = len(records) if count is None else count
-    starts = []
-    for index in range(min(wanted, len(records))):
-        label = labels[index] if labels else f"prompts[{index}]"
-        ids = _prompt(records[index], tokenizer, label)
-        if not len(ids):
-            raise DataError(f"{label} is empty; expected something to continue")
-        starts.append(ids)
-    return [starts[i % len(starts)] for i in range(wanted)]
-
-
-def _prompt(record: Any, tokenizer: PreTrainedTokenizerBase, label: str) -> Tokens:
-    column = choose_column(list(record), label) if isinstance(record, Mapping) else None
-    content = record if column is None else record[column]
-    if column == "messages":
-        return tokenize(render_question(content, tokenizer, label), tokenizer, label, special=False)
-    if isinstance(content, str):
-        return tokenize(content, tokenizer, label, special=True)
-    return check_ids(content, label)
 
 
 def _check_fits(model: PreTrainedModel, starts: Sequence[Tokens], sampling: Sampling) -> None:

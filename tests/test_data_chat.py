@@ -50,13 +50,19 @@ NEVER = """
 """
 
 
+# Like DeepSeek-V3.1's: the same, but unless told to think, an answer begins where a thought has ended already.
+ON_REQUEST = NEVER.replace(
+    "'<assistant><think>\\n'", "'<assistant>' + ('<think>' if thinking else '</think>')"
+)
+
+
 def tokenizer_with(template: str) -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     compiled = ImmutableSandboxedEnvironment().from_string(template)
 
-    def apply(messages: Any, tokenize: bool, add_generation_prompt: bool) -> str:
-        return compiled.render(messages=messages, add_generation_prompt=add_generation_prompt)
+    def apply(messages: Any, tokenize: bool, **variables: Any) -> str:
+        return compiled.render(messages=messages, **variables)
 
     return SimpleNamespace(chat_template=template, apply_chat_template=apply)
 
@@ -104,6 +110,11 @@ def test_a_turn_without_a_thought_after_the_last_thought_is_seen_too() -> None:
     texts = render_chat(chat, tokenizer_with(NEVER), "chat")
     assert len(texts) == 2
     assert "T1" in texts[0] and texts[1].endswith("<user>Q2<assistant>A2<end>")
+
+
+def test_a_template_that_can_think_is_told_to() -> None:
+    (text,) = render_chat([ask("Q"), field("T", "A")], tokenizer_with(ON_REQUEST), "chat")
+    assert text == "<user>Q<assistant><think>\nT\n</think>\n\nA<end>"
 
 
 def test_answers_that_begin_inside_a_thought_and_other_fields_are_understood() -> None:

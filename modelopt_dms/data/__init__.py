@@ -2,20 +2,11 @@
 """From what a user has to packed samples of token ids. Knows no training."""
 
 from modelopt_dms.data.batches import calibration_batches
-from modelopt_dms.data.chat import render_question
-from modelopt_dms.data.documents import (
-    ACCEPTED,
-    Documents,
-    Tokens,
-    check_ids,
-    open_documents,
-    open_records,
-    tokenize,
-)
+from modelopt_dms.data.documents import ACCEPTED, Documents, Tokens, open_documents
 from modelopt_dms.data.errors import DataError
-from modelopt_dms.data.files import choose_column
 from modelopt_dms.data.mixing import PreparedData, Tally, prepare_samples
 from modelopt_dms.data.packing import Samples, pack_and_split, pad
+from modelopt_dms.data.prompts import tokenize_prompts
 from modelopt_dms.data.sources import Blend, Source, open_sources, parse_data, read_once
 from modelopt_dms.data.visits import Visits
 
@@ -31,16 +22,12 @@ __all__ = [
     "Tokens",
     "Visits",
     "calibration_batches",
-    "check_ids",
-    "choose_column",
     "open_documents",
-    "open_records",
     "open_sources",
     "pack_and_split",
     "pad",
     "parse_data",
     "prepare_samples",
     "read_once",
-    "render_question",
-    "tokenize",
+    "tokenize_prompts",
 ]

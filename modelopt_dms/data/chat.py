@@ -17,6 +17,8 @@ from modelopt_dms.data.errors import DataError
 # Fields of a message that hold a thought; else it stands in the content, in front of </think>.
 FIELDS = ("reasoning_content", "thinking")
 _INLINE = re.compile(r"\s*(?:<think>)?(?P<thought>.*?)</think>", re.DOTALL)
+# Names by which templates that can do both are told that the model shall think.
+_THINKING = {"enable_thinking": True, "thinking": True}
 # In place of a thought or an answer, to see what a template does with it; no chat contains it.
 _MARK = "dms\u2060mark\u2060{}\u2060"
 
@@ -91,9 +93,18 @@ def _check(
     return tokenizer, [dict(message) for message in messages]
 
 
-def _apply(chat: Chat, tokenizer: PreTrainedTokenizerBase, label: str, *, ask: bool = False) -> str:
+def _apply(
+    chat: Chat,
+    tokenizer: PreTrainedTokenizerBase,
+    label: str,
+    *,
+    ask: bool = False,
+    **variables: Any,
+) -> str:
     try:
-        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=ask)
+        text = tokenizer.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=ask, **variables
+        )
     # A template is a program that comes with the model; it may raise anything.
     except Exception as error:
         raise DataError(f"{label}: the tokenizer's chat_template refuses it: {error}") from error
@@ -141,12 +152,12 @@ def _as_written(chat: Chat, tokenizer: PreTrainedTokenizerBase, label: str) -> s
     mark = _MARK.format("answer")
     marked = _apply([*before, {"role": "assistant", "content": mark}], tokenizer, label)
     _, there, end = marked.rpartition(mark)
-    if not there or last.get("tool_calls"):
+    prompt = _apply(before, tokenizer, label, ask=True, **_THINKING)
+    if not there or last.get("tool_calls") or prompt.rstrip().endswith("</think>"):
         raise DataError(
             f"{label}: the tokenizer's chat_template drops the thinking of messages[{len(before)}], and what it makes "
             "of the rest of that turn cannot be told apart; pass the whole text, or token ids"
         )
-    prompt = _apply(before, tokenizer, label, ask=True)
     # Some templates open the thought themselves.
     opened = prompt.rstrip().endswith("<think>")
     start = "" if opened and prompt.endswith("\n") else "\n" if opened else "<think>\n"
