@@ -155,9 +155,13 @@ def test_every_thought_and_every_answer_is_seen_and_none_twice(
 
 
 def test_a_word_of_the_question_does_not_pass_for_the_thought() -> None:
-    chat = [ask("4"), inline("4", "four")]
-    (text,) = render_chat(chat, tokenizer_with(NEVER), "chat")
-    assert "<think>\n4\n</think>" in text
+    for thought in ("4", "think"):
+        chat = [ask(thought), inline(thought, "four")]
+        (text,) = render_chat(chat, tokenizer_with(NEVER), "chat")
+        assert f"<think>\n{thought}\n</think>" in text
+        kept = f"<think>\n{thought}\n</think>\n\nfour<end>"
+        (text,) = render_chat(chat, tokenizer_with(AFTER_LAST_QUESTION), "chat")
+        assert text == f"<user>{thought}<end><assistant>{kept}"
 
 
 def test_a_question_ends_where_the_answer_begins() -> None:

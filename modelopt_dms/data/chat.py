@@ -132,9 +132,12 @@ def _lost(chat: Chat, tokenizer: PreTrainedTokenizerBase, label: str) -> list[in
         return []
     marked = list(chat)
     for index, thought in thoughts.items():
-        old = chat[index][thought.field]
-        new = old.replace(thought.text, _MARK.format(index), 1)
-        marked[index] = {**chat[index], thought.field: new}
+        mark = _MARK.format(index)
+        inline = f"<think>\n{mark}\n</think>{thought.answer}"
+        marked[index] = {
+            **chat[index],
+            thought.field: inline if thought.field == "content" else mark,
+        }
     text = _apply(marked, tokenizer, label)
     return [index for index in thoughts if _MARK.format(index) not in text]
 
