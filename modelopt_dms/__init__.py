@@ -25,14 +25,17 @@ if TYPE_CHECKING:
         QuantizationConfig,
         RetrofitConfig,
     )
+    from modelopt_dms.data import Blend
     from modelopt_dms.evaluation.tuning import tune
     from modelopt_dms.exporters import export
     from modelopt_dms.flow import compress
     from modelopt_dms.gate import eviction_off
     from modelopt_dms.loading import load
     from modelopt_dms.mode import apply_dms
+    from modelopt_dms.previews import Preview, preview
     from modelopt_dms.quantization import quantize
     from modelopt_dms.recipe import Recipe, load_recipe
+    from modelopt_dms.traces import Sampling, generate_traces
     from modelopt_dms.train import RetrofitResult, retrofit
 
 try:
@@ -42,22 +45,27 @@ except PackageNotFoundError:
 
 # No module bears the name of a public function: importing it would put the module in the function's place.
 _HOME = {
+    "Blend": "data",
     "CalibrateConfig": "config",
     "CalibrationResult": "calibration",
     "DMSConfig": "config",
     "KVStats": "cache",
+    "Preview": "previews",
     "QuantizationConfig": "config",
     "Recipe": "recipe",
     "RetrofitConfig": "config",
     "RetrofitResult": "train",
+    "Sampling": "traces",
     "apply_dms": "mode",
     "calibrate": "calibration",
     "compress": "flow",
     "eviction_off": "gate",
     "export": "exporters",
+    "generate_traces": "traces",
     "kv_stats": "cache",
     "load": "loading",
     "load_recipe": "recipe",
+    "preview": "previews",
     "quantize": "quantization",
     "retrofit": "train",
     "set_compression": "compression",
@@ -65,22 +73,27 @@ _HOME = {
 }
 
 __all__ = [
+    "Blend",
     "CalibrateConfig",
     "CalibrationResult",
     "DMSConfig",
     "KVStats",
+    "Preview",
     "QuantizationConfig",
     "Recipe",
     "RetrofitConfig",
     "RetrofitResult",
+    "Sampling",
     "apply_dms",
     "calibrate",
     "compress",
     "eviction_off",
     "export",
+    "generate_traces",
     "kv_stats",
     "load",
     "load_recipe",
+    "preview",
     "quantize",
     "register",
     "retrofit",

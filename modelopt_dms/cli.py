@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: modelopt-dms {compress, tune, generate, eval, export, recipes}. Heavy imports only when needed."""
+"""The command line, one function a command. Heavy imports only when needed."""
 
 import json
 import os
@@ -51,6 +51,17 @@ DataOpt = Annotated[
     list[Path] | None,
     typer.Option("--data", help=".jsonl, .txt or .parquet file; may be repeated."),
 ]
+BlendOpt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data",
+        help=".jsonl, .txt or .parquet file; may be repeated. FILE:0.7 gives it 70 % of the tokens.",
+    ),
+]
+ChangesOpt = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change the recipe, e.g. dms.window=512; may be repeated."),
+]
 DtypeOpt = Annotated[Dtype, typer.Option(help="Dtype of the base model.")]
 DeviceOpt = Annotated[
     str | None, typer.Option(help="Device or device_map, for example 'cuda' or 'auto'.")
@@ -69,11 +80,8 @@ def compress(
     model: ModelArg,
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the result.")],
     recipe: Annotated[str, typer.Option("--recipe", "-r", help="Name or YAML file.")] = "dms_cr4",
-    data: DataOpt = None,
-    changes: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Change the recipe, e.g. dms.window=512; may be repeated."),
-    ] = None,
+    data: BlendOpt = None,
+    changes: ChangesOpt = None,
     dtype: DtypeOpt = Dtype.auto,
     device: DeviceOpt = None,
     resume: Annotated[bool, typer.Option(help="Go on from an interrupted run in OUTPUT.")] = True,
@@ -84,6 +92,7 @@ def compress(
     from modelopt_dms.flow import compress as run
     from modelopt_dms.output import check_output
     from modelopt_dms.recipe import load_recipe
+    from modelopt_dms.report import data_table
 
     chosen = load_recipe(recipe, changes or [])
     check_output(output)
@@ -91,10 +100,17 @@ def compress(
         raise ValueError(
             "--data is missing: a .jsonl, .txt or .parquet file with text like the model will serve"
         )
-    _check_files(data or [])
+    given = _data(data)
     network, tokenizer = _load_base(model, dtype, device, trust_remote_code)
-    texts: Any = data or _embedded_documents(tokenizer, chosen)
-    run(network, chosen, tokenizer=tokenizer, data=texts, output_dir=output, resume=resume)
+    run(
+        network,
+        chosen,
+        tokenizer=tokenizer,
+        data=given or _embedded_documents(tokenizer, chosen),
+        output_dir=output,
+        resume=resume,
+        on_data=(lambda preview: out.print(data_table(preview))) if given else None,
+    )
     out.print(f"saved to {escape(str(output))}", highlight=False)
     for stage, summary in json.loads((output / SUMMARY_FILE).read_text()).items():
         out.print(
@@ -104,6 +120,75 @@ def compress(
             ),
             highlight=False,
         )
+
+
+@app.command()
+def preview(
+    tokenizer: Annotated[
+        str,
+        typer.Option(
+            help=f"Directory or hub id of a tokenizer, or of its model; '{EMBEDDED}' for the carried one's."
+        ),
+    ],
+    data: BlendOpt = None,
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="Name or YAML file.")] = "dms_cr4",
+    changes: ChangesOpt = None,
+    count_all: Annotated[
+        bool, typer.Option("--all", help="Count all documents, not only those that a run reads.")
+    ] = False,
+    trust_remote_code: TrustOpt = False,
+) -> None:
+    """Count what a retrofit would read and visit, and show how its data begin."""
+    from modelopt_dms.previews import preview as count
+    from modelopt_dms.recipe import load_recipe
+    from modelopt_dms.report import data_table, printable
+
+    chosen = load_recipe(recipe, changes or [])
+    given = _data(data)
+    if not given:
+        raise ValueError("--data is missing: the .jsonl, .txt or .parquet files to count")
+    words = _load_tokenizer(tokenizer, trust_remote_code)
+    found = count(given, chosen, tokenizer=words, count_all=count_all)
+    out.print(data_table(found))
+    for source in found.sources:
+        out.print(f"\n[bold]{escape(printable(source.name))}[/bold] begins:", highlight=False)
+        out.print(printable(source.excerpt), markup=False, highlight=False)
+
+
+@app.command()
+def traces(
+    model: ModelArg,
+    prompts: Annotated[
+        list[Path],
+        typer.Option("--prompts", help=".jsonl, .txt or .parquet file; may be repeated."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help=".jsonl file for the result.")],
+    count: Annotated[
+        int | None, typer.Option(min=1, help="Number of traces; by default one a prompt.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a trace, at most.")] = 2048,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.6,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from tokens that hold this probability.")
+    ] = 0.95,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts continued together.")] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Seed for sampling.")] = 0,
+    dtype: DtypeOpt = Dtype.auto,
+    device: DeviceOpt = None,
+    trust_remote_code: TrustOpt = False,
+) -> None:
+    """Have MODEL itself, with eviction off, continue prompts: data for a retrofit. Goes on if interrupted."""
+    from modelopt_dms.data import tokenize_prompts
+    from modelopt_dms.traces import Sampling, check_traces_output, generate_traces
+
+    sampling = Sampling(max_new_tokens, temperature, top_p, batch_size, seed)
+    check_traces_output(output)
+    _check_files(prompts, "--prompts")
+    # Of the model nothing but its tokenizer is loaded before the prompts are known to be usable.
+    starts = tokenize_prompts(prompts, _load_tokenizer(model, trust_remote_code), count)
+    network, tokenizer = _load_any(Path(model), dtype, device, trust_remote_code)
+    generate_traces(network, starts, tokenizer, output, sampling=sampling)
+    out.print(f"saved to {escape(str(output))}", highlight=False)
 
 
 @app.command()
@@ -198,7 +283,7 @@ def tune(
         float,
         typer.Option(min=0.0, help="Percent by which perplexity may rise above the full cache's."),
     ] = 0.5,
-    data: DataOpt = None,
+    data: BlendOpt = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Write a copy that is set to what was found."),
@@ -219,12 +304,12 @@ def tune(
     from modelopt_dms.exporters.tuned import save_tuned
     from modelopt_dms.output import check_output
 
-    _check_files(data or [])
+    given = _data(data)
     if output is not None:
         check_output(output)
     network, tokenizer = _load_any(model, dtype, device, trust_remote_code)
     size = curve_of(network).length if length is None else length
-    texts: Any = data or held_out_text(tokenizer, size, count, 0)
+    texts = given or held_out_text(tokenizer, size, count, 0)
     found = run(
         network, data=texts, tokenizer=tokenizer, max_loss=max_loss, length=size, count=count
     )
@@ -323,6 +408,17 @@ def _load_base(
     return model.eval(), tokenizer
 
 
+def _load_tokenizer(name: str, trust: bool) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
+
+    _quiet_loading()
+    path = str(embedded_model_dir()) if name == EMBEDDED else name
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        path, trust_remote_code=trust
+    )
+    return tokenizer
+
+
 def _load_any(
     path: Path, dtype: Dtype, device: str | None, trust: bool
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
@@ -381,12 +477,23 @@ def _check_model_dir(path: str) -> None:
         )
 
 
-def _check_files(paths: list[Path]) -> None:
+def _data(arguments: list[str] | None) -> Any:
+    """What --data name, checked as far as names go; None if there are none."""
+    from modelopt_dms.data import Blend, parse_data
+
+    found = parse_data(arguments or [])
+    sources = [source for source, _ in found.parts] if isinstance(found, Blend) else [found]
+    for source in sources:
+        _check_files([source] if isinstance(source, Path) else source)
+    return found or None
+
+
+def _check_files(paths: list[Path], option: str = "--data") -> None:
     for path in paths:
         if not path.is_file():
-            raise ValueError(f"--data {path} does not exist or is not a file")
+            raise ValueError(f"{option} {path} does not exist or is not a file")
         if path.stat().st_size == 0:
-            raise ValueError(f"--data {path} is empty")
+            raise ValueError(f"{option} {path} is empty")
 
 
 def _length(text: str) -> int:

@@ -3,7 +3,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from modelopt_dms.data import calibration_batches
 from modelopt_dms.exporters import RECIPE_FILE, export
 from modelopt_dms.mode import apply_dms
 from modelopt_dms.output import check_output, staged
+from modelopt_dms.previews import Preview, preview_prepared
 from modelopt_dms.quantization import check_quantization, is_quantized, quantize
 from modelopt_dms.recipe import Recipe, load_recipe, recipe_to_yaml
 from modelopt_dms.train import PreparedRun, RetrofitResult, prepare, retrofit
@@ -46,6 +47,7 @@ def compress(
     overrides: Mapping[str, Any] | Sequence[str] = (),
     resume: bool = True,
     progress: bool = True,
+    on_data: Callable[[Preview], None] | None = None,
 ) -> PreTrainedModel:
     """Turn a pretrained causal LM, in place, into one whose KV cache forgets what the model does not need.
 
@@ -53,11 +55,13 @@ def compress(
         model: any transformers causal LM with full-attention layers.
         recipe: name of a shipped recipe, path of a YAML file, or a Recipe.
         tokenizer: needed if `data` is text; saved with the model.
-        data: texts, chat records, token ids, a `datasets.Dataset`, or paths of .jsonl, .txt or .parquet files.
+        data: texts, chat records, token ids, a `datasets.Dataset`, paths of .jsonl, .txt or .parquet files, or a
+            `Blend` of these.
         output_dir: where the model, its recipe and resumable checkpoints go; nothing is written without it.
         overrides: changes to the recipe, {"dms.window": 512} or ["dms.window=512"].
         resume: go on from the newest checkpoint of an interrupted run in `output_dir`.
         progress: show a progress bar.
+        on_data: called, before anything is changed, with counts of what the retrofit will read and visit.
 
     Returns:
         The same model in eval mode; `generate` works as before.
@@ -73,6 +77,10 @@ def compress(
         raise ValueError(f"export.format={recipe.export.format!r} needs an output_dir")
     plan = _plan_dms(model, recipe, data, tokenizer, target if resume else None)
     batches = _plan_quantization(model, recipe.quantize, data, tokenizer)
+    if on_data is not None and plan.retrofit is not None:
+        assert recipe.dms is not None and recipe.retrofit is not None
+        run = plan.retrofit
+        on_data(preview_prepared(run.data, run.visits, recipe.dms, recipe.retrofit, tokenizer))
     results: dict[str, CalibrationResult | RetrofitResult] = {}
     if recipe.dms is not None:
         apply_dms(model, recipe.dms)

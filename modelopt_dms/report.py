@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Results for human eyes: a table of methods, and a picture of live length over time."""
+"""Figures for human eyes: tables of methods and of data, and a picture of live length over time."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedModel
 
 from modelopt_dms.cache import kv_stats
+from modelopt_dms.previews import Preview
 
 
 def results_table(rows: Sequence[Mapping[str, Any]], title: str = "") -> Table:
@@ -45,6 +47,41 @@ def results_table(rows: Sequence[Mapping[str, Any]], title: str = "") -> Table:
         )
         previous = group
     return table
+
+
+def data_table(preview: Preview) -> Table:
+    """A rich table of what a retrofit reads and visits, one line for each source."""
+    visited = f"{preview.steps:,} steps x {preview.samples_per_step:,} samples x {preview.length:,} tokens"
+    table = Table(
+        title="data",
+        title_justify="left",
+        caption=f"{visited} = {preview.tokens:,} tokens\n"
+        f"{preview.samples:,} samples to train on, {preview.held_out:,} held out\n"
+        f"padding: {100 * preview.padding:.1f} %; can be evicted while their document lasts: "
+        f"{100 * preview.in_effect:.1f} % of the others",
+        caption_justify="left",
+        padding=(0, 0, 0, 1),
+    )
+    table.add_column("source", overflow="fold")
+    for name in ("records", "read", "tokens", "longest", "wanted", "in the run", "visited"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for source in preview.sources:
+        table.add_row(
+            escape(printable(source.name)),
+            f"{source.records:,}",
+            f"{source.documents:,}",
+            f"{source.tokens:,}",
+            f"{source.longest:,}",
+            f"{100 * source.wanted:.1f} %",
+            f"{100 * source.share:.1f} %",
+            f"{source.epochs:.2f}x",
+        )
+    return table
+
+
+def printable(text: str) -> str:
+    """A text whose control characters cannot move a terminal's cursor: they are spelled out."""
+    return "".join(x if x.isprintable() else x.encode("unicode_escape").decode() for x in text)
 
 
 @dataclass(frozen=True)

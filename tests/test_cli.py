@@ -74,6 +74,38 @@ def test_recipes_lists_all_and_shows_one_in_full(
     assert "window: 77" in shown and "kl_direction: reverse" in shown
 
 
+def test_preview_counts_a_blend_and_shows_how_it_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.txt").write_text("x = 1\n\x1b[31m" * 4000)
+    (tmp_path / "b.txt").write_text("[bold]y\n" * 4000)
+    data = ("--data", f"{tmp_path / 'a.txt'}:0.75", "--data", tmp_path / "b.txt")
+    assert run(monkeypatch, "preview", *data, "--tokenizer", "embedded", "-r", "tiny_cpu") == 0
+    printed = capsys.readouterr().out
+    assert "120 steps x 4 samples x 512 tokens = 245,760 tokens" in printed
+    assert " 75.0 %" in printed and " 25.0 %" in printed
+    assert r"x = 1\n\x1b[31mx = 1" in printed and r"[bold]y\n" in printed
+    assert "\x1b[31m" not in printed
+
+
+def test_traces_of_the_embedded_model_are_data_for_compress(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"text": "def main("}\n{"text": "x = "}\n')
+    made = tmp_path / "traces.jsonl"
+    words = ["traces", "embedded", "--prompts", tmp_path / "prompts.jsonl", "-o", made]
+    assert run(monkeypatch, *words, "--count", 12, "--max-new-tokens", 40) == 0
+    assert run(monkeypatch, *words) == 1
+    assert "exists already" in capsys.readouterr().err
+    changes = (*FAST, "retrofit.sequence_length=64", "dms.window=4")
+    rest = [word for change in changes for word in ("--set", change)]
+    target = tmp_path / "model"
+    words = ["compress", "embedded", "-r", "tiny_cpu", "-o", target, "--data", made, *rest]
+    assert run(monkeypatch, *words) == 0
+    printed = capsys.readouterr().out
+    assert "traces.jsonl" in printed and "2 steps x " in printed
+
+
 def _mistakes(compressed: Path, place: Path) -> dict[str, tuple[list[object], str]]:
     plain = embedded_model_dir()
     (place / "empty.txt").touch()
@@ -104,6 +136,11 @@ def _mistakes(compressed: Path, place: Path) -> dict[str, tuple[list[object], st
         "not a model": (["generate", place / "full", "-p", "x"], "has no config.json"),
         "corrupted weights": (["generate", place / "broken", "-p", "x"], "cannot be read"),
         "lengths": (["eval", compressed, "--lengths", "12"], "at least 64"),
+        "weight": ([*go, new, "--data", "a.jsonl:-1"], "a.jsonl:-1 has weight -1"),
+        "weighted file": ([*go, new, "--data", "no.jsonl:2"], "no.jsonl does not exist"),
+        "nothing to preview": (["preview", "--tokenizer", "embedded"], "--data is missing"),
+        "prompts": (["traces", "x", "--prompts", "no.txt", "-o", "t.jsonl"], "--prompts no.txt"),
+        "traces": (["traces", "x", "--prompts", "no.txt", "-o", new], "must be a .jsonl file"),
         "task": (["eval", compressed, "--tasks", "recal"], "recal"),
     }
 
@@ -125,6 +162,11 @@ MISTAKES = [
     "not a model",
     "corrupted weights",
     "lengths",
+    "weight",
+    "weighted file",
+    "nothing to preview",
+    "prompts",
+    "traces",
     "task",
 ]
 

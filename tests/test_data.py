@@ -76,6 +76,20 @@ def test_chats_go_through_the_template_once(tokenizer, model, tmp_path):
         assert ids_of(data, tokenizer, model) == expected
 
 
+def test_a_chat_whose_template_drops_thoughts_is_several_documents(tokenizer, model):
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }} : {{ m.content.split('</think>')[-1] }} {% endfor %}"
+        "{% if add_generation_prompt %}assistant : {% endif %}"
+    )
+    (question, answer), thought = CHATS[0]["messages"], {"reasoning_content": "the mat"}
+    chat = {"messages": [question, answer | thought] * 2}
+    documents = open_documents([chat, "on"], tokenizer, model)
+    first, second, third = ([WORDS[i] for i in ids] for ids in documents)
+    assert len(documents) == 2 and third == ["on"]
+    assert len(second) > len(first) and first[-1] == second[-1] == "sat"
+    assert [x.count("mat") for x in (first, second)] == [1, 1]
+
+
 def test_the_most_finished_column_is_used(tokenizer, model):
     assert ids_of([{"text": "mat", "input_ids": [1, 2]}], tokenizer, model) == [[1, 2]]
 

@@ -171,20 +171,40 @@ def test_float64_in_is_float64_all_the_way(case: Case) -> None:
     assert_equal_on_tokens(case, out, formula(case), tolerance)
 
 
-@given(cases(soft=True))
-def test_gradients_equal_float64_autograd_of_the_formula(case: Case) -> None:
+@given(cases(soft=True), st.sampled_from([2, 3, 128]))
+def test_gradients_equal_float64_autograd_of_the_formula(case: Case, rows: int) -> None:
     inputs = (case.q, case.k, case.v, case.log_keep)
     single = [x.clone().requires_grad_() for x in inputs]
-    out = prefill_attention(*single, case.window, case.mask, case.scoring)
     seen = real_rows(case)
-    weights = torch.randn_like(out) * seen
-    (out * weights).sum().backward()
+    with pytest.MonkeyPatch.context() as patch:
+        # With several blocks, the backward pass makes their scores anew.
+        patch.setattr(reference, "QUERY_ROWS", rows)
+        out = prefill_attention(*single, case.window, case.mask, case.scoring)
+        weights = torch.randn_like(out) * seen
+        (out * weights).sum().backward()
     double = [x.double().requires_grad_() for x in inputs]
     exact = formula(Case(*double, case.window, case.mask, case.scoring))
     (exact * weights.double()).sum().backward()
     for got, want in zip(single, double, strict=True):
         expected = torch.zeros_like(want) if want.grad is None else want.grad
         torch.testing.assert_close(got.grad.double(), expected, atol=1e-5, rtol=0)
+
+
+def test_what_training_keeps_does_not_grow_with_the_square_of_the_length() -> None:
+    """Saved for the backward pass are inputs, not scores."""
+    sizes: dict[int, int] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    for length in (512, 1024):
+        q, k, v = (torch.randn(1, 2, length, 4, requires_grad=True) for _ in range(3))
+        log_keep = torch.full((1, 2, length), -1.0, requires_grad=True)
+        sizes.clear()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            prefill_attention(q, k, v, log_keep, 8, None, Scoring(0.5))
+        assert sum(sizes.values()) < 200 * length * 4, length
 
 
 def test_a_fully_closed_gate_gives_finite_gradients() -> None:

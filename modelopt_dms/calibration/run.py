@@ -22,7 +22,7 @@ from modelopt_dms.config import (
     QuantizationConfig,
     quantization_to_dict,
 )
-from modelopt_dms.data import open_documents
+from modelopt_dms.data import open_sources, read_once
 from modelopt_dms.gate import gates
 from modelopt_dms.ratio import check_reachable, target_evicted_fraction
 from modelopt_dms.train.checkpoint import FREE_FIELDS, model_digest
@@ -104,7 +104,7 @@ def prepare_calibration(
     check_reachable(
         dms.target_cr, dms.window, config.sample_length, dms.protect_first, "sample_length"
     )
-    drawn = draw(open_documents(data, tokenizer, model), config, dms)
+    drawn = draw(read_once(open_sources(data, tokenizer, model), config.seed), config, dms)
     values = {key: value for key, value in config.model_dump().items() if key not in FREE_FIELDS}
     description: dict[str, dict[str, Any]] = {
         "calibrate": values,

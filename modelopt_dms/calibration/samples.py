@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Documents -> what gates are fitted to, and what they are judged on. Knows no model."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-
-import numpy as np
 
 from modelopt_dms.config import CalibrateConfig, DMSConfig
 from modelopt_dms.data import DataError, Samples, Tokens, pad
@@ -18,8 +16,8 @@ class CalibrationData:
     held_out: Samples
 
 
-def draw(documents: Sequence[Tokens], config: CalibrateConfig, dms: DMSConfig) -> CalibrationData:
-    """Cut documents, in an order fixed by the seed, into samples; read no more of them than needed.
+def draw(documents: Iterable[Tokens], config: CalibrateConfig, dms: DMSConfig) -> CalibrationData:
+    """Cut documents into samples, in the order given; read no more of them than needed.
 
     Raises:
         DataError: fewer than two documents, or parts of them, are longer than the delay window.
@@ -28,8 +26,7 @@ def draw(documents: Sequence[Tokens], config: CalibrateConfig, dms: DMSConfig) -
     shortest = dms.window + 2 + dms.protect_first
     pieces: list[Tokens] = []
     longest = 0
-    for index in np.random.default_rng(config.seed).permutation(len(documents)):
-        document = documents[int(index)]
+    for document in documents:
         longest = max(longest, len(document))
         for start in range(0, len(document), config.sample_length):
             piece = document[start : start + config.sample_length]

@@ -6,8 +6,10 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modelopt_dms.data.documents import DataError, Tokens, open_documents
+from modelopt_dms.data.documents import Tokens
+from modelopt_dms.data.errors import DataError
 from modelopt_dms.data.packing import pack
+from modelopt_dms.data.sources import open_sources, read_once
 
 
 def calibration_batches(
@@ -34,7 +36,7 @@ def calibration_batches(
     """
     documents: list[Tokens] = []
     total = 0
-    for document in open_documents(data, tokenizer, model):
+    for document in read_once(open_sources(data, tokenizer, model), None):
         documents.append(document)
         total += len(document)
         if total >= samples * length:

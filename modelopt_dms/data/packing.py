@@ -16,9 +16,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from modelopt_dms.data.documents import DataError
+from modelopt_dms.data.errors import DataError
 
 HELD_OUT_SAMPLES = 8
 
@@ -55,6 +54,12 @@ class Samples:
         """The samples at these indices [n]."""
         return Samples(self.input_ids[index], self.position_ids[index], self.tokens_ahead[index])
 
+    @staticmethod
+    def join(parts: Sequence["Samples"]) -> "Samples":
+        """The samples of all parts, one part after the other."""
+        names = ("input_ids", "position_ids", "tokens_ahead")
+        return Samples(*(torch.cat([getattr(x, name) for x in parts]) for name in names))
+
     def digest(self) -> str:
         """A fingerprint of the contents."""
         parts = (self.input_ids, self.position_ids)
@@ -62,7 +67,7 @@ class Samples:
 
 
 @dataclass(frozen=True)
-class PreparedData:
+class Split:
     """Samples to train on, and a few never trained on, to measure on."""
 
     training: Samples
@@ -120,28 +125,35 @@ def _stack(rows: list[tuple[Tokens, Tokens, Tokens]], length: int) -> Samples:
 
 
 def pack_and_split(
-    documents: Sequence[Tokens], *, length: int, window: int, wanted: int, seed: int
-) -> PreparedData:
-    """Make samples, and hold a few out.
-
-    Documents are read in an order fixed by the seed, and only until there are enough.
+    documents: Iterable[Tokens],
+    *,
+    length: int,
+    window: int,
+    wanted: int,
+    seed: int,
+    stream: int = 0,
+    held_out: int = HELD_OUT_SAMPLES,
+) -> Split:
+    """Make samples, and hold a few out. Documents are read only until there are enough.
 
     Args:
-        documents: token ids.
+        documents: token ids, in the order in which they are used.
         length: tokens per sample.
         window: delay window, for refusing documents in which no eviction can take effect.
         wanted: samples that the whole training visits.
-        seed: fixes which documents are used and which samples are held out.
+        seed: fixes which samples are held out.
+        stream: number of the source among others.
+        held_out: at most so many samples are.
 
     Raises:
         DataError: too few tokens for two samples, or no document longer than the window.
     """
-    budget = (wanted + HELD_OUT_SAMPLES) * length
+    budget = (wanted + held_out) * length
     used: list[Tokens] = []
     total = 0
-    for index in np.random.default_rng(seed).permutation(len(documents)):
-        used.append(documents[int(index)])
-        total += len(used[-1])
+    for document in documents:
+        used.append(document)
+        total += len(document)
         if total >= budget:
             break
     if total == 0:
@@ -160,36 +172,10 @@ def pack_and_split(
         )
     # Held-out samples must have something to measure.
     usable = torch.from_numpy(
-        np.random.default_rng([seed, 1]).permutation(can_evict.nonzero().squeeze(1).numpy())
+        np.random.default_rng([seed, 1, 0, stream]).permutation(
+            can_evict.nonzero().squeeze(1).numpy()
+        )
     )
-    held_out = usable[: max(1, min(HELD_OUT_SAMPLES, len(usable) // 20))]
-    training = torch.ones(len(samples), dtype=torch.bool).scatter_(0, held_out, False)
-    return PreparedData(
-        samples.select(training.nonzero().squeeze(1)), samples.select(held_out.sort().values)
-    )
-
-
-class Visits(Dataset[dict[str, Tensor]]):
-    """The samples in the order in which training visits them: as often as needed, each pass in an order of its own.
-
-    A function of the seed and the position alone, so that a resumed run goes on exactly where it stopped.
-    """
-
-    def __init__(self, samples: Samples, count: int, seed: int) -> None:
-        """Visit `count` samples."""
-        self.samples, self.count, self.seed = samples, count, seed
-        self._pass, self._order = -1, torch.empty(0)
-
-    def __len__(self) -> int:
-        """Number of visits."""
-        return self.count
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """The sample of a visit, int64 tensors [T]."""
-        number, place = divmod(index, len(self.samples))
-        if number != self._pass:
-            self._pass = number
-            self._order = torch.from_numpy(
-                np.random.default_rng([self.seed, 2, number]).permutation(len(self.samples))
-            )
-        return self.samples.batch(self._order[place])
+    held = usable[: max(1, min(held_out, len(usable) // 20))]
+    training = torch.ones(len(samples), dtype=torch.bool).scatter_(0, held, False)
+    return Split(samples.select(training.nonzero().squeeze(1)), samples.select(held.sort().values))

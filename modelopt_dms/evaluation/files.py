@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Perplexity on a user's own files, through the cache that `generate` uses."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modelopt_dms.data import Documents, open_documents
+from modelopt_dms.data import Tokens, open_documents
 from modelopt_dms.evaluation.score import Row, perplexity
 
 
@@ -37,7 +37,7 @@ def score_files(
     ]
 
 
-def cut_documents(documents: Documents, length: int, count: int) -> list[list[int]]:
+def cut_documents(documents: Iterable[Tokens], length: int, count: int) -> list[list[int]]:
     """The first `count` samples of exactly `length` tokens.
 
     Raises:

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelopt_dms.compression import curve_of, move_thresholds
-from modelopt_dms.data import open_documents
+from modelopt_dms.data import open_sources, read_once
 from modelopt_dms.evaluation.files import cut_documents
 from modelopt_dms.evaluation.score import perplexity
 from modelopt_dms.gate import eviction_off
@@ -89,7 +89,7 @@ def tune(
         raise ValueError(f"max_loss={max_loss:g} must be at least 0 (percent of perplexity)")
     curve = curve_of(model)
     length = curve.length if length is None else length
-    samples = cut_documents(open_documents(data, tokenizer, model), length, count)
+    samples = cut_documents(read_once(open_sources(data, tokenizer, model), None), length, count)
     model.eval()
     with eviction_off(model):
         full = perplexity(model, samples, batch_size).value

@@ -30,7 +30,7 @@ from modelopt_dms.config import (
     RetrofitConfig,
     quantization_to_dict,
 )
-from modelopt_dms.data import Samples
+from modelopt_dms.data import PreparedData
 from modelopt_dms.gate import EvictionGate, gate_parameters
 
 RUN_FILE = "run.json"
@@ -54,7 +54,7 @@ def describe_run(
     dms: DMSConfig,
     calibration: CalibrateConfig | None,
     quantization: QuantizationConfig | None,
-    training: Samples,
+    data: PreparedData,
     processes: int,
 ) -> dict[str, dict[str, Any]]:
     """What makes a run the one it is, as JSON; two runs with the same description compute the same."""
@@ -63,7 +63,11 @@ def describe_run(
         "dms": dms.model_dump(),
         "calibrate": {} if calibration is None else _computing(calibration),
         "quantize": {} if quantization is None else quantization_to_dict(quantization),
-        "data": {"samples": len(training), "digest": training.digest()},
+        "data": {
+            "samples": len(data.training),
+            "digest": data.training.digest(),
+            "shares": [round(part.share, 9) for part in data.parts],
+        },
         "model": {"class": type(model).__name__, "digest": model_digest(model)},
         "machine": {"processes": processes},
     }

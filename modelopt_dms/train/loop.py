@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelopt_dms.compression import curve_of
 from modelopt_dms.config import CalibrateConfig, DMSConfig, QuantizationConfig, RetrofitConfig
-from modelopt_dms.data import PreparedData, Visits, open_documents, pack_and_split
+from modelopt_dms.data import PreparedData, open_sources, prepare_samples
 from modelopt_dms.ratio import check_reachable, physical_cr, target_evicted_fraction
 from modelopt_dms.train.checkpoint import (
     WEIGHTS_FILE,
@@ -77,9 +77,10 @@ class RetrofitResult:
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """What `prepare` made: packed data, and the description by which a resume knows the run."""
+    """What `prepare` made: packed data, how many samples are visited, and how a resume knows the run."""
 
     data: PreparedData
+    visits: int
     description: dict[str, dict[str, Any]]
 
 
@@ -114,19 +115,17 @@ def prepare(
     check_lora(config)
     if config.cr_range is not None and calibration is None:
         curve_of(model).at(config.cr_range[1])
-    packed = pack_and_split(
-        open_documents(data, tokenizer, model),
+    packed = prepare_samples(
+        open_sources(data, tokenizer, model),
         length=config.sequence_length,
         window=dms.window,
         wanted=_visits(config),
         seed=config.seed,
     )
-    description = describe_run(
-        model, config, dms, calibration, quantization, packed.training, _processes()
-    )
+    description = describe_run(model, config, dms, calibration, quantization, packed, _processes())
     if resume_from is not None:
         check_run(resume_from, description)
-    return PreparedRun(packed, description)
+    return PreparedRun(packed, _visits(config), description)
 
 
 def retrofit(
@@ -196,7 +195,7 @@ def _train(
         if step_of(checkpoint) == config.steps:
             load_trained(distiller, checkpoint / WEIGHTS_FILE)
             return log
-    visits = Visits(run.data.training, _visits(config), config.seed)
+    visits = run.data.visits(run.visits, config.seed)
     trainer = RetrofitTrainer(distiller, arguments, visits, log, place if keep else None)
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
