@@ -100,13 +100,14 @@ def heuristics(
             found[name]["perplexity"] = scored[TEXT].value
 
     live = ours["live_tokens"]
+    asked: tuple[str, ...] = (*TASKS, TEXT)
     add(
         "sliding_window",
         {
             x: measure(
                 peers.sliding_window(model, live[x]), tokenizer, x, LENGTH, args.episodes, args.seed
             )
-            for x in (*TASKS, TEXT)
+            for x in asked
         },
     )
     fraction = {x: peers.fraction_for_budget(live[x], LENGTH, WINDOW) for x in live}
@@ -121,11 +122,11 @@ def heuristics(
                 args.episodes,
                 args.seed,
             )
-            for x in (*TASKS, TEXT)
+            for x in asked
         },
     )
     for name, press in presses():
-        scored = {}
+        scored: dict[str, Any] = {}
         for task in TASKS:
             # What `measure` asks; perplexity is left out: a press acts at the end of a prompt only.
             episodes = make_episodes(task, tokenizer, LENGTH, args.episodes, args.seed, QUESTIONS)

@@ -6,7 +6,7 @@
 Both take a packed sample, a teacher's forward, a student's forward, KL over the vocabulary in chunks, and a backward
 pass down to the first layer with all base weights frozen. The retrofit learns gates on every layer, with noise,
 decisions and attention under the delayed-eviction mask; plain distillation learns one vector before the first layer,
-with PyTorch's own attention. Steps are taken in turns in one process for the time, and in a process each for the memory.
+with PyTorch's own attention. Steps are taken in turns in one process for the time, in a process each for the memory.
 """
 
 import argparse

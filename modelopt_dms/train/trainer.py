@@ -119,7 +119,8 @@ class RetrofitTrainer(Trainer):
         if config.cr_range is None:
             cr = scheduled_cr(step, config.steps, dms["target_cr"], config.ramp_fraction)
         else:
-            cr = drawn_cr(step, *config.cr_range, config.seed)
+            lowest, highest = config.cr_range
+            cr = drawn_cr(step, lowest, highest, config.seed)
         return {"target_cr": cr, "target_fraction": target_evicted_fraction(cr, *self._shape())}
 
     def _shape(self) -> tuple[int, int, int]:
