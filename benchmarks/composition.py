@@ -3,10 +3,10 @@
 
     python benchmarks/composition.py --output benchmarks/results/composition.json
 
-What a model becomes (ratio, gate, what learns, number formats) is the recipe's; how it trains is scaled to the embedded
-model (`TRAINING`, `DELAY_WINDOW`). Models run in bfloat16, so that a KV cache without a number format takes two bytes a
-value, and are compared with the float32 model and its full cache. Bytes are those allocated at the end of a
-conversation. Gates are trained once for recipes that agree on them, and kept in --work for the next run.
+What a model becomes (ratio, gate, what learns, number formats) is the recipe's; how it is fitted and trained is scaled
+to the embedded model (`CALIBRATION`, `TRAINING`, `DELAY_WINDOW`). Models run in bfloat16, so that a KV cache without a
+number format takes two bytes a value, and are compared with the float32 model and its full cache. Bytes are those
+allocated at the end of a conversation. Gates are made once for recipes that agree on them, and kept in --work.
 """
 
 import argparse
@@ -45,6 +45,7 @@ TRAINING: dict[str, Any] = {
     "ramp_fraction": 0.6,
     "kl_chunk_tokens": 4096,
 }
+CALIBRATION: dict[str, Any] = {"samples": 64, "sample_length": 1024, "batch_size": 4}
 # Whole weights move further than gates at the same rate.
 ALL_WEIGHTS_LEARNING_RATE = 5e-4
 
@@ -53,9 +54,12 @@ def scaled(name: str, args: argparse.Namespace) -> dms.Recipe:
     """A shipped recipe at the size of the embedded model."""
     recipe = dms.load_recipe(name)
     changes: dict[str, Any] = {"dms.window": args.window, "dms.scale": 10.0}
-    changes |= {f"retrofit.{key}": value for key, value in TRAINING.items()}
-    changes |= {"retrofit.steps": args.steps, "retrofit.sequence_length": args.sequence_length}
-    changes |= {"retrofit.rate_weight": args.rate_weight, "retrofit.save_steps": args.steps}
+    if recipe.retrofit is not None:
+        changes |= {f"retrofit.{key}": value for key, value in TRAINING.items()}
+        changes |= {"retrofit.steps": args.steps, "retrofit.sequence_length": args.sequence_length}
+        changes |= {"retrofit.rate_weight": args.rate_weight, "retrofit.save_steps": args.steps}
+    if recipe.calibrate is not None:
+        changes |= {f"calibrate.{key}": value for key, value in CALIBRATION.items()}
     if recipe.retrofit is not None and recipe.retrofit.train == "all":
         changes["retrofit.learning_rate"] = ALL_WEIGHTS_LEARNING_RATE
     if recipe.quantize is not None:
@@ -64,13 +68,12 @@ def scaled(name: str, args: argparse.Namespace) -> dms.Recipe:
 
 
 def retrofitted(recipe: dms.Recipe, documents: list[list[int]], work: Path) -> PreTrainedModel:
-    """The embedded model with the recipe's gates, trained in float32, in bfloat16."""
-    assert recipe.dms is not None and recipe.retrofit is not None
-    facts = json.dumps([recipe.dms.model_dump(), recipe.retrofit.model_dump()], sort_keys=True)
+    """The embedded model with the recipe's gates, fitted and trained in float32, in bfloat16."""
+    plain = dms.Recipe(dms=recipe.dms, calibrate=recipe.calibrate, retrofit=recipe.retrofit)
+    facts = json.dumps(plain.model_dump(exclude_none=True), sort_keys=True)
     place = work / hashlib.sha256(facts.encode()).hexdigest()[:12]
     if not (place / "config.json").exists():
         base = AutoModelForCausalLM.from_pretrained(embedded_model_dir(), dtype=torch.float32)
-        plain = dms.Recipe(dms=recipe.dms, retrofit=recipe.retrofit)
         dms.compress(base, plain, data=documents, output_dir=place)
     return dms.load(place, dtype=torch.bfloat16)
 
@@ -115,6 +118,9 @@ def rows(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
     tokenizer = AutoTokenizer.from_pretrained(embedded_model_dir())
     made = training_documents(tokenizer, args.documents, args.sequence_length, args.seed)
     documents = [x.ids for x in made]
+    longer = CALIBRATION["sample_length"]
+    made = training_documents(tokenizer, args.documents, longer, args.seed)
+    long_documents = [x.ids for x in made]
     found: list[dict[str, Any]] = []
     alone: dict[str, dict[str, Any]] = {}
 
@@ -139,8 +145,10 @@ def rows(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
     for name in args.recipes:
         recipe = scaled(name, args)
         console.print(name)
-        model = retrofitted(recipe, documents, args.work)
-        facts = json.dumps([recipe.dms.model_dump(), recipe.retrofit.model_dump()])  # type: ignore[union-attr]
+        texts = documents if recipe.calibrate is None else long_documents
+        model = retrofitted(recipe, texts, args.work)
+        gates = (recipe.dms, recipe.calibrate, recipe.retrofit)
+        facts = json.dumps([None if x is None else x.model_dump() for x in gates])
         dms_alone = once(facts, model)
         if recipe.quantize is None:
             together, without_dms = dms_alone, once("full " + facts, full_cache(model))
@@ -168,7 +176,12 @@ def rows(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
 def settings(args: argparse.Namespace) -> dict[str, Any]:
     """What the figures depend on."""
     own = {key: value for key, value in vars(args).items() if key not in ("output", "work")}
-    return {**own, "training": TRAINING, "all_weights_lr": ALL_WEIGHTS_LEARNING_RATE}
+    return {
+        **own,
+        "calibration": CALIBRATION,
+        "training": TRAINING,
+        "all_weights_lr": ALL_WEIGHTS_LEARNING_RATE,
+    }
 
 
 def table(found: Sequence[dict[str, Any]]) -> Table:

@@ -98,10 +98,10 @@ def make(variant: str, shape: str) -> nn.Module:
     return Distiller(apply_dms(build(shape), DMSConfig(window=256)), CONFIG).train()
 
 
-def sample(length: int) -> dict[str, Tensor]:
+def sample(length: int, vocabulary: int) -> dict[str, Tensor]:
     """One document of random tokens."""
     positions = torch.arange(length)[None]
-    ids = torch.randint(0, 32000, (1, length), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, vocabulary, (1, length), generator=torch.Generator().manual_seed(0))
     return {"input_ids": ids, "position_ids": positions, "tokens_ahead": length - 1 - positions}
 
 
@@ -114,7 +114,7 @@ def step(module: nn.Module, batch: dict[str, Tensor]) -> None:
 def seconds(shape: str, length: int, steps: int) -> dict[str, float]:
     """Median time of a step of each variant, taken in turns."""
     modules = {x: make(x, shape) for x in VARIANTS}
-    batch = sample(length)
+    batch = sample(length, SHAPES[shape][-1])
     times: dict[str, list[float]] = {x: [] for x in VARIANTS}
     retrofit: Any = modules["retrofit"]
     with learning(retrofit.model, CONFIG):
@@ -141,10 +141,11 @@ def peak_bytes(variant: str, shape: str, length: int, threads: int) -> int:
 def _peak(variant: str, shape: str, length: int, threads: int, sender: Any) -> None:
     torch.set_num_threads(threads)
     module = make(variant, shape)
-    step(module, sample(64))  # what is allocated once and for all
+    vocabulary = SHAPES[shape][-1]
+    step(module, sample(64, vocabulary))  # what is allocated once and for all
     Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
     before = _status("VmRSS")
-    batch = sample(length)
+    batch = sample(length, vocabulary)
     if isinstance(module, Distiller):
         with learning(module.model, CONFIG):
             for _ in range(2):

@@ -44,6 +44,7 @@ def check_reachable(
     length: int,
     protect_first: int = 0,
     field: str = "sequence_length",
+    wanted: str = "target_cr",
 ) -> None:
     """Refuse a compression ratio that always-live tokens rule out at the length of the samples.
 
@@ -53,6 +54,7 @@ def check_reachable(
         length: tokens of a sample T.
         protect_first: protected first tokens P.
         field: what the length is called where the user set it.
+        wanted: what the ratio is called there.
 
     Raises:
         ValueError: W + 1 + P is more than T / CR.
@@ -63,7 +65,7 @@ def check_reachable(
     protected = f" + protect_first={protect_first}" if protect_first else ""
     widest = int(length / target_cr) - 1 - protect_first
     raise ValueError(
-        f"target_cr={target_cr:g} cannot be reached with window={window}{protected} at "
+        f"{wanted}={target_cr:g} cannot be reached with window={window}{protected} at "
         f"{field}={length}: {always_live} tokens are always live, but only "
         f"{length / target_cr:.0f} may be; use {field} >= "
         f"{-int(-always_live * target_cr // 1)}"

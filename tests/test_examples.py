@@ -135,6 +135,36 @@ def test_the_composition_table_has_every_technique_alone_and_all_together(
     assert both["weight_bytes"] == none["weight_bytes"] + 4 * 4 * 2 * 128  # the gates, float32
 
 
+def test_the_calibration_benchmark_compares_equal_budgets_and_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = load("benchmarks/calibration.py")
+    monkeypatch.setattr(bench, "SAMPLE_LENGTH", 400)
+    monkeypatch.setitem(bench.TRAINING, "sequence_length", 400)
+    monkeypatch.setattr(bench, "LENGTH", 400)
+    few = ["--episodes", "1", "--documents", "12", "--ratios", "3", "--target", "4"]
+    steps = ["--calibrated-steps", "0", "--zero-steps", "1"]
+    bench.main([*few, *steps, "--output", str(tmp_path / "found.json")])
+    found = json.loads((tmp_path / "found.json").read_text())
+    full, row = found["sweep"]["rows"]
+    assert full["calibrated"]["compression_ratio"] == 1.0
+    assert row["calibrated"]["accuracy"] > row["sliding_window"]["accuracy"]
+    assert row["calibrated"]["perplexity"] < row["random"]["perplexity"]
+    assert [(x["start"], x["steps"]) for x in found["retrofits"]] == [
+        ("calibrated", 0),
+        ("zero", 1),
+    ]
+    assert found["retrofits"][0]["kl"] < found["retrofits"][1]["kl"]
+    assert (tmp_path / "found.png").exists()
+
+
+def test_the_overhead_benchmark_times_both_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = load("benchmarks/overhead.py")
+    monkeypatch.setitem(bench.SHAPES, "tiny", (1, 32, 2, 1, 16, 64))
+    taken = bench.seconds("tiny", 300, 1)
+    assert taken["plain"] > 0 and taken["retrofit"] > 0
+
+
 def test_the_table_fits_a_terminal_of_80_columns(demo_output: Path) -> None:
     rows = json.loads((demo_output / "results.json").read_text())["rows"]
     console = Console(width=80, record=True, file=io.StringIO())

@@ -163,18 +163,24 @@ TINY = {
     "retrofit.gradient_accumulation_steps": 1,
     "retrofit.warmup_steps": 0,
 }
+# A ratio of 16 needs longer samples.
+CALIBRATED = {"calibrate.samples": 4, "calibrate.sample_length": 96, "calibrate.held_out": 4}
 SCALED = {"quantize.samples": 4, "quantize.sample_length": 32, "quantize.batch_size": 2}
 
 
 @pytest.mark.parametrize("name", list_recipes())
 def test_every_shipped_recipe_runs_scaled_to_a_tiny_model(name: str, tmp_path: Path) -> None:
     wanted = dms.load_recipe(name)
-    changes = TINY | ({} if wanted.quantize is None else SCALED)
+    changes = {
+        key: value
+        for key, value in (TINY | SCALED | CALIBRATED | {"retrofit.sequence_length": 96}).items()
+        if getattr(wanted, key.split(".")[0]) is not None
+    }
     base = {"head_dim": 16, "hidden_size": 32}
     model = dms.compress(
         build("llama", **base),
         name,
-        data=[list(range(60))] * 8,
+        data=[[*range(60), *range(36)]] * 8,
         overrides=changes,
         output_dir=tmp_path / "out",
         progress=False,

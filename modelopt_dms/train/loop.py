@@ -113,8 +113,8 @@ def prepare(
     """
     check_reachable(dms.target_cr, dms.window, config.sequence_length, dms.protect_first)
     check_lora(config)
-    if config.cr_range is not None and calibration is None:
-        curve_of(model).at(config.cr_range[1])
+    if config.cr_range is not None:
+        _check_range(model, config, config.cr_range[1], dms, calibration)
     packed = prepare_samples(
         open_sources(data, tokenizer, model),
         length=config.sequence_length,
@@ -126,6 +126,19 @@ def prepare(
     if resume_from is not None:
         check_run(resume_from, description)
     return PreparedRun(packed, _visits(config), description)
+
+
+def _check_range(
+    model: PreTrainedModel,
+    config: RetrofitConfig,
+    highest: float,
+    dms: DMSConfig,
+    calibration: CalibrateConfig | None,
+) -> None:
+    length, protected = config.sequence_length, dms.protect_first
+    check_reachable(highest, dms.window, length, protected, wanted="the highest of cr_range")
+    if calibration is None:
+        curve_of(model).at(highest, length)
 
 
 def retrofit(
