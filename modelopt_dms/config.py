@@ -239,6 +239,12 @@ class RetrofitConfig(ModeloptBaseConfig):
         title="Gradient checkpointing",
         description="Recompute activations in the backward pass to save memory.",
     )
+    sharding: Literal["none", "fsdp2"] = ModeloptField(
+        default="none",
+        title="Sharding",
+        description="'fsdp2': the processes that torchrun or accelerate launch started hold a part of the model each. "
+        "'none': each holds all of it.",
+    )
     logging_steps: int = ModeloptField(
         default=10,
         ge=1,
