@@ -19,7 +19,6 @@ from torch.distributed.checkpoint.hf_storage import (
     HuggingFaceStorageWriter,
 )
 from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
@@ -30,14 +29,13 @@ from modelopt_dms.train.checkpoint import INDEX_FILE, ResumeError, trained_tenso
 
 SHARDS_DIR = "shards"
 WEIGHTS, OPTIMIZER = "weights", "optimizer"
-FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 def save_shards(checkpoint: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Write what learns, the gates' thresholds and the optimizer's state; every process its part, all must call this."""
     parts = {
         WEIGHTS: trained_tensors(module),
-        OPTIMIZER: _tensors(get_optimizer_state_dict(module, optimizer, options=FLAT)),
+        OPTIMIZER: _tensors(get_optimizer_state_dict(module, optimizer)),
     }
     for name, tensors in parts.items():
         writer = HuggingFaceStorageWriter(
@@ -67,9 +65,9 @@ def load_optimizer(checkpoint: Path, module: nn.Module, optimizer: torch.optim.O
     Raises:
         ResumeError: a file is broken, or not of this model.
     """
-    state = get_optimizer_state_dict(module, optimizer, options=FLAT)
+    state = get_optimizer_state_dict(module, optimizer)
     _load(checkpoint / SHARDS_DIR / OPTIMIZER, _tensors(state))
-    set_optimizer_state_dict(module, optimizer, state, options=FLAT)
+    set_optimizer_state_dict(module, optimizer, state)
 
 
 def _load(directory: Path, tensors: dict[str, Tensor]) -> None:
@@ -86,8 +84,10 @@ def _load(directory: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _tensors(state: dict[str, Any]) -> dict[str, Tensor]:
-    """The part of a flat optimizer state that its recipe does not tell."""
-    return {name: x for name, x in state.items() if isinstance(x, Tensor)}
+    """The part of an optimizer's state that its recipe does not tell."""
+    return {
+        f"{name}.{key}": x for name, values in state["state"].items() for key, x in values.items()
+    }
 
 
 def _storable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
