@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from modelopt_dms import processes
 from modelopt_dms.shelf import embedded_model_dir, list_recipes
 
 if TYPE_CHECKING:
@@ -95,6 +96,8 @@ def compress(
     network, tokenizer = _load_base(model, dtype, device, trust_remote_code)
     texts: Any = data or _embedded_documents(tokenizer, chosen)
     run(network, chosen, tokenizer=tokenizer, data=texts, output_dir=output, resume=resume)
+    if not processes.is_main():
+        return
     out.print(f"saved to {escape(str(output))}", highlight=False)
     for stage, summary in json.loads((output / SUMMARY_FILE).read_text()).items():
         out.print(

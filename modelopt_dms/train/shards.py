@@ -74,9 +74,7 @@ def _load(directory: Path, tensors: dict[str, Tensor]) -> None:
     """Fill tensors in place."""
     try:
         with _quietly():
-            dcp.load(
-                _storable(tensors), storage_reader=HuggingFaceStorageReader(str(directory))
-            )
+            dcp.load(_storable(tensors), storage_reader=HuggingFaceStorageReader(str(directory)))
     except Exception as error:  # torch wraps what any process met into one of its own
         raise ResumeError(
             f"{directory} cannot be read: {error}; remove {directory.parent.parent} to go on without it"
