@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A retrofit sharded by FSDP2 over processes is the retrofit of one process, and goes on with another number of them."""
+"""A retrofit that FSDP2 shards over processes is the retrofit of one, and goes on with another number of them."""
 
 import json
 import os

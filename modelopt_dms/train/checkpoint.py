@@ -4,8 +4,8 @@
 run.json            what the run is: recipe, data, model; a resume must agree with it
 train_log.jsonl     one row per logging interval
 logs/               TensorBoard
-checkpoint-<step>/  trained.safetensors (what learns; thresholds), progress.json, Trainer's optimizer and scheduler; of a
-                    sharded run, shards/ and shards.json instead of weights and optimizer
+checkpoint-<step>/  trained.safetensors (what learns; thresholds), progress.json, Trainer's optimizer and scheduler;
+                    of a sharded run, shards/ and shards.json in place of trained.safetensors and optimizer
 .partial/           a checkpoint being written
 """
 

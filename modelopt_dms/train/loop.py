@@ -142,9 +142,9 @@ def retrofit(
 ) -> RetrofitResult:
     """Teach the gates of a converted model, in place, to evict what the model does not need.
 
-    The model learns where it is: on the CPU, or on the process's GPU. Start one process a GPU for data parallelism. With
-    sharding it stays where it is, best on the CPU, while a copy spread over the GPUs learns; it then gets what was
-    learned, in every process.
+    The model learns where it is: on the CPU, or on the process's GPU. Start one process a GPU for data parallelism.
+    With sharding it stays where it is, best on the CPU, while a copy spread over the GPUs learns; in every process it
+    then gets what was learned.
 
     Args:
         model: converted by `apply_dms`; target ratio and window are read from its config.

@@ -32,7 +32,7 @@ WEIGHTS, OPTIMIZER = "weights", "optimizer"
 
 
 def save_shards(checkpoint: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Write what learns, the gates' thresholds and the optimizer's state; every process its part, all must call this."""
+    """Write what learns, thresholds and the optimizer's state: every process its part, so all must call this."""
     parts = {
         WEIGHTS: trained_tensors(module),
         OPTIMIZER: _tensors(get_optimizer_state_dict(module, optimizer)),
