@@ -44,6 +44,7 @@ TRAINING: dict[str, Any] = {
     "warmup_steps": 5,
     "ramp_fraction": 0.6,
     "kl_chunk_tokens": 4096,
+    "sharding": "none",
 }
 # Whole weights move further than gates at the same rate.
 ALL_WEIGHTS_LEARNING_RATE = 5e-4

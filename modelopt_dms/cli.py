@@ -364,7 +364,8 @@ def _embedded_documents(tokenizer: "PreTrainedTokenizerBase", recipe: Any) -> li
     retrofit, calibrate, quantize = recipe.retrofit, recipe.calibrate, recipe.quantize
     counts, lengths = [0], [8]
     if retrofit is not None:
-        visits = retrofit.steps * retrofit.batch_size * retrofit.gradient_accumulation_steps
+        micro_steps = retrofit.steps * retrofit.gradient_accumulation_steps
+        visits = micro_steps * retrofit.batch_size * processes.count()
         counts.append(min(visits, 2048) + 32)
         lengths.append(retrofit.sequence_length)
     if calibrate is not None:

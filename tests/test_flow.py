@@ -162,6 +162,7 @@ TINY = {
     "retrofit.batch_size": 2,
     "retrofit.gradient_accumulation_steps": 1,
     "retrofit.warmup_steps": 0,
+    "retrofit.sharding": "none",
 }
 SCALED = {"quantize.samples": 4, "quantize.sample_length": 32, "quantize.batch_size": 2}
 

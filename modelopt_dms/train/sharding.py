@@ -16,7 +16,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from modelopt_dms.gate import gates
+from modelopt_dms.gate import gate_parameters, gates
 from modelopt_dms.train.checkpoint import trained_tensors
 from modelopt_dms.train.distill import Distiller
 
@@ -77,13 +77,16 @@ def shard(whole: Distiller) -> Distiller:
     for model in filter(None, (sharded.model, sharded.copy)):
         for layer in _layers(model):
             for gate in gates(layer):
-                if any(True for _ in gate.parameters()):
+                if gate_parameters(gate):
                     # A group of their own, gathered around `logits`: the rate loss reaches gates past the output of
                     # their layer, so FSDP2 would not see that it needs them; and they are float32 in any model.
                     fully_shard(gate, mesh=mesh, reshard_after_forward=True)
                     register_fsdp_forward_method(gate, "logits")
             fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     fully_shard(sharded, mesh=mesh)
+    for gate in gates(sharded):
+        # Thresholds are calibrated by every process for itself, and GPUs may differ in the last bit.
+        dist.broadcast(gate.threshold, src=0)
     # accelerate then leaves it alone; it would refuse DTensors under DDP.
     sharded._is_accelerate_prepared = True  # type: ignore[assignment]
     return sharded
