@@ -27,7 +27,13 @@ from modelopt_dms.train.head import check_head
 from modelopt_dms.train.measure import measure
 from modelopt_dms.train.progress import Progress, Row
 from modelopt_dms.train.sharded_trainer import ShardedTrainer
-from modelopt_dms.train.sharding import check_sharding, gather_trained, shard, shard_device
+from modelopt_dms.train.sharding import (
+    check_sharding,
+    gather_root,
+    gather_trained,
+    shard,
+    shard_device,
+)
 from modelopt_dms.train.shards import load_weights
 from modelopt_dms.train.trainer import RetrofitTrainer, training_arguments
 
@@ -187,6 +193,8 @@ def retrofit(
         )
         measured = measure(distiller, run.data.held_out, config.batch_size)
         if finish is not None:
+            if sharded:
+                gather_root(distiller)
             finish(distiller.model)
         if sharded:
             gather_trained(distiller, whole)

@@ -7,12 +7,13 @@ and knows nothing of gates, whose decisions leave their layer by another way tha
 
 import copy
 import os
+from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -90,6 +91,11 @@ def shard(whole: Distiller) -> Distiller:
     # accelerate then leaves it alone; it would refuse DTensors under DDP.
     sharded._is_accelerate_prepared = True  # type: ignore[assignment]
     return sharded
+
+
+def gather_root(sharded: Distiller) -> None:
+    """Have what is outside of the layers whole until the next backward pass, for who calls the model piece by piece."""
+    cast(FSDPModule, sharded).unshard()
 
 
 @torch.no_grad()
