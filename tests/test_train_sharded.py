@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import modelopt_dms as dms
 from modelopt_dms.recipe import Recipe
-from modelopt_dms.train import loop
+from modelopt_dms.train import loop, sharding
 from modelopt_dms.train.checkpoint import ResumeError, check_run
 from modelopt_dms.train.sharding import ShardingError
 
@@ -115,9 +116,19 @@ def leave(place, rank, model, result):
 
 
 def watch_sharding():
-    """What `shard` makes of the first model: modules that FSDP2 manages, and parameters it does not."""
-    shown = {}
-    shard = loop.shard
+    """What `shard` makes of the first model: modules that FSDP2 manages, parameters it does not, whole ones it holds."""
+    shown = {"held": []}
+    shard, fully_shard, make_views = loop.shard, sharding.fully_shard, sharding._views
+    views = []
+
+    def watched_views(module):
+        made = make_views(module)
+        views.extend(weakref.ref(x) for x in made.values())
+        return made
+
+    def watched_group(module, **kwargs):
+        fully_shard(module, **kwargs)
+        shown["held"].append(sum(x() is not None for x in views))
 
     def watched(whole):
         sharded = shard(whole)
@@ -127,9 +138,10 @@ def watch_sharding():
         shown.setdefault("left out", left)
         shown.setdefault("local", sum(x.to_local().numel() for x in sharded.parameters()))
         shown.setdefault("whole", sum(x.numel() for x in whole.parameters()))
+        loop.shard, sharding.fully_shard, sharding._views = shard, fully_shard, make_views
         return sharded
 
-    loop.shard = watched
+    loop.shard, sharding.fully_shard, sharding._views = watched, watched_group, watched_views
     return shown
 
 
@@ -164,6 +176,12 @@ def test_every_parameter_is_sharded_by_fsdp2_each_layer_and_each_gate_a_group(pl
         assert shown["left out"] == []
         assert {*shown["modules"]} == {"", *layers, *(f"{x}.self_attn.dms_gate" for x in layers)}
         assert shown["local"] == shown["whole"] // 2
+
+
+def test_whole_parameters_are_let_go_group_by_group_while_sharding(place):
+    """Were they held until the end, all of the model would be on each GPU for a moment."""
+    held = json.loads((place / "sharded-0.json").read_text())["held"]
+    assert held == sorted(held, reverse=True) and len(set(held)) == 5 and held[-1] == 0
 
 
 @pytest.mark.parametrize("name", ["plain", *KINDS])

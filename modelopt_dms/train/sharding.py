@@ -69,11 +69,8 @@ def shard(whole: Distiller) -> Distiller:
     (embeddings, last norm, output head) for a whole step, as the loss needs the head until the backward pass has ended.
     The process group must exist.
     """
-    # Parameters are taken as views: FSDP2 then moves them to the device layer by layer, and the host keeps one copy.
-    views = {
-        id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in whole.parameters()
-    }
-    sharded = copy.deepcopy(whole, views)
+    # FSDP2 moves a layer to the device, shards it and drops what it moved: nothing else may hold these views.
+    sharded = copy.deepcopy(whole, _views(whole))
     mesh = init_device_mesh(shard_device().type, (dist.get_world_size(),))
     for model in filter(None, (sharded.model, sharded.copy)):
         for layer in _layers(model):
@@ -105,6 +102,13 @@ def gather_trained(sharded: Distiller, whole: Distiller) -> None:
     for name, tensor in trained_tensors(whole).items():
         part = learned[name]
         tensor.copy_(part.full_tensor() if isinstance(part, DTensor) else part)
+
+
+def _views(module: nn.Module) -> dict[int, nn.Parameter]:
+    """A memo by which deepcopy takes parameters as views of the same memory: the host keeps one copy."""
+    return {
+        id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in module.parameters()
+    }
 
 
 def _layers(model: PreTrainedModel) -> list[nn.Module]:
