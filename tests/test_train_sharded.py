@@ -116,7 +116,7 @@ def leave(place, rank, model, result):
 
 
 def watch_sharding():
-    """What `shard` makes of the first model: modules that FSDP2 manages, parameters it does not, whole ones it holds."""
+    """What `shard` makes of the first model: what FSDP2 manages, what it does not, and whole parameters it holds."""
     shown = {"held": []}
     shard, fully_shard, make_views = loop.shard, sharding.fully_shard, sharding._views
     views = []
