@@ -44,6 +44,7 @@ TRAINING: dict[str, Any] = {
     "warmup_steps": 5,
     "ramp_fraction": 0.6,
     "kl_chunk_tokens": 4096,
+    "sharding": "none",
 }
 CALIBRATION: dict[str, Any] = {"samples": 64, "sample_length": 1024, "batch_size": 4}
 # Whole weights move further than gates at the same rate.

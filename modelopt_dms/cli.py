@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from modelopt_dms import processes
 from modelopt_dms.shelf import embedded_model_dir, list_recipes
 
 if TYPE_CHECKING:
@@ -111,6 +112,8 @@ def compress(
         resume=resume,
         on_data=(lambda preview: out.print(data_table(preview))) if given else None,
     )
+    if not processes.is_main():
+        return
     out.print(f"saved to {escape(str(output))}", highlight=False)
     for stage, summary in json.loads((output / SUMMARY_FILE).read_text()).items():
         out.print(
@@ -457,7 +460,8 @@ def _embedded_documents(tokenizer: "PreTrainedTokenizerBase", recipe: Any) -> li
     retrofit, calibrate, quantize = recipe.retrofit, recipe.calibrate, recipe.quantize
     counts, lengths = [0], [8]
     if retrofit is not None:
-        visits = retrofit.steps * retrofit.batch_size * retrofit.gradient_accumulation_steps
+        micro_steps = retrofit.steps * retrofit.gradient_accumulation_steps
+        visits = micro_steps * retrofit.batch_size * processes.count()
         counts.append(min(visits, 2048) + 32)
         lengths.append(retrofit.sequence_length)
     if calibrate is not None:

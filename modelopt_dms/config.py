@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from modelopt.torch.opt.config import ModeloptBaseConfig, ModeloptField
 from modelopt.torch.quantization.config import QuantizeConfig
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
 
 class DMSConfig(ModeloptBaseConfig):
@@ -257,6 +257,12 @@ class RetrofitConfig(ModeloptBaseConfig):
         title="Gradient checkpointing",
         description="Recompute activations in the backward pass to save memory.",
     )
+    sharding: Literal["none", "fsdp2"] = ModeloptField(
+        default="none",
+        title="Sharding",
+        description="'fsdp2': the processes that torchrun or accelerate launch started hold a part of the model each. "
+        "'none': each holds all of it.",
+    )
     logging_steps: int = ModeloptField(
         default=10,
         ge=1,
@@ -275,6 +281,14 @@ class RetrofitConfig(ModeloptBaseConfig):
         title="Seed",
         description="Seeds data order and gate noise; same seed, same result.",
     )
+
+    @model_validator(mode="after")
+    def _adapters_are_whole(self) -> "RetrofitConfig":
+        if self.train == "lora" and self.sharding != "none":
+            raise ValueError(
+                f"train='lora' does not go with sharding={self.sharding!r}; use train='gates' or sharding='none'"
+            )
+        return self
 
     @field_validator("cr_range")
     @classmethod

@@ -12,6 +12,7 @@ from modelopt.torch.quantization.config import need_calibration
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from modelopt_dms import processes
 from modelopt_dms.calibration import (
     CalibrationResult,
     PreparedCalibration,
@@ -86,29 +87,53 @@ def compress(
         apply_dms(model, recipe.dms)
     if recipe.quantize is not None and recipe.quantize.order == "before_retrofit":
         quantize(model.eval(), recipe.quantize, batches)
-    where = {"resume": resume, "progress": progress}
+    where = {"resume": resume, "progress": progress and processes.is_main()}
     if recipe.calibrate is not None:
-        work = None if target is None else target / CALIBRATION_DIR
+        # Every process computes the same, and one writes.
+        work = target / CALIBRATION_DIR if target is not None and processes.is_main() else None
         results["calibrate"] = calibrate(
             model, recipe.calibrate, data=plan.calibration, output_dir=work, **where
         )
+
+    def carry_curve(trained: PreTrainedModel) -> None:
+        _measure_curve(trained, model, recipe, plan)
+
+    measured = recipe.retrofit is not None and (recipe.quantize is None or is_quantized(model))
     if recipe.retrofit is not None:
         work = None if target is None else target / WORK_DIR
         results["retrofit"] = retrofit(
-            model, recipe.retrofit, data=plan.retrofit, output_dir=work, **where
+            model,
+            recipe.retrofit,
+            data=plan.retrofit,
+            output_dir=work,
+            finish=carry_curve if measured else None,
+            **where,
         )
     model.eval()
     if recipe.quantize is not None and not is_quantized(model):
         quantize(model, recipe.quantize, batches)
-    _measure_curve(model, recipe, plan)
-    if target is not None:
-        if recipe.export is not None:
-            exported = target / EXPORT_DIR
-            shutil.rmtree(exported, ignore_errors=True)  # an interrupted run's
-            export(model, exported, recipe.export.format, tokenizer=tokenizer, recipe=recipe)
-        save(model, target, recipe=recipe, tokenizer=tokenizer, results=results)
-        shutil.rmtree(target / CALIBRATION_DIR, ignore_errors=True)
+    if not measured:
+        carry_curve(model)
+    if target is not None and processes.is_main():
+        _write(model, target, recipe, tokenizer, results)
+    processes.wait_for_all()
     return model
+
+
+def _write(
+    model: PreTrainedModel,
+    target: Path,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase | None,
+    results: Mapping[str, CalibrationResult | RetrofitResult],
+) -> None:
+    """Export and save a finished model; the export first, as a saved model ends the run."""
+    if recipe.export is not None:
+        exported = target / EXPORT_DIR
+        shutil.rmtree(exported, ignore_errors=True)  # an interrupted run's
+        export(model, exported, recipe.export.format, tokenizer=tokenizer, recipe=recipe)
+    save(model, target, recipe=recipe, tokenizer=tokenizer, results=results)
+    shutil.rmtree(target / CALIBRATION_DIR, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -157,8 +182,13 @@ def _plan_dms(
     return _Plan(calibration, run)
 
 
-def _measure_curve(model: PreTrainedModel, recipe: Recipe, plan: _Plan) -> None:
-    """Have the finished model carry its curve; what calibration measured holds if nothing came after it."""
+def _measure_curve(
+    trained: PreTrainedModel, model: PreTrainedModel, recipe: Recipe, plan: _Plan
+) -> None:
+    """Have a model carry the curve of the finished one, itself or the sharded one that learned for it.
+
+    What calibration measured holds if nothing came after it.
+    """
     dms, how = recipe.dms, recipe.calibrate or CalibrateConfig()
     if dms is None or (recipe.retrofit is None and recipe.quantize is None):
         return
@@ -171,7 +201,7 @@ def _measure_curve(model: PreTrainedModel, recipe: Recipe, plan: _Plan) -> None:
     else:
         return
     ratios = sorted({*how.curve, dms.target_cr} - {1.0})
-    store_curve(model, trace_curve(model, held_out, ratios, length=length, batch_size=batch_size))
+    store_curve(model, trace_curve(trained, held_out, ratios, length=length, batch_size=batch_size))
 
 
 def _plan_quantization(

@@ -80,8 +80,8 @@ class EvictionGate(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Eviction logits [B, K or 1, T] in float32 from hidden states [B, T, C]."""
-        z = self.scale * F.linear(self.features(hidden), self.weight.float()) - self.offset
-        return z.transpose(1, 2)  # [B, T, K] -> [B, K, T]
+        z = F.linear(self.features(hidden), self.weight.float())
+        return self.scale * z.transpose(1, 2) - self.offset  # [B, T, K] -> [B, K, T]
 
     def decide(self, hidden: Tensor, positions: Tensor) -> Tensor:
         """Hard decisions [B, K, T], True to evict, of tokens at positions [B or 1, T]."""

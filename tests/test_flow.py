@@ -162,6 +162,7 @@ TINY = {
     "retrofit.batch_size": 2,
     "retrofit.gradient_accumulation_steps": 1,
     "retrofit.warmup_steps": 0,
+    "retrofit.sharding": "none",
 }
 # A ratio of 16 needs longer samples.
 CALIBRATED = {"calibrate.samples": 4, "calibrate.sample_length": 96, "calibrate.held_out": 4}

@@ -112,6 +112,7 @@ def test_modules_that_do_not_exist_are_refused_and_nothing_changes():
             {"quantize": {"order": "before_retrofit", "quant_cfg": []}},
             "use quantize.order='after_retrofit'",
         ),
+        ({"retrofit": {"train": "lora", "sharding": "fsdp2"}}, "sharding='none'"),
     ],
     ids=str,
 )

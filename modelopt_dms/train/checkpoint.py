@@ -4,12 +4,14 @@
 run.json            what the run is: recipe, data, model; a resume must agree with it
 train_log.jsonl     one row per logging interval
 logs/               TensorBoard
-checkpoint-<step>/  trained.safetensors (what learns; thresholds), progress.json, Trainer's optimizer and scheduler
+checkpoint-<step>/  trained.safetensors (what learns; thresholds), progress.json, Trainer's optimizer and scheduler;
+                    of a sharded run, shards/ and shards.json in place of trained.safetensors and optimizer
 .partial/           a checkpoint being written
 """
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import zipfile
@@ -38,10 +40,12 @@ LOG_FILE = "train_log.jsonl"
 TENSORBOARD_DIR = "logs"
 PARTIAL_DIR = ".partial"
 WEIGHTS_FILE = "trained.safetensors"
+INDEX_FILE = "shards.json"
 PROGRESS_FILE = "progress.json"
 KEPT_CHECKPOINTS = 2
 # Changing these does not change what a run computes.
 FREE_FIELDS = ("save_steps",)
+SAMPLES_PER_STEP = "batch_size * gradient_accumulation_steps * processes"
 
 
 class ResumeError(ValueError):
@@ -57,9 +61,14 @@ def describe_run(
     data: PreparedData,
     processes: int,
 ) -> dict[str, dict[str, Any]]:
-    """What makes a run the one it is, as JSON; two runs with the same description compute the same."""
+    """What makes a run the one it is, as JSON; two runs with the same description visit the same samples in every step.
+
+    Of how a step's samples are divided among processes and micro-steps only the product counts.
+    """
+    settings = _computing(config)
+    parts = settings.pop("batch_size"), settings.pop("gradient_accumulation_steps"), processes
     return {
-        "retrofit": _computing(config),
+        "retrofit": settings | {SAMPLES_PER_STEP: math.prod(parts)},
         "dms": dms.model_dump(),
         "calibrate": {} if calibration is None else _computing(calibration),
         "quantize": {} if quantization is None else quantization_to_dict(quantization),
@@ -69,7 +78,6 @@ def describe_run(
             "shares": [round(part.share, 9) for part in data.parts],
         },
         "model": {"class": type(model).__name__, "digest": model_digest(model)},
-        "machine": {"processes": processes},
     }
 
 
@@ -98,7 +106,7 @@ def check_run(directory: Path, description: Mapping[str, Mapping[str, Any]]) -> 
     if not found:
         return None
     _check_same_run(directory, description)
-    _check_complete(found[-1])
+    _check_complete(found[-1], sharded=description["retrofit"]["sharding"] != "none")
     return found[-1]
 
 
@@ -167,7 +175,7 @@ def commit(directory: Path, step: int) -> None:
 
 def save_trained(module: nn.Module, path: Path) -> None:
     """Write what learns, and the gates' thresholds, and only those, to a safetensors file."""
-    save_file({name: x.cpu().contiguous() for name, x in _trained(module).items()}, path)
+    save_file({name: x.cpu().contiguous() for name, x in trained_tensors(module).items()}, path)
 
 
 @torch.no_grad()
@@ -183,7 +191,7 @@ def load_trained(module: nn.Module, path: Path) -> None:
         raise ResumeError(
             f"{path} cannot be read: {error}; remove {path.parent} to go on without it"
         ) from error
-    ours = _trained(module)
+    ours = trained_tensors(module)
     expected = {name: tuple(x.shape) for name, x in ours.items()}
     stored = {name: tuple(x.shape) for name, x in tensors.items()}
     if expected != stored:
@@ -195,8 +203,8 @@ def load_trained(module: nn.Module, path: Path) -> None:
         tensor.copy_(tensors[name])
 
 
-def _trained(module: nn.Module) -> dict[str, Tensor]:
-    """What a retrofit changes, and what calibration set before it."""
+def trained_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """What a retrofit changes, and what calibration set before it; the tensors themselves."""
     trained = {name: p.detach() for name, p in module.named_parameters() if p.requires_grad}
     thresholds = {
         f"{name}.threshold": x.threshold
@@ -252,19 +260,34 @@ def _flatten(description: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _check_complete(checkpoint: Path) -> None:
-    archives = ("optimizer.pt", "scheduler.pt")
-    for name in (WEIGHTS_FILE, PROGRESS_FILE, "trainer_state.json", *archives):
-        path = checkpoint / name
-        if not path.is_file():
-            problem = "is missing"
-        elif name in archives and not _is_intact(path):
-            problem = "is broken"
-        else:
-            continue
+def _check_complete(checkpoint: Path, *, sharded: bool) -> None:
+    names = [PROGRESS_FILE, "trainer_state.json", "scheduler.pt"]
+    names += [INDEX_FILE] if sharded else [WEIGHTS_FILE, "optimizer.pt"]
+    problems = {x: "is missing" for x in names if not (checkpoint / x).is_file()}
+    if sharded and not problems:
+        problems = _incomplete_shards(checkpoint)
+    archives = [x for x in names if x.endswith(".pt") and x not in problems]
+    problems |= {x: "is broken" for x in archives if not _is_intact(checkpoint / x)}
+    for name, problem in problems.items():
         raise ResumeError(
-            f"{path} {problem}; remove {checkpoint.name} to go on from an earlier checkpoint"
+            f"{checkpoint / name} {problem}; remove {checkpoint.name} to go on from an earlier checkpoint"
         )
+
+
+def _incomplete_shards(checkpoint: Path) -> dict[str, str]:
+    """Files of the index that are not there in full length, each with what is wrong."""
+    try:
+        sizes = json.loads((checkpoint / INDEX_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {INDEX_FILE: "is broken"}
+    found = {name: checkpoint / name for name in sizes}
+    missing = {name: "is missing" for name, path in found.items() if not path.is_file()}
+    broken = {
+        name: "is broken"
+        for name, path in found.items()
+        if name not in missing and path.stat().st_size != sizes[name]
+    }
+    return missing | broken
 
 
 def _is_intact(archive: Path) -> bool:

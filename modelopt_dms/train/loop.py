@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The retrofit: data, teacher, Trainer, checkpoints and a measurement at the end, in one call."""
 
-import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
+from modelopt_dms import processes
 from modelopt_dms.compression import curve_of
 from modelopt_dms.config import CalibrateConfig, DMSConfig, QuantizationConfig, RetrofitConfig
 from modelopt_dms.data import PreparedData, open_sources, prepare_samples
@@ -28,6 +28,15 @@ from modelopt_dms.train.head import check_head
 from modelopt_dms.train.lora import adapted, check_lora
 from modelopt_dms.train.measure import measure
 from modelopt_dms.train.progress import Progress, Row
+from modelopt_dms.train.sharded_trainer import ShardedTrainer
+from modelopt_dms.train.sharding import (
+    check_sharding,
+    gather_root,
+    gather_trained,
+    shard,
+    shard_device,
+)
+from modelopt_dms.train.shards import load_weights
 from modelopt_dms.train.trainer import RetrofitTrainer, training_arguments
 
 
@@ -115,6 +124,8 @@ def prepare(
     check_lora(config)
     if config.cr_range is not None:
         _check_range(model, config, config.cr_range[1], dms, calibration)
+    if config.sharding == "fsdp2":
+        check_sharding(model)
     packed = prepare_samples(
         open_sources(data, tokenizer, model),
         length=config.sequence_length,
@@ -122,7 +133,9 @@ def prepare(
         wanted=_visits(config),
         seed=config.seed,
     )
-    description = describe_run(model, config, dms, calibration, quantization, packed, _processes())
+    description = describe_run(
+        model, config, dms, calibration, quantization, packed, processes.count()
+    )
     if resume_from is not None:
         check_run(resume_from, description)
     return PreparedRun(packed, _visits(config), description)
@@ -150,10 +163,13 @@ def retrofit(
     output_dir: str | Path | None = None,
     resume: bool = True,
     progress: bool = True,
+    finish: Callable[[PreTrainedModel], None] | None = None,
 ) -> RetrofitResult:
     """Teach the gates of a converted model, in place, to evict what the model does not need.
 
     The model learns where it is: on the CPU, or on the process's GPU. Start one process a GPU for data parallelism.
+    With sharding it stays where it is, best on the CPU, while a copy spread over the GPUs learns; in every process it
+    then gets what was learned.
 
     Args:
         model: converted by `apply_dms`; target ratio and window are read from its config.
@@ -163,6 +179,7 @@ def retrofit(
         output_dir: for checkpoints and logs; nothing is written without it.
         resume: go on from the newest checkpoint in `output_dir`.
         progress: show a progress bar.
+        finish: called, in every process, with the trained model while it is still where it learned.
 
     Raises:
         ValueError: model, data, recipe or output directory are not usable; nothing was changed or written.
@@ -177,27 +194,45 @@ def retrofit(
         held = getattr(model.config, "dms_quantization", None)
         quantization = None if held is None else QuantizationConfig(**held)
         run = prepare(model, config, dms, data=data, tokenizer=tokenizer, quantization=quantization)
+    sharded = config.sharding == "fsdp2"
     with adapted(model, config), learning(model, config), _directory(output_dir) as place:
-        distiller = Distiller(model, config).train()
+        whole = Distiller(model, config).train()
         check_head(model)
+        # This also starts the process group.
+        arguments = training_arguments(config, shard_device() if sharded else model.device, place)
+        distiller = shard(whole) if sharded else whole
         log = _train(
             distiller,
             run,
+            arguments,
             place,
             keep=output_dir is not None,
             resume=resume,
             show=progress,
         )
         measured = measure(distiller, run.data.held_out, config.batch_size)
+        if finish is not None:
+            if sharded:
+                gather_root(distiller)
+            finish(distiller.model)
+        if sharded:
+            gather_trained(distiller, whole)
     return _result(config, dms, measured, log)
 
 
 def _train(
-    distiller: Distiller, run: PreparedRun, place: Path, *, keep: bool, resume: bool, show: bool
+    distiller: Distiller,
+    run: PreparedRun,
+    arguments: TrainingArguments,
+    place: Path,
+    *,
+    keep: bool,
+    resume: bool,
+    show: bool,
 ) -> Progress:
     """Run or resume the training loop; returns its log."""
-    model, config = distiller.model, distiller.retrofit
-    arguments = training_arguments(config, model.device, place)
+    config = distiller.retrofit
+    sharded = config.sharding == "fsdp2"
     main = arguments.process_index == 0
     log = Progress(config.steps, place if keep and main else None, show=show and main)
     checkpoint = None
@@ -206,10 +241,14 @@ def _train(
     if checkpoint is not None:
         log.load(checkpoint)
         if step_of(checkpoint) == config.steps:
-            load_trained(distiller, checkpoint / WEIGHTS_FILE)
+            if sharded:
+                load_weights(checkpoint, distiller)
+            else:
+                load_trained(distiller, checkpoint / WEIGHTS_FILE)
             return log
     visits = run.data.visits(run.visits, config.seed)
-    trainer = RetrofitTrainer(distiller, arguments, visits, log, place if keep else None)
+    kind = ShardedTrainer if sharded else RetrofitTrainer
+    trainer = kind(distiller, arguments, visits, log, place if keep else None)
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
@@ -219,12 +258,7 @@ def _train(
 
 def _visits(config: RetrofitConfig) -> int:
     """Samples that all processes together visit in a run."""
-    return config.steps * config.batch_size * config.gradient_accumulation_steps * _processes()
-
-
-def _processes() -> int:
-    # Set by torchrun; Trainer reads the same.
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return config.steps * config.batch_size * config.gradient_accumulation_steps * processes.count()
 
 
 @contextmanager

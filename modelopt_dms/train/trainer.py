@@ -154,8 +154,11 @@ class RetrofitTrainer(Trainer):
         if self.args.should_save and output_dir is not None:
             target = Path(output_dir)
             target.mkdir(parents=True, exist_ok=True)
-            save_trained(self.distiller, target / WEIGHTS_FILE)
+            self._save_weights(target)
             self.progress.save(target)
+
+    def _save_weights(self, checkpoint: Path) -> None:
+        save_trained(self.distiller, checkpoint / WEIGHTS_FILE)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
