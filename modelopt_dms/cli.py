@@ -89,14 +89,14 @@ def compress(
     trust_remote_code: TrustOpt = False,
 ) -> None:
     """Retrofit MODEL so that its KV cache forgets, and save it to OUTPUT."""
-    from modelopt_dms.flow import SUMMARY_FILE
+    from modelopt_dms.flow import OURS, SUMMARY_FILE
     from modelopt_dms.flow import compress as run
     from modelopt_dms.output import check_output
     from modelopt_dms.recipe import load_recipe
     from modelopt_dms.report import data_table
 
     chosen = load_recipe(recipe, changes or [])
-    check_output(output)
+    check_output(output, OURS)
     if data is None and model != EMBEDDED:
         raise ValueError(
             "--data is missing: a .jsonl, .txt or .parquet file with text like the model will serve"

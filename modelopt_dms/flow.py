@@ -36,6 +36,8 @@ SUMMARY_FILE = "dms_summary.json"
 WORK_DIR = "retrofit"
 CALIBRATION_DIR = "calibration"
 EXPORT_DIR = "exported"
+# What an interrupted run may leave, and the next one goes on from.
+OURS = (CALIBRATION_DIR, WORK_DIR, EXPORT_DIR)
 
 
 def compress(
@@ -73,7 +75,7 @@ def compress(
     recipe = load_recipe(recipe, overrides)
     target = None
     if output_dir is not None:
-        target = check_output(output_dir, (CALIBRATION_DIR, WORK_DIR, EXPORT_DIR))
+        target = check_output(output_dir, OURS)
     if recipe.export is not None and target is None:
         raise ValueError(f"export.format={recipe.export.format!r} needs an output_dir")
     plan = _plan_dms(model, recipe, data, tokenizer, target if resume else None)

@@ -3,13 +3,19 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modelopt_dms import cli
 from modelopt_dms.shelf import embedded_model_dir, list_recipes
+from modelopt_dms.train.trainer import RetrofitTrainer
 
 FAST = ["retrofit.steps=2", "retrofit.batch_size=1"]
 SET = [word for change in FAST for word in ("--set", change)]
@@ -258,3 +264,44 @@ def test_the_schema_is_json(
 ) -> None:
     assert run(monkeypatch, "recipes", "schema") == 0
     assert json.loads(capsys.readouterr().out)["title"] == "modelopt_dms recipe"
+
+
+def test_an_interrupted_compress_goes_on_when_given_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["compress", "embedded", "-r", "tiny_cpu", "-o", tmp_path / "new", *SET]
+    words += ["--set", "retrofit.save_steps=1"]
+    real, calls = RetrofitTrainer.compute_loss, [0]
+
+    def stop(self: RetrofitTrainer, *args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 2:
+            raise KeyboardInterrupt
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(RetrofitTrainer, "compute_loss", stop)
+    assert run(monkeypatch, *words) == 130
+    assert run(monkeypatch, *words) == 0
+    assert calls[0] == 3, "the first step was not taken again"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["calibration/sums.safetensors", "retrofit/checkpoint-2"])
+def test_a_killed_compress_given_again_writes_the_same_model(tmp_path: Path, moment: str) -> None:
+    changes = (
+        "calibrate={samples: 8, sample_length: 256, batch_size: 1, save_steps: 1}",
+        "retrofit={steps: 5, sequence_length: 256, batch_size: 1, save_steps: 1}",
+    )
+    command = [sys.executable, "-m", "modelopt_dms.cli", "compress", "embedded", "-r", "tiny_cpu"]
+    command += [word for change in changes for word in ("--set", change)]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    process = subprocess.Popen([*command, "-o", str(killed)], stderr=subprocess.DEVNULL)
+    while not (killed / moment).exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "config.json").exists(), "killed too late"
+    for target in (killed, whole):
+        subprocess.run([*command, "-o", str(target)], check=True, capture_output=True)
+    for name in ("model.safetensors", "config.json", "dms_recipe.yaml"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
