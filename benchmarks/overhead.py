@@ -36,7 +36,7 @@ SHAPES = {
     "4 layers, GQA 8/2, D 64, V 32K": (4, 512, 8, 2, 64, 32768),
     "4 layers, GQA 16/4, D 64, V 32K": (4, 1024, 16, 4, 64, 32768),
 }
-LENGTHS = (1024, 4096)
+LENGTHS = (1024, 2048)
 VARIANTS = ("plain", "retrofit")
 CONFIG = RetrofitConfig(kl_chunk_tokens=1024)
 
