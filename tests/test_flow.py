@@ -13,6 +13,7 @@ from torch import Tensor
 
 import modelopt_dms as dms
 from modelopt_dms import flow, output
+from modelopt_dms.compression import curve_of
 from modelopt_dms.convert import is_converted
 from modelopt_dms.quantization import is_quantized
 from modelopt_dms.recipe import Recipe
@@ -186,14 +187,18 @@ def test_every_shipped_recipe_runs_scaled_to_a_tiny_model(name: str, tmp_path: P
         output_dir=tmp_path / "out",
         progress=False,
     )
-    assert torch.equal(logits(dms.load(tmp_path / "out")), logits(model))
+    loaded = dms.load(tmp_path / "out")
+    assert torch.equal(logits(loaded), logits(model))
+    assert curve_of(loaded) == curve_of(model)
     stored = dms.load_recipe(tmp_path / "out" / flow.RECIPE_FILE)
     assert stored == dms.load_recipe(name, changes)
     assert is_quantized(model) == (wanted.quantize is not None)
     exported = tmp_path / "out" / flow.EXPORT_DIR
     assert exported.exists() == (wanted.export is not None)
     if wanted.export is not None:
-        assert torch.equal(logits(dms.load(exported)), logits(model))
+        loaded = dms.load(exported)
+        assert torch.equal(logits(loaded), logits(model))
+        assert curve_of(loaded) == curve_of(model)
         assert dms.load_recipe(exported / flow.RECIPE_FILE) == stored
 
 

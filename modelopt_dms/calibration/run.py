@@ -210,7 +210,7 @@ def calibrate(
 @torch.no_grad()
 def _put(model: PreTrainedModel, fits: list[Fit]) -> None:
     """Make every gate compute -gain * need - offset: the less a key is needed, the higher its eviction logit."""
-    gain = SPREAD / max(float(torch.cat([x.variance for x in fits]).mean().sqrt()), 1e-12)
+    gain = SPREAD / max(float(torch.cat([x.variance.cpu() for x in fits]).mean().sqrt()), 1e-12)
     for gate, fit in zip(gates(model), fits, strict=True):
         gate.weight.copy_(-gain / gate.scale * fit.weight)
         # Evicted are keys with a need below 0, for now.
