@@ -17,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 # Scores exist for at most this many query rows at a time; more than this falls out of a CPU core's cache.
 QUERY_ROWS = 128
+# Up to so many blocks, training keeps the scores: they are small, and making them anew takes time.
+KEPT_BLOCKS = 4
 
 
 @dataclass(frozen=True)
@@ -203,7 +205,7 @@ def prefill_attention(
 
     outs = []
     for start, end in _query_blocks(T):
-        if torch.is_grad_enabled() and T > QUERY_ROWS:
+        if torch.is_grad_enabled() and T > KEPT_BLOCKS * QUERY_ROWS:
             # The backward pass makes the scores anew: kept, they would take memory with the square of T.
             out = checkpoint(rows, start, end, use_reentrant=False, preserve_rng_state=False)
         else:
