@@ -290,6 +290,10 @@ class RetrofitConfig(ModeloptBaseConfig):
             )
         return self
 
+    def visits(self, processes: int) -> int:
+        """Samples that all processes together visit in a run."""
+        return self.steps * self.batch_size * self.gradient_accumulation_steps * processes
+
     @field_validator("cr_range")
     @classmethod
     def _rising(cls, value: list[float] | None) -> list[float] | None:

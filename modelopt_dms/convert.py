@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 from modelopt_dms.attention import ATTENTION_NAME, register_attention
 from modelopt_dms.cache import LayerStep, adopt
 from modelopt_dms.config import DMSConfig
-from modelopt_dms.gate import EvictionGate
+from modelopt_dms.gate import EvictionGate, hidden_input
 from modelopt_dms.gate_kinds import NeuronGate, ResidualGate
 from modelopt_dms.kv_format import kv_formats
 from modelopt_dms.ops import shift_decisions
@@ -185,7 +185,7 @@ def _stage_step(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
             f"attn_implementation is {module.config._attn_implementation!r}, but a DMS model runs only with "
             f"{ATTENTION_NAME!r}; call model.set_attn_implementation({ATTENTION_NAME!r})"
         )
-    hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    hidden = hidden_input(args, kwargs)
     cache = next((x for x in (*args, *kwargs.values()) if isinstance(x, Cache)), None)
     if module.training:
         # Relaxed decisions need the whole sequence; HF makes a cache in training too, and nobody reads it.

@@ -82,8 +82,14 @@ def compress(
     batches = _plan_quantization(model, recipe.quantize, data, tokenizer)
     if on_data is not None and plan.retrofit is not None:
         assert recipe.dms is not None and recipe.retrofit is not None
-        run = plan.retrofit
-        on_data(preview_prepared(run.data, run.visits, recipe.dms, recipe.retrofit, tokenizer))
+        counted = preview_prepared(
+            plan.retrofit.data,
+            recipe.dms,
+            recipe.retrofit,
+            tokenizer,
+            processes=processes.count(),
+        )
+        on_data(counted)
     results: dict[str, CalibrationResult | RetrofitResult] = {}
     if recipe.dms is not None:
         apply_dms(model, recipe.dms)

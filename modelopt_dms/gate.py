@@ -4,6 +4,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -122,6 +123,11 @@ class EvictionGate(nn.Module):
         # The first recording counts: a checkpointed layer runs a second time in the backward pass.
         if self.record is not None:
             getattr(self.record, kind).setdefault(self.layer_idx, decisions)
+
+
+def hidden_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The hidden states [B, T, C] that a hooked module of transformers was called with, by position or by name."""
+    return kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
 
 
 def gates(model: nn.Module) -> list[EvictionGate]:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modelopt_dms.config import DMSConfig
-from modelopt_dms.gate import EvictionGate
+from modelopt_dms.gate import EvictionGate, hidden_input
 
 
 class NeuronGate(EvictionGate):
@@ -46,9 +46,8 @@ class NeuronGate(EvictionGate):
         """Eviction logits [B, K, T] in float32 from hidden states [B, T, C]."""
         q_proj: Any = self._q_proj[0]
         weight = q_proj.weight
-        if hasattr(
-            q_proj, "weight_quantizer"
-        ):  # ModelOpt's: decide by what the quantized projection computes
+        # ModelOpt's: decide by what the quantized projection computes.
+        if hasattr(q_proj, "weight_quantizer"):
             hidden, weight = q_proj.input_quantizer(hidden), q_proj.weight_quantizer(weight)
         bias = None if q_proj.bias is None else q_proj.bias[self.borrowed].float()
         z = F.linear(hidden.float(), weight[self.borrowed].float(), bias)
@@ -125,5 +124,5 @@ class ResidualGate(EvictionGate):
 
     def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Weak: the layer (and, until the backward pass, what recomputes it) holds its input anyway.
-        residual = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        residual = hidden_input(args, kwargs)
         self._residual = weakref.ref(residual)

@@ -67,6 +67,18 @@ def _restore(model: nn.Module, config: DMSConfig, metadata: dict[str, Any]) -> n
     return model
 
 
+def facts_of(model: PreTrainedModel) -> DMSConfig:
+    """The DMS facts that a converted model carries.
+
+    Raises:
+        ValueError: it has no gates.
+    """
+    facts = getattr(model.config, "dms_config", None)
+    if facts is None:
+        raise ValueError(f"{type(model).__name__} has no gates; call apply_dms (or compress) first")
+    return DMSConfig(**facts)
+
+
 def apply_dms(model: PreTrainedModel, config: DMSConfig | dict[str, Any]) -> PreTrainedModel:
     """Put untrained gates on a causal LM, in place, as a ModelOpt mode. Nothing is evicted until they have learnt.
 

@@ -102,13 +102,12 @@ def preview(
     dms, retrofit = recipe.dms, recipe.retrofit
     if dms is None or retrofit is None:
         raise ValueError("the recipe has no retrofit, so there is nothing to preview")
-    visits = retrofit.steps * retrofit.batch_size * retrofit.gradient_accumulation_steps
     sources = open_sources(data, tokenizer, None)
     prepared = prepare_samples(
         sources,
         length=retrofit.sequence_length,
         window=dms.window,
-        wanted=visits,
+        wanted=retrofit.visits(1),
         seed=retrofit.seed,
     )
     tallies = None
@@ -117,28 +116,30 @@ def preview(
         for tally, source in zip(tallies, sources, strict=True):
             for _ in tally.count(source.documents):
                 pass
-    return preview_prepared(prepared, visits, dms, retrofit, tokenizer, tallies)
+    return preview_prepared(prepared, dms, retrofit, tokenizer, tallies=tallies)
 
 
 def preview_prepared(
     data: PreparedData,
-    visits: int,
     dms: DMSConfig,
     retrofit: RetrofitConfig,
     tokenizer: PreTrainedTokenizerBase | None,
+    *,
+    processes: int = 1,
     tallies: Sequence[Tally] | None = None,
 ) -> Preview:
     """Count samples that are packed already.
 
     Args:
         data: the samples.
-        visits: samples that all processes together visit.
         dms: of the model.
         retrofit: that visits them.
         tokenizer: for excerpts; without one they are token ids.
+        processes: that visit them together.
         tallies: counts for each source, by default of what was read to make the samples.
     """
     samples = data.training
+    visits = retrofit.visits(processes)
     order = data.visits(visits, retrofit.seed).order
     filled = (samples.tokens_ahead >= 0).sum(1)  # [N]
     evictable = (samples.tokens_ahead > dms.window) & (samples.position_ids >= dms.protect_first)

@@ -110,6 +110,12 @@ def is_quantized(model: nn.Module) -> bool:
     return any(isinstance(x, TensorQuantizer) for x in model.modules())
 
 
+def quantization_of(model: PreTrainedModel) -> QuantizationConfig | None:
+    """How a model was quantized, as it says of itself; None if it was not."""
+    held = getattr(model.config, "dms_quantization", None)
+    return None if held is None else QuantizationConfig(**held)
+
+
 def quantizes(model: nn.Module) -> bool:
     """Whether any quantizer of a model does something."""
     return any(isinstance(x, TensorQuantizer) and x.is_enabled for x in model.modules())

@@ -13,6 +13,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from modelopt_dms.cache import kv_stats
+from modelopt_dms.evaluation.tuning import TuneResult
 from modelopt_dms.previews import Preview
 
 
@@ -75,6 +76,19 @@ def data_table(preview: Preview) -> Table:
             f"{100 * source.wanted:.1f} %",
             f"{100 * source.share:.1f} %",
             f"{source.epochs:.2f}x",
+        )
+    return table
+
+
+def trials_table(found: TuneResult) -> Table:
+    """A rich table of the settings that `tune` tried, by compression ratio."""
+    title = f"{found.samples} samples of {found.length} tokens"
+    table = Table("compression ratio", "perplexity", "loss", title=title)
+    table.add_row("1.00", f"{found.full_perplexity:.3f}", "")
+    for trial in sorted(found.trials, key=lambda x: x.compression_ratio):
+        mark = "  <- chosen" if trial == found.chosen else ""
+        table.add_row(
+            f"{trial.compression_ratio:.2f}", f"{trial.perplexity:.3f}", f"{trial.loss:.2f} %{mark}"
         )
     return table
 

@@ -22,7 +22,7 @@ def test_the_numbers_are_those_of_the_samples_that_training_visits() -> None:
     found = dms.preview(DATA, RECIPE)
     assert RECIPE.retrofit is not None and RECIPE.dms is not None
     run = prepare(build("llama"), RECIPE.retrofit, RECIPE.dms, data=DATA)
-    visits = list(run.data.visits(run.visits, RECIPE.retrofit.seed))
+    visits = list(run.data.visits(RECIPE.retrofit.visits(1), RECIPE.retrofit.seed))
     assert len(visits) == found.steps * found.samples_per_step == 24
     assert found.tokens == 24 * 32
     ahead = [x["tokens_ahead"] for x in visits]

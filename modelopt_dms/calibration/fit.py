@@ -16,7 +16,7 @@ from modelopt_dms.calibration.statistics import Regression
 from modelopt_dms.config import CalibrateConfig
 from modelopt_dms.convert import dms_modules
 from modelopt_dms.data import Samples
-from modelopt_dms.gate import EvictionGate, eviction_off
+from modelopt_dms.gate import EvictionGate, eviction_off, hidden_input
 from modelopt_dms.ops import Scoring, future_need, shift_decisions
 from modelopt_dms.train.head import input_device
 
@@ -30,8 +30,7 @@ class _Observer:
 
     def read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the layer runs: what its gate reads."""
-        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        self.features = self.gate.features(hidden)
+        self.features = self.gate.features(hidden_input(args, kwargs))
 
     def watch(self, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> None:
         """While it runs: who needs its keys."""

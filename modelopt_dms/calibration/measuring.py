@@ -16,10 +16,11 @@ from modelopt_dms.compression import (
     move_thresholds,
     thresholds_of,
 )
-from modelopt_dms.config import DMSConfig, RetrofitConfig
+from modelopt_dms.config import RetrofitConfig
 from modelopt_dms.convert import dms_modules
 from modelopt_dms.data import Samples
-from modelopt_dms.gate import eviction_off
+from modelopt_dms.gate import eviction_off, hidden_input
+from modelopt_dms.mode import facts_of
 from modelopt_dms.ops import shift_decisions
 from modelopt_dms.ratio import physical_cr, target_evicted_fraction
 from modelopt_dms.train.distill import Distiller
@@ -47,7 +48,7 @@ def trace_curve(
         length: tokens of a sequence that compression ratios are about.
         batch_size: samples at a time.
     """
-    dms = DMSConfig(**model.config.dms_config)
+    dms = facts_of(model)
     logits = torch.cat([x.flatten() for x in margins(model, samples, batch_size)]).sort().values
     fractions = [0.0] + [
         target_evicted_fraction(cr, length, dms.window, dms.protect_first)
@@ -87,7 +88,7 @@ def _measure(
     batch_size: int,
 ) -> tuple[CurvePoint, ...]:
     """What these shifts of the model's thresholds give."""
-    dms = DMSConfig(**model.config.dms_config)
+    dms = facts_of(model)
     base = thresholds_of(model)
     found: list[CurvePoint] = []
     with _in_eval(model):
@@ -120,14 +121,14 @@ def threshold_for(logits: Tensor, fraction: float) -> float:
 @torch.no_grad()
 def margins(model: PreTrainedModel, samples: Samples, batch_size: int) -> list[Tensor]:
     """By how much eviction logits exceed their thresholds, for every layer [R, N], N tokens whose eviction counts."""
-    dms = DMSConfig(**model.config.dms_config)
+    dms = facts_of(model)
     found: dict[str, list[Tensor]] = {name: [] for name in dms_modules(model)}
     counts = torch.empty(0)
 
     def read(name: str, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         gate = module.dms_gate
-        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        above = shift_decisions(gate.logits(hidden) - gate.threshold[:, None], gate.shift)
+        z = gate.logits(hidden_input(args, kwargs))
+        above = shift_decisions(z - gate.threshold[:, None], gate.shift)
         found[name].append(above.transpose(0, 1)[:, counts.to(above.device)].cpu())
 
     handles = []

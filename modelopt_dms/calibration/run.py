@@ -24,6 +24,8 @@ from modelopt_dms.config import (
 )
 from modelopt_dms.data import open_sources, read_once
 from modelopt_dms.gate import gates
+from modelopt_dms.mode import facts_of
+from modelopt_dms.quantization import quantization_of
 from modelopt_dms.ratio import check_reachable, target_evicted_fraction
 from modelopt_dms.train.checkpoint import FREE_FIELDS, model_digest
 from modelopt_dms.train.head import check_head
@@ -146,18 +148,14 @@ def calibrate(
     Raises:
         ValueError: model, data, settings or output directory are not usable; nothing was changed or written.
     """
-    facts = getattr(model.config, "dms_config", None)
-    if facts is None:
-        raise ValueError(f"{type(model).__name__} has no gates; call apply_dms (or compress) first")
-    dms = DMSConfig(**facts)
+    dms = facts_of(model)
     if not isinstance(config, CalibrateConfig):
         config = CalibrateConfig(**(config or {}))
     directory = None if output_dir is None else Path(output_dir)
     if isinstance(data, PreparedCalibration):
         run = data
     else:
-        held = getattr(model.config, "dms_quantization", None)
-        quantization = None if held is None else QuantizationConfig(**held)
+        quantization = quantization_of(model)
         run = prepare_calibration(
             model, config, dms, data=data, tokenizer=tokenizer, quantization=quantization
         )

@@ -33,11 +33,15 @@ class PeerGate(EvictionGate):
         config = DMSConfig(window=window, protect_first=protect_first)
         super().__init__(config, replaced.layer_idx, replaced.kv_heads, 1)
         self.enabled = replaced.enabled
-        # What the replaced gate's hooks still stage for it is dropped with the step.
-        self.forget = replaced.forget  # type: ignore[method-assign]
+        # In a list, so that its parameters do not stay in the model.
+        self._replaced = [replaced]
         if isinstance(replaced, NeuronGate):
             # The model learnt to live without the borrowed dimension; it stays silent.
             self.silence_rotated = replaced.silence_rotated
+
+    def forget(self) -> None:
+        """Drop what the replaced gate's hooks still stage for it."""
+        self._replaced[0].forget()
 
     def decide(self, hidden: Tensor, positions: Tensor) -> Tensor:
         """Hard decisions [B, K, T] of tokens at positions [B or 1, T], however the text is cut."""

@@ -57,7 +57,7 @@ def export(
     with staged(target) as place:
         try:
             export_hf_checkpoint(packed, dtype=model.dtype, export_dir=place)
-        except (AssertionError, RuntimeError, NotImplementedError, ValueError) as error:
+        except (AssertionError, RuntimeError, ValueError) as error:
             raise ExportError(
                 f"ModelOpt's unified checkpoint cannot hold this quantization ({error}); use save_pretrained"
             ) from error

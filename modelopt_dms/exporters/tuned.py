@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -46,13 +46,13 @@ def save_tuned(model: PreTrainedModel, source: str | Path, output_dir: str | Pat
 
 def _thresholds(path: Path) -> list[str]:
     with safe_open(path, framework="pt") as stored:
-        return [key for key in stored.keys() if key.endswith(KEY)]  # noqa: SIM118 (not a mapping)
+        return [key for key in list(stored.keys()) if key.endswith(KEY)]
 
 
 def _rewrite(path: Path, target: Path, changed: dict[str, Tensor]) -> None:
     with safe_open(path, framework="pt") as stored:
-        tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
         metadata = stored.metadata()
+    tensors = load_file(path)
     for key, value in changed.items():
         tensors[key] = value.detach().to("cpu", torch.float32).contiguous()
     save_file(tensors, target, metadata=metadata)

@@ -14,6 +14,8 @@ from modelopt_dms import processes
 from modelopt_dms.compression import curve_of
 from modelopt_dms.config import CalibrateConfig, DMSConfig, QuantizationConfig, RetrofitConfig
 from modelopt_dms.data import PreparedData, open_sources, prepare_samples
+from modelopt_dms.mode import facts_of
+from modelopt_dms.quantization import quantization_of
 from modelopt_dms.ratio import check_reachable, physical_cr, target_evicted_fraction
 from modelopt_dms.train.checkpoint import (
     WEIGHTS_FILE,
@@ -86,10 +88,9 @@ class RetrofitResult:
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """What `prepare` made: packed data, how many samples are visited, and how a resume knows the run."""
+    """What `prepare` made: packed data, and the description by which a resume knows the run."""
 
     data: PreparedData
-    visits: int
     description: dict[str, dict[str, Any]]
 
 
@@ -130,7 +131,7 @@ def prepare(
         open_sources(data, tokenizer, model),
         length=config.sequence_length,
         window=dms.window,
-        wanted=_visits(config),
+        wanted=config.visits(processes.count()),
         seed=config.seed,
     )
     description = describe_run(
@@ -138,7 +139,7 @@ def prepare(
     )
     if resume_from is not None:
         check_run(resume_from, description)
-    return PreparedRun(packed, _visits(config), description)
+    return PreparedRun(packed, description)
 
 
 def _check_range(
@@ -184,15 +185,11 @@ def retrofit(
     Raises:
         ValueError: model, data, recipe or output directory are not usable; nothing was changed or written.
     """
-    facts = getattr(model.config, "dms_config", None)
-    if facts is None:
-        raise ValueError(f"{type(model).__name__} has no gates; call apply_dms (or compress) first")
-    dms = DMSConfig(**facts)
+    dms = facts_of(model)
     if isinstance(data, PreparedRun):
         run = data
     else:
-        held = getattr(model.config, "dms_quantization", None)
-        quantization = None if held is None else QuantizationConfig(**held)
+        quantization = quantization_of(model)
         run = prepare(model, config, dms, data=data, tokenizer=tokenizer, quantization=quantization)
     sharded = config.sharding == "fsdp2"
     with adapted(model, config), learning(model, config), _directory(output_dir) as place:
@@ -246,7 +243,7 @@ def _train(
             else:
                 load_trained(distiller, checkpoint / WEIGHTS_FILE)
             return log
-    visits = run.data.visits(run.visits, config.seed)
+    visits = run.data.visits(config.visits(processes.count()), config.seed)
     kind = ShardedTrainer if sharded else RetrofitTrainer
     trainer = kind(distiller, arguments, visits, log, place if keep else None)
     try:
@@ -254,11 +251,6 @@ def _train(
     finally:
         log.close()
     return log
-
-
-def _visits(config: RetrofitConfig) -> int:
-    """Samples that all processes together visit in a run."""
-    return config.steps * config.batch_size * config.gradient_accumulation_steps * processes.count()
 
 
 @contextmanager
@@ -278,7 +270,7 @@ def _result(
     return RetrofitResult(
         steps=config.steps,
         seconds=log.seconds,
-        tokens=_visits(config) * length,
+        tokens=config.visits(processes.count()) * length,
         target_cr=dms.target_cr,
         target_fraction=target_evicted_fraction(dms.target_cr, length, window, protected),
         compression_ratio=physical_cr(measured["evicted_hard"], length, window, protected),

@@ -3,6 +3,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -24,14 +25,8 @@ def check_lora(config: RetrofitConfig) -> None:
     Raises:
         LoraError: it is.
     """
-    if config.train != "lora":
-        return
-    try:
-        import peft  # noqa: F401
-    except ImportError as error:
-        raise LoraError(
-            "retrofit.train='lora' needs peft; pip install 'modelopt-dms[lora]'"
-        ) from error
+    if config.train == "lora" and find_spec("peft") is None:
+        raise LoraError("retrofit.train='lora' needs peft; pip install 'modelopt-dms[lora]'")
 
 
 @contextmanager

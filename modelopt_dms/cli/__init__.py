@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: modelopt-dms {compress, preview, traces, generate, eval, tune, export, recipes}.
+
+Heavy imports stand inside the commands, so that --help answers at once.
+"""
+
+import os
+import sys
+import warnings
+
+import typer
+from rich.markup import escape
+
+from modelopt_dms.cli.asking import evaluate, generate
+from modelopt_dms.cli.feeding import preview, traces
+from modelopt_dms.cli.listing import recipes_app
+from modelopt_dms.cli.making import compress, export, tune
+from modelopt_dms.cli.options import err
+
+DEBUG = "MODELOPT_DMS_TRACEBACK"
+
+app = typer.Typer(
+    help="Teach a causal LM what its KV cache may forget (Dynamic Memory Sparsification).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(compress)
+app.command()(preview)
+app.command()(traces)
+app.command()(generate)
+app.command("eval")(evaluate)
+app.command()(tune)
+app.command()(export)
+app.add_typer(recipes_app, name="recipes", invoke_without_command=True)
+
+
+def main() -> None:
+    """Run the command line; an expected error is one line, not a traceback."""
+    # We test this combination ourselves; ModelOpt's own list of versions is older.
+    warnings.filterwarnings(
+        "ignore", message="transformers .* is not tested with current version of modelopt"
+    )
+    try:
+        app()
+    except KeyboardInterrupt:
+        err.print("[red]interrupted[/red]; the same command goes on from the newest checkpoint")
+        sys.exit(130)
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get(DEBUG):
+            raise
+        err.print(
+            f"[bold red]error:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True
+        )
+        sys.exit(1)

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands that ask a model something: generate, eval."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from modelopt_dms.cli.opening import check_files, load_any, set_ratio
+from modelopt_dms.cli.options import (
+    DataOpt,
+    DeviceOpt,
+    DirArg,
+    Dtype,
+    DtypeOpt,
+    RatioOpt,
+    TrustOpt,
+    out,
+)
+
+
+def generate(
+    model: DirArg,
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", help="Text to continue; '-' reads standard input.")
+    ],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed for sampling.")] = 0,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Show what the KV cache held at the end.")
+    ] = False,
+    cr: RatioOpt = None,
+    dtype: DtypeOpt = Dtype.auto,
+    device: DeviceOpt = None,
+    trust_remote_code: TrustOpt = False,
+) -> None:
+    """Continue a prompt, streaming."""
+    from transformers import TextStreamer, set_seed
+
+    from modelopt_dms.cache import kv_stats
+
+    network, tokenizer = load_any(model, dtype, device, trust_remote_code)
+    set_ratio(network, cr)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    inputs = tokenizer(text, return_tensors="pt").to(network.device)
+    sampling: dict[str, Any] = {"do_sample": temperature > 0}
+    if temperature > 0:
+        set_seed(seed)
+        sampling["temperature"] = temperature
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    network.generate(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=max_new_tokens,
+        streamer=streamer,
+        **sampling,
+    )
+    if stats:
+        out.print(str(kv_stats(network)), highlight=False)
+
+
+def evaluate(
+    model: DirArg,
+    data: DataOpt = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="recall, tracking, arithmetic, text; comma-separated. All, unless --data is given."
+        ),
+    ] = None,
+    lengths: Annotated[
+        str, typer.Option(help="Context lengths in tokens, comma-separated.")
+    ] = "512,1024,2048",
+    count: Annotated[int, typer.Option(min=1, help="Samples per task and length.")] = 16,
+    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the rows here.")
+    ] = None,
+    cr: RatioOpt = None,
+    dtype: DtypeOpt = Dtype.auto,
+    device: DeviceOpt = None,
+    trust_remote_code: TrustOpt = False,
+) -> None:
+    """Score a model through its physical KV cache: long-memory tasks, and perplexity on text."""
+    from modelopt_dms.evaluation import score
+    from modelopt_dms.evaluation.files import score_files
+    from modelopt_dms.report import results_table, write_json
+
+    check_files(data or [])
+    sizes = [_length(x) for x in lengths.split(",")]
+    network, tokenizer = load_any(model, dtype, device, trust_remote_code)
+    set_ratio(network, cr)
+    rows: list[dict[str, Any]] = []
+    if data:
+        rows += score_files(network, tokenizer, data, sizes, count)
+    if tasks is not None or not data:
+        names = tasks.split(",") if tasks else score.EVALUATIONS
+        rows += score.evaluate(network, tokenizer, names, sizes, count, seed)
+    if json_file is not None:
+        write_json(json_file, rows)
+    out.print(results_table(rows))
+
+
+def _length(text: str) -> int:
+    if not text.strip().isdigit() or int(text) < 64:
+        raise ValueError(f"--lengths: {text!r} must be a whole number of at least 64 tokens")
+    return int(text)

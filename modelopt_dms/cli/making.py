@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands that make a model of another one: compress, tune, export."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+
+from modelopt_dms import processes
+from modelopt_dms.cli.opening import (
+    embedded_documents,
+    load_any,
+    load_base,
+    load_tokenizer,
+    open_data,
+)
+from modelopt_dms.cli.options import (
+    EMBEDDED,
+    BlendOpt,
+    ChangesOpt,
+    DeviceOpt,
+    Dtype,
+    DtypeOpt,
+    ModelArg,
+    TrustOpt,
+    out,
+)
+
+if TYPE_CHECKING:
+    from modelopt_dms.previews import Preview
+
+
+def compress(
+    model: ModelArg,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the result.")],
+    recipe: Annotated[str, typer.Option("--recipe", "-r", help="Name or YAML file.")] = "dms_cr4",
+    data: BlendOpt = None,
+    changes: ChangesOpt = None,
+    dtype: DtypeOpt = Dtype.auto,
+    device: DeviceOpt = None,
+    resume: Annotated[bool, typer.Option(help="Go on from an interrupted run in OUTPUT.")] = True,
+    trust_remote_code: TrustOpt = False,
+) -> None:
+    """Retrofit MODEL so that its KV cache forgets, and save it to OUTPUT."""
+    from modelopt_dms.flow import OURS, SUMMARY_FILE
+    from modelopt_dms.flow import compress as run
+    from modelopt_dms.output import check_output
+    from modelopt_dms.recipe import load_recipe
+
+    chosen = load_recipe(recipe, changes or [])
+    check_output(output, OURS)
+    if data is None and model != EMBEDDED:
+        raise ValueError(
+            "--data is missing: a .jsonl, .txt or .parquet file with text like the model will serve"
+        )
+    given = open_data(data)
+    network, tokenizer = load_base(model, dtype, device, trust_remote_code)
+    run(
+        network,
+        chosen,
+        tokenizer=tokenizer,
+        data=given or embedded_documents(tokenizer, chosen),
+        output_dir=output,
+        resume=resume,
+        on_data=_print_counts if given and processes.is_main() else None,
+    )
+    if not processes.is_main():
+        return
+    out.print(f"saved to {escape(str(output))}", highlight=False)
+    for stage, summary in json.loads((output / SUMMARY_FILE).read_text()).items():
+        out.print(
+            "{stage}, on held-out samples of {sequence_length} tokens: compression ratio {compression_ratio:.2f} "
+            "(recipe: {target_cr:g}), KL from the full cache {kl:.4f} nats a token; {seconds:.0f} s".format(
+                stage=stage, **summary
+            ),
+            highlight=False,
+        )
+
+
+def tune(
+    model: Annotated[Path, typer.Argument(help="Directory of a compressed model.")],
+    max_loss: Annotated[
+        float,
+        typer.Option(min=0.0, help="Percent by which perplexity may rise above the full cache's."),
+    ] = 0.5,
+    data: BlendOpt = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Write a copy that is set to what was found."),
+    ] = None,
+    length: Annotated[
+        int | None,
+        typer.Option(min=64, help="Tokens of a sample; by default those of the model's curve."),
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Samples.")] = 16,
+    dtype: DtypeOpt = Dtype.auto,
+    device: DeviceOpt = None,
+    trust_remote_code: TrustOpt = False,
+) -> None:
+    """Find the largest compression ratio within a quality budget on your data."""
+    from modelopt_dms.compression import curve_of
+    from modelopt_dms.evaluation.tasks import held_out_text
+    from modelopt_dms.evaluation.tuning import tune as run
+    from modelopt_dms.exporters.tuned import save_tuned
+    from modelopt_dms.output import check_output
+    from modelopt_dms.report import trials_table
+
+    given = open_data(data)
+    if output is not None:
+        check_output(output)
+    network, tokenizer = load_any(model, dtype, device, trust_remote_code)
+    size = curve_of(network).length if length is None else length
+    texts = given or held_out_text(tokenizer, size, count, 0)
+    found = run(
+        network, data=texts, tokenizer=tokenizer, max_loss=max_loss, length=size, count=count
+    )
+    out.print(trials_table(found))
+    if output is not None:
+        save_tuned(network, model, output)
+        out.print(f"saved to {escape(str(output))}", highlight=False)
+
+
+def export(
+    model: Annotated[Path, typer.Argument(help="Directory of a compressed, quantized model.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the result.")],
+    format: Annotated[str, typer.Option(help="hf: ModelOpt's unified checkpoint.")] = "hf",
+    dtype: DtypeOpt = Dtype.auto,
+    device: DeviceOpt = None,
+    trust_remote_code: TrustOpt = False,
+) -> None:
+    """Write a quantized model for serving, weights packed."""
+    from modelopt_dms.exporters import RECIPE_FILE
+    from modelopt_dms.exporters import export as write
+    from modelopt_dms.loading import load
+    from modelopt_dms.output import check_output
+    from modelopt_dms.recipe import load_recipe
+
+    check_output(output)
+    tokenizer = load_tokenizer(str(model), trust_remote_code)
+    network = load(model, dtype=dtype.value, device_map=device, trust_remote_code=trust_remote_code)
+    recipe = load_recipe(model / RECIPE_FILE) if (model / RECIPE_FILE).is_file() else None
+    write(network, output, format, tokenizer=tokenizer, recipe=recipe)
+    out.print(f"saved to {escape(str(output))}", highlight=False)
+
+
+def _print_counts(preview: "Preview") -> None:
+    from modelopt_dms.report import data_table
+
+    out.print(data_table(preview))

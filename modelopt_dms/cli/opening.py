@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What commands start from: models, tokenizers and data, checked as far as names go. Prints nothing."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from modelopt_dms import processes
+from modelopt_dms.cli.options import EMBEDDED, Dtype
+from modelopt_dms.shelf import embedded_model_dir
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_base(
+    name: str, dtype: Dtype, device: str | None, trust: bool
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """A plain causal LM and its tokenizer."""
+    from transformers import AutoModelForCausalLM
+
+    path = _place(name)
+    _check_model_dir(path)
+    tokenizer = load_tokenizer(name, trust)
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype.value, device_map=device, trust_remote_code=trust
+    )
+    return model.eval(), tokenizer
+
+
+def load_tokenizer(name: str, trust: bool) -> "PreTrainedTokenizerBase":
+    """A tokenizer, by its own name or its model's; it comes first, so bars of the weights are switched off here."""
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        _place(name), trust_remote_code=trust
+    )
+    return tokenizer
+
+
+def load_any(
+    path: Path, dtype: Dtype, device: str | None, trust: bool
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """A compressed model, or a plain one to compare it with; and its tokenizer."""
+    from transformers import AutoConfig
+
+    from modelopt_dms.loading import load
+
+    name = _place(str(path))
+    _check_model_dir(name)
+    config = AutoConfig.from_pretrained(name, trust_remote_code=trust)
+    if not any(hasattr(config, x) for x in ("dms_config", "dms_quantization", "dms_window_size")):
+        return load_base(name, dtype, device, trust)
+    tokenizer = load_tokenizer(name, trust)
+    return load(name, dtype=dtype.value, device_map=device, trust_remote_code=trust), tokenizer
+
+
+def _place(name: str) -> str:
+    return str(embedded_model_dir()) if name == EMBEDDED else name
+
+
+def set_ratio(model: "PreTrainedModel", cr: float | None) -> None:
+    """Have a model run at a compression ratio, if one is asked for."""
+    if cr is not None:
+        from modelopt_dms.compression import set_compression
+
+        set_compression(model, cr)
+
+
+def embedded_documents(tokenizer: "PreTrainedTokenizerBase", recipe: Any) -> list[list[int]]:
+    """The embedded model's own kind of text, enough for the recipe."""
+    from modelopt_dms.evaluation.tasks import training_documents
+
+    retrofit, calibrate, quantize = recipe.retrofit, recipe.calibrate, recipe.quantize
+    counts, lengths = [0], [8]
+    if retrofit is not None:
+        counts.append(min(retrofit.visits(processes.count()), 2048) + 32)
+        lengths.append(retrofit.sequence_length)
+    if calibrate is not None:
+        counts.append(calibrate.samples + calibrate.held_out)
+        lengths.append(calibrate.sample_length)
+    if quantize is not None:
+        counts.append(quantize.samples)
+        lengths.append(quantize.sample_length)
+    seed = 0 if retrofit is None else retrofit.seed
+    return [x.ids for x in training_documents(tokenizer, max(counts), max(lengths), seed)]
+
+
+def open_data(arguments: list[str] | None) -> Any:
+    """What --data name, checked as far as names go; None if there are none."""
+    from modelopt_dms.data import Blend, parse_data
+
+    found = parse_data(arguments or [])
+    sources = [source for source, _ in found.parts] if isinstance(found, Blend) else [found]
+    for source in sources:
+        check_files([source] if isinstance(source, Path) else source)
+    return found or None
+
+
+def check_files(paths: list[Path], option: str = "--data") -> None:
+    """Refuse files that are missing or empty, by the name of the option that gave them."""
+    for path in paths:
+        if not path.is_file():
+            raise ValueError(f"{option} {path} does not exist or is not a file")
+        if path.stat().st_size == 0:
+            raise ValueError(f"{option} {path} is empty")
+
+
+def _check_model_dir(path: str) -> None:
+    if Path(path).exists() and not (Path(path) / "config.json").is_file():
+        raise ValueError(
+            f"{path} has no config.json; expected the directory of a Hugging Face model"
+        )

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arguments and options that several commands share, and where commands print."""
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+EMBEDDED = "embedded"
+
+out, err = Console(), Console(stderr=True)
+
+
+class Dtype(str, Enum):
+    """Dtypes a base model can be loaded in."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+ModelArg = Annotated[
+    str, typer.Argument(help=f"Directory, hub id, or '{EMBEDDED}' for the carried model.")
+]
+DirArg = Annotated[
+    Path, typer.Argument(help="Directory of a model; a compressed one, or any causal LM.")
+]
+DataOpt = Annotated[
+    list[Path] | None,
+    typer.Option("--data", help=".jsonl, .txt or .parquet file; may be repeated."),
+]
+BlendOpt = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data",
+        help=".jsonl, .txt or .parquet file; may be repeated. FILE:0.7 gives it 70 % of the tokens.",
+    ),
+]
+ChangesOpt = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change the recipe, e.g. dms.window=512; may be repeated."),
+]
+DtypeOpt = Annotated[Dtype, typer.Option(help="Dtype of the base model.")]
+DeviceOpt = Annotated[
+    str | None, typer.Option(help="Device or device_map, for example 'cuda' or 'auto'.")
+]
+RatioOpt = Annotated[
+    float | None,
+    typer.Option("--cr", help="Compression ratio to run at, on the curve that the model carries."),
+]
+TrustOpt = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
+]
