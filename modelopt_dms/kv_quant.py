@@ -50,6 +50,10 @@ class RowFormat(ABC):
     ) -> Tensor:
         """Rows [.., D] of stored rows: [L, N] of one KV head, or [B, K, T, N] of all (head None)."""
 
+    @abstractmethod
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """What encoding and what decoding multiplies by, each as long as the calibrated amax; see `ops.paged`."""
+
     def _calibrated(self, like: Tensor, head: int | None) -> Tensor:
         """The calibrated amax, in a shape that multiplies rows: [1], or [K, 1, 1] for all heads of [B, K, T, .]."""
         assert self.amax is not None
@@ -84,6 +88,12 @@ class _Scaled(RowFormat):
         else:
             scale = stored[..., dim:].contiguous().view(torch.float32)
         return self._unscale(self._values(stored[..., :dim]), scale).to(dtype)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """See `RowFormat`."""
+        assert self.amax is not None
+        scale = self._scale(self.amax.float())
+        return scale, 1 / scale
 
     @abstractmethod
     def _scale(self, amax: Tensor) -> Tensor: ...
@@ -179,6 +189,12 @@ class Nvfp4(RowFormat):
             stored, head
         )
         return (blocks * scale[..., None]).flatten(-2)[..., :dim].to(dtype)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """See `RowFormat`."""
+        assert self.amax is not None
+        double_scale = self.amax.float() / (E2M1_MAX * E4M3_MAX)
+        return double_scale, double_scale
 
     def _double_scale(self, like: Tensor, head: int | None) -> Tensor:
         return self._calibrated(like, head) / (E2M1_MAX * E4M3_MAX)
