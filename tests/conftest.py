@@ -1,7 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings that all tests share."""
 
+import os
+
 import hypothesis
+import torch
+
+# Without a GPU, Triton's kernels are interpreted. Triton reads this when it is first imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # A loaded two-core machine is no reason to fail; failures are printed with the lines that repeat them.
 hypothesis.settings.register_profile("tests", deadline=None, max_examples=60, print_blob=True)

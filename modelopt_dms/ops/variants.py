@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compile kernels for Hopper without a GPU, and read off what they cost: registers, spills, shared memory, instructions.
+
+Knows no kernel. Must run in a process where Triton is not interpreting.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# What runs on H100 and H200; PTX 8.7 is what drivers of CUDA 12.8 and later take.
+ARCH = 90
+PTX_VERSION = 87
+COUNTED = ("HMMA", "HGMMA", "LDGSTS", "LDL", "STL", "MUFU", "BAR")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One specialisation of a kernel.
+
+    Attributes:
+        name: unique.
+        kernel: the `@triton.jit` function.
+        signature: Triton types of its runtime parameters by name, such as "*bf16" or "i32".
+        constexprs: its constexpr parameters by name.
+        num_warps: warps of a program.
+        num_stages: stages of software pipelining.
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a variant became.
+
+    Attributes:
+        ptx: PTX text.
+        registers: a thread's.
+        spills: bytes a thread stores to local memory.
+        shared: bytes of shared memory of a program.
+        instructions: how often each mnemonic of `COUNTED` stands in the machine code.
+    """
+
+    ptx: str
+    registers: int
+    spills: int
+    shared: int
+    instructions: dict[str, int]
+
+
+def compile_variant(variant: Variant) -> Compiled:
+    """Compile for sm_90a.
+
+    Raises:
+        RuntimeError: Triton is interpreting in this process, or the assembler refused.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.runtime.jit import JITFunction
+
+    if not isinstance(variant.kernel, JITFunction):
+        raise RuntimeError(
+            f"{variant.name}: Triton is interpreting; unset TRITON_INTERPRET to compile"
+        )
+    names = variant.kernel.arg_names
+    signature = {name: variant.signature.get(name, "constexpr") for name in names}
+    constexprs = {(names.index(name),): value for name, value in variant.constexprs.items()}
+    missing = [x for x in names if x not in variant.signature and x not in variant.constexprs]
+    if missing:
+        raise RuntimeError(f"{variant.name}: no type and no value for {', '.join(missing)}")
+    # Addresses of whole tensors are multiples of 16; the launcher sees to it, and vectorised loads need to know.
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {
+        (names.index(name),): [["tt.divisibility", 16]]
+        for name, kind in variant.signature.items()
+        if kind.startswith("*")
+    }
+    compiled = triton.compile(
+        ASTSource(variant.kernel, signature, constexprs, attributes),
+        target=GPUTarget("cuda", ARCH, 32),
+        options={
+            "num_warps": variant.num_warps,
+            "num_stages": variant.num_stages,
+            "ptx_version": PTX_VERSION,
+        },
+    )
+    registers, spills, sass = _assembled(compiled.asm["cubin"])
+    shared = int(compiled.metadata.shared)
+    return Compiled(compiled.asm["ptx"], registers, spills, shared, sass)
+
+
+def _assembled(cubin: bytes) -> tuple[int, int, dict[str, int]]:
+    """Registers, spilled bytes and counted instructions of machine code."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _output(tools / "cuobjdump", "--dump-resource-usage", file.name)
+        sass = _output(tools / "cuobjdump", "--dump-sass", file.name)
+    registers = int(_found(r"REG:(\d+)", usage))
+    stack = int(_found(r"STACK:(\d+)", usage)) + int(_found(r"LOCAL:(\d+)", usage))
+    # Lines read "/*0a50*/  @P0 HMMA.16816.F32.BF16 R4, ..."
+    mnemonics = Counter(re.findall(r"\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)", sass))
+    return registers, stack, {name: mnemonics[name] for name in COUNTED}
+
+
+def _output(*command: Any) -> str:
+    return subprocess.run(
+        [str(x) for x in command], check=True, capture_output=True, text=True
+    ).stdout
+
+
+def _found(pattern: str, text: str) -> str:
+    match = re.search(pattern, text)
+    assert match is not None, f"no {pattern} in {text}"
+    return match[1]
