@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile kernels for Hopper without a GPU, and read off what they cost: registers, spills, shared memory, instructions.
+"""Compile kernels for Hopper without a GPU, and read off what they cost: registers, spills, memory, instructions.
 
 Knows no kernel. Must run in a process where Triton is not interpreting.
 """
