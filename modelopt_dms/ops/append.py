@@ -323,10 +323,6 @@ def append_token(
     log: UndoLog | None = None,
 ) -> None:
     """As `append_reference.append_token`, in one launch that a CUDA graph can capture."""
-    logged = [None] * 7
-    if log is not None:
-        logged = [log.keys, log.values, log.key_scales, log.value_scales]  # type: ignore[list-item]
-        logged += [log.expired, log.marked.view(torch.uint8), log.live]  # type: ignore[list-item]
     _append_kernel[(lists.batch * lists.heads,)](
         *_as_stored(k, v, pool),
         *_gate_pointers(gate),
@@ -344,7 +340,7 @@ def append_token(
         lists.ring_slot,
         lists.ring_evict.view(torch.uint8),
         pool.counters,
-        *logged,
+        *_log_pointers(log),
         **_append_constants(
             (pool.key_layout, pool.value_layout),
             lists.heads,
@@ -401,6 +397,13 @@ def _as_stored(k: Tensor, v: Tensor, pool: PagePool) -> list[Tensor]:
     """Contiguous rows; in the store's dtype where they are stored as they are."""
     pairs = ((k, pool.key_layout), (v, pool.value_layout))
     return [(x.to(y.dtype) if y.number == "plain" else x).contiguous() for x, y in pairs]
+
+
+def _log_pointers(log: UndoLog | None) -> list[Tensor | None]:
+    if log is None:
+        return [None] * 7
+    rows = [log.keys, log.values, log.key_scales, log.value_scales]
+    return [*rows, log.expired, log.marked.view(torch.uint8), log.live]
 
 
 def _gate_pointers(gate: GateInput) -> list[Tensor | None]:
@@ -513,7 +516,6 @@ def variants() -> list[Variant]:
     found += [
         _pack_variant("pack_bf16_d64", narrow, 8),
         _pack_variant("pack_bf16_latent", latent, 1),
-        _move_variant("move_bf16", formats["bf16"]),
         _move_variant("move_nvfp4", formats["nvfp4"]),
     ]
     return found

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Taking tokens into paged lists, in plain PyTorch over all lists at once and without asking the host.
 
-What the kernels of `ops.append` mean, and where `pack` finds its slots for them too. As `pages.SlotLists`, list by list.
+What the kernels of `ops.append` mean, and where `pack` finds its slots for them too. As `pages.SlotLists` does,
+list by list.
 Where a list outgrows its table, or the pool its pages, rows are lost and the pool's counters say so.
 
 Shapes: B sequences, K KV heads, T new tokens, R ring, P pages a list can own.
@@ -112,7 +113,9 @@ def plan_pack(evict: Tensor, valid: Tensor | None, lists: LayerLists) -> Plan:
         ring_evict = torch.where(newest & active, evict[..., :1], ring_evict)
         evict = shift_decisions(evict, lists.shift)
     new = torch.arange(T, device=evict.device)
-    last_expired = T - 2 - lists.window  # counted from the first new token; older ones have left the window
+    last_expired = (
+        T - 2 - lists.window
+    )  # counted from the first new token; older ones have left the window
     keep = active & ((new > last_expired) | ~evict)  # [B, K, T]
     if valid is not None:
         keep &= valid[:, None]
@@ -121,12 +124,12 @@ def plan_pack(evict: Tensor, valid: Tensor | None, lists: LayerLists) -> Plan:
     live = lists.live + _count(keep) - _count(expired)
 
     holes, filled = _in_front(lists.ring_slot, expired & (lists.ring_slot < live[..., None]))
-    ring_slot, moves, moved = lists.ring_slot, None, 0
+    ring_slot, moves = lists.ring_slot, None
+    rank = keep.cumsum(-1, dtype=torch.int32) - 1  # [B, K, T]
     if valid is not None:
         # Padding takes no slots while others expire: a list may shrink.
         ring_slot, moves = _shorten(lists, expired, holes, live)
-        moved = moves.count[..., None]
-    rank = keep.cumsum(-1, dtype=torch.int32) - 1 + moved  # [B, K, T]
+        rank += moves.count[..., None]
     hole = holes.gather(2, rank.clamp(0, lists.ring - 1).long())
     behind = lists.live[..., None] + rank - filled[..., None]
     slots = torch.where(rank < filled[..., None], hole, behind)
@@ -170,10 +173,15 @@ def place(plan: Plan, k: Tensor, v: Tensor, pool: PagePool, lists: LayerLists) -
     commit(plan, lists)
 
 
-def wanted_pages(lists: LayerLists, live: Tensor) -> Tensor:
-    """Which pages [B, K, P] lists that get this long [B, K] still lack."""
+def spanned_pages(lists: LayerLists, live: Tensor) -> Tensor:
+    """Which pages [B, K, P] have slots of lists of this length [B, K]."""
     index = torch.arange(lists.table.shape[2], device=live.device)
-    return (index * PAGE < live[..., None]) & (lists.table == NO_PAGE)
+    return index * PAGE < live[..., None]
+
+
+def wanted_pages(lists: LayerLists, live: Tensor) -> Tensor:
+    """Which of them [B, K, P] the lists do not own."""
+    return spanned_pages(lists, live) & (lists.table == NO_PAGE)
 
 
 def claim(plan: Plan, pool: PagePool, lists: LayerLists) -> None:

@@ -49,13 +49,11 @@ class UndoLog:
             width, dtype = layout.scales
             return torch.zeros(*shape, width, dtype=dtype, device=device)
 
-        layouts = (pool.key_layout, pool.value_layout)
-        numbers = [torch.zeros(shape, dtype=x, device=device) for x in (torch.int32, torch.bool)]
+        k, v = pool.key_layout, pool.value_layout
+        slots = torch.zeros(shape, dtype=torch.int32, device=device)
+        marks = torch.zeros(shape, dtype=torch.bool, device=device)
         return UndoLog(
-            *(rows(x) for x in layouts),
-            *(scales(x) for x in layouts),
-            *numbers,
-            torch.zeros_like(numbers[0]),
+            rows(k), rows(v), scales(k), scales(v), slots, marks, torch.zeros_like(slots)
         )
 
     @property
