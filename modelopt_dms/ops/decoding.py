@@ -21,11 +21,10 @@ def number_factor(number: Number, dot: tl.dtype) -> float:
     return 2.0**7 if dot == tl.float16 else 2.0**26
 
 
-@triton.jit
-def word_codes(NUMBER: tl.constexpr):
+@triton.constexpr_function
+def word_codes(number: str) -> int:
     """Codes that an element holds: a word of 32 bits, or a plain number."""
-    CODES: tl.constexpr = 1 if NUMBER == "plain" else (8 if NUMBER == "nvfp4" else 4)
-    return CODES
+    return {"plain": 1, "fp8": 4, "int8": 4, "nvfp4": 8}[number]
 
 
 @triton.jit
