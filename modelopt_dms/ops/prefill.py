@@ -20,7 +20,9 @@ from modelopt_dms.ops.prefill_blocks import (
     dot_type,
     head_constants,
     load_rows,
+    log2_bias,
     own_starts,
+    padded,
     scoring_constants,
     store_rows,
     with_sink,
@@ -46,7 +48,7 @@ def _forward_kernel(
     q,
     k,
     v,
-    keep_logprob,
+    bias,
     starts,
     sinks,
     T,
@@ -79,25 +81,25 @@ def _forward_kernel(
     k += kv * T * D
     v += kv * T * DV
     queries = m0 + tl.arange(0, M)
-    q1 = load_rows(q, queries, T, D, 0, D1, True, DOT)
+    q1 = load_rows(q, m0, T, M, D, 0, D1, True, DOT)
     q2 = q1
     if D2 > 0:
-        q2 = load_rows(q, queries, T, D, D1, D2, True, DOT)
+        q2 = load_rows(q, m0, T, M, D, D1, D2, True, DOT)
     acc1 = tl.zeros([M, V1], tl.float32)
     acc2 = tl.zeros([M, V2 if V2 > 0 else 16], tl.float32)
     total = tl.zeros([M], tl.float32)
     top = tl.full([M], FLOOR, tl.float32)
     acc1, acc2, total, top = attend_own(
-        acc1, acc2, total, top, q1, q2, k, v, keep_logprob + kv * T, starts + batch * T, m0, T, window,
-        SCALE, SOFTCAP, D, DV, D1, D2, V1, V2, M, N, False, HAS_STARTS, DOT,
+        acc1, acc2, total, top, q1, q2, k, v, bias + kv * padded(T), starts + batch * T, m0, T, window,
+        SCALE, SOFTCAP, D, DV, D1, D2, V1, V2, M, N, HAS_STARTS, DOT,
     )  # fmt: skip
     if HAS_SINKS:
         sink = tl.load(sinks + index % H).to(tl.float32)
         acc1, acc2, total, top = with_sink(acc1, acc2, total, top, sink, V2)
     out += index.to(tl.int64) * T * DV
-    store_rows(out, queries, T, acc1 / total[:, None], DV, 0, V1)
+    store_rows(out, m0, T, acc1 / total[:, None], M, DV, 0, V1)
     if V2 > 0:
-        store_rows(out, queries, T, acc2 / total[:, None], DV, V1, V2)
+        store_rows(out, m0, T, acc2 / total[:, None], M, DV, V1, V2)
     tl.store(lse + index.to(tl.int64) * T + queries, top + tl.log2(total), mask=queries < T)
 
 
@@ -112,7 +114,7 @@ def prefill_forward(
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `prefill_attention`, not differentiable: output [B, H, T, Dv] and log2-sum-exp2 [B, H, T] for the backward."""
-    q, k, v, keep_logprob = (x.contiguous() for x in (q, k, v, keep_logprob))
+    q, k, v, bias = (x.contiguous() for x in (q, k, v, log2_bias(keep_logprob)))
     B, H, T, D = q.shape
     K, DV = k.shape[1], v.shape[-1]
     tile = tile or forward_tile(D, DV, q.dtype)
@@ -123,9 +125,9 @@ def prefill_forward(
         q,
         k,
         v,
-        keep_logprob,
-        keep_logprob if starts is None else starts,
-        keep_logprob if sinks is None else sinks.float().contiguous(),
+        bias,
+        bias if starts is None else starts,
+        bias if sinks is None else sinks.float().contiguous(),
         T,
         min(window, T),
         out,
@@ -215,7 +217,7 @@ def _variant(D: int, DV: int, G: int, full: bool) -> Variant:
     """The forward kernel for these shapes; `full` has documents, softcap and sinks."""
     tile = forward_tile(D, DV, torch.bfloat16)
     pointers = {name: "*bf16" for name in ("q", "k", "v", "out")}
-    pointers |= {name: "*fp32" for name in ("keep_logprob", "sinks", "lse")}
+    pointers |= {name: "*fp32" for name in ("bias", "sinks", "lse")}
     constants = {
         **scoring_constants(Scoring(D**-0.5, 50.0 if full else None)),
         **head_constants(D, DV),

@@ -15,13 +15,16 @@ from torch import Tensor
 
 from modelopt_dms.ops.prefill_blocks import (
     Tile,
-    column_bias,
     delayed,
     dot_type,
     head_constants,
     key_ranges,
+    load_numbers,
     load_rows,
+    log2_bias,
     own_starts,
+    padded,
+    padded_length,
     scored,
     scoring_constants,
     store_rows,
@@ -57,21 +60,30 @@ def query_tile(D: int, DV: int, dtype: torch.dtype) -> Tile:
 
 @triton.jit
 def _delta_kernel(
-    out, gradient, rows, delta, DV: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr
+    out,
+    gradient,
+    lse,
+    T,
+    delta,
+    padded_lse,
+    DV: tl.constexpr,
+    WIDTH: tl.constexpr,
+    R: tl.constexpr,
 ):
-    """Dot products delta [rows] of the rows of out and of its gradient [rows, Dv]."""
-    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
-    columns = tl.arange(0, WIDTH)
-    at = row[:, None] * DV + columns[None, :]
-    inside = (row[:, None] < rows) & (columns[None, :] < DV)
-    x = tl.load(out + at, mask=inside, other=0.0).to(tl.float32)
-    y = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(delta + row, tl.sum(x * y, 1), mask=row < rows)
+    """Dot products of the rows of out and of its gradient, and the log-sum-exps, both padded with zeros."""
+    index = tl.program_id(1).to(tl.int64)
+    first = tl.program_id(0) * R
+    x = load_rows(out + index * T * DV, first, T, R, DV, 0, WIDTH, True, tl.float32)
+    y = load_rows(gradient + index * T * DV, first, T, R, DV, 0, WIDTH, True, tl.float32)
+    rows = first + tl.arange(0, R)
+    at = index * padded(T) + rows
+    tl.store(delta + at, tl.sum(x * y, 1))
+    tl.store(padded_lse + at, tl.load(lse + index * T + rows, mask=rows < T, other=0.0))
 
 
 @triton.jit
 def _query_block(
-    dq1, dq2, q1, q2, do1, do2, lse, delta, k, v, bias, n0, queries, start, T, window, old,
+    dq1, dq2, column, q1, q2, do1, do2, lse, delta, k, v, bias, n0, queries, start, T, window, old,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     D: tl.constexpr,
@@ -86,32 +98,37 @@ def _query_block(
     DOT: tl.constexpr,
 ):  # fmt: skip
     """Add to dq of a block of queries what keys n0 .. n0 + N - 1 contribute; see `attend_block`."""
-    keys = n0 + tl.arange(0, N)
-    k1 = load_rows(k, keys, T, D, 0, D1, CHECK, DOT)
+    k1 = load_rows(k, n0, T, N, D, 0, D1, CHECK, DOT)
     products = tl.dot(q1, tl.trans(k1), input_precision="ieee")
     k2 = k1
     if D2 > 0:
-        k2 = load_rows(k, keys, T, D, D1, D2, CHECK, DOT)
+        k2 = load_rows(k, n0, T, N, D, D1, D2, CHECK, DOT)
         products = tl.dot(q2, tl.trans(k2), products, input_precision="ieee")
-    v1 = load_rows(v, keys, T, DV, 0, V1, CHECK, DOT)
+    v1 = load_rows(v, n0, T, N, DV, 0, V1, CHECK, DOT)
     dp = tl.dot(do1, tl.trans(v1), input_precision="ieee")
     if V2 > 0:
-        v2 = load_rows(v, keys, T, DV, V1, V2, CHECK, DOT)
+        v2 = load_rows(v, n0, T, N, DV, V1, V2, CHECK, DOT)
         dp = tl.dot(do2, tl.trans(v2), dp, input_precision="ieee")
     capped = scored(products, SCALE, SOFTCAP)
-    column = column_bias(bias, keys, T, False, CHECK)
     if CHECK:
         scores = delayed(
-            capped, queries[:, None], keys[None, :], column[None, :], start[:, None], window, HAS_STARTS
+            capped,
+            (queries - n0)[:, None],
+            tl.arange(0, N)[None, :],
+            column[None, :],
+            (start - n0)[:, None],
+            window,
+            HAS_STARTS,
         )
     else:
-        scores = capped + tl.where(old, column, 0.0)[None, :]
+        scores = capped + column[None, :]
     ds = tl.exp2(scores - lse[:, None]) * (dp - delta[:, None])
     ds = uncapped(ds, capped, SCALE, SOFTCAP).to(DOT)
+    column = load_numbers(bias, n0 + N, old, N)  # for the next block; see `attend_block`
     dq1 = tl.dot(ds, k1, dq1, input_precision="ieee")
     if D2 > 0:
         dq2 = tl.dot(ds, k2, dq2, input_precision="ieee")
-    return dq1, dq2
+    return dq1, dq2, column
 
 
 @triton.jit
@@ -119,7 +136,7 @@ def _query_kernel(
     q,
     k,
     v,
-    keep_logprob,
+    bias,
     starts,
     gradient,
     lse,
@@ -151,19 +168,21 @@ def _query_kernel(
     gradient += index * T * DV
     k += kv * T * D
     v += kv * T * DV
-    bias = keep_logprob + kv * T
+    bias += kv * padded(T)
+    lse += index * padded(T)
+    delta += index * padded(T)
     queries = m0 + tl.arange(0, M)
     here = queries < T
-    q1 = load_rows(q, queries, T, D, 0, D1, True, DOT)
-    do1 = load_rows(gradient, queries, T, DV, 0, V1, True, DOT)
+    q1 = load_rows(q, m0, T, M, D, 0, D1, True, DOT)
+    do1 = load_rows(gradient, m0, T, M, DV, 0, V1, True, DOT)
     q2 = q1
     if D2 > 0:
-        q2 = load_rows(q, queries, T, D, D1, D2, True, DOT)
+        q2 = load_rows(q, m0, T, M, D, D1, D2, True, DOT)
     do2 = do1
     if V2 > 0:
-        do2 = load_rows(gradient, queries, T, DV, V1, V2, True, DOT)
-    lses = tl.load(lse + index * T + queries, mask=here, other=0.0)
-    deltas = tl.load(delta + index * T + queries, mask=here, other=0.0)
+        do2 = load_rows(gradient, m0, T, M, DV, V1, V2, True, DOT)
+    lses = load_numbers(lse, m0, True, M)
+    deltas = load_numbers(delta, m0, True, M)
     start = queries
     lowest = 0
     highest = 0
@@ -178,24 +197,27 @@ def _query_kernel(
         low = tl.where(phase == 0, a, tl.where(phase == 1, c, e))
         middle = tl.where(phase == 0, b, tl.where(phase == 1, d, f))
         high = tl.where(phase == 0, c, tl.where(phase == 1, e, f))
+        column = load_numbers(bias, low, True, N)
         for n0 in tl.range(low, middle, N):
-            dq1, dq2 = _query_block(
-                dq1, dq2, q1, q2, do1, do2, lses, deltas, k, v, bias, n0, queries, start, T, window, True,
+            dq1, dq2, column = _query_block(
+                dq1, dq2, column, q1, q2, do1, do2, lses, deltas, k, v, bias, n0, queries, start, T, window, True,
                 SCALE, SOFTCAP, D, DV, D1, D2, V1, V2, N, HAS_STARTS, True, DOT,
             )  # fmt: skip
+        old = phase == 0
+        column = load_numbers(bias, middle, old, N)
         for n0 in tl.range(middle, high, N):
-            dq1, dq2 = _query_block(
-                dq1, dq2, q1, q2, do1, do2, lses, deltas, k, v, bias, n0, queries, start, T, window, phase == 0,
+            dq1, dq2, column = _query_block(
+                dq1, dq2, column, q1, q2, do1, do2, lses, deltas, k, v, bias, n0, queries, start, T, window, old,
                 SCALE, SOFTCAP, D, DV, D1, D2, V1, V2, N, HAS_STARTS, False, DOT,
             )  # fmt: skip
-    store_rows(dq, queries, T, dq1 * SCALE, D, 0, D1)
+    store_rows(dq, m0, T, dq1 * SCALE, M, D, 0, D1)
     if D2 > 0:
-        store_rows(dq, queries, T, dq2 * SCALE, D, D1, D2)
+        store_rows(dq, m0, T, dq2 * SCALE, M, D, D1, D2)
 
 
 @triton.jit
 def _key_block(
-    dk1, dk2, dv1, dv2, dbias, k1, k2, v1, v2, column, keys, q, gradient, lse, delta, starts, m0, T, window, old,
+    dk1, dk2, dv1, dv2, dbias, lses, deltas, k1, k2, v1, v2, column, keys, q, gradient, lse, delta, starts, m0, T, window, old,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     D: tl.constexpr,
@@ -212,55 +234,56 @@ def _key_block(
     DOT: tl.constexpr,
 ):  # fmt: skip
     """Add to the gradients of a block of keys what queries m0 .. m0 + M - 1 contribute. All is transposed: [N, M]."""
-    queries = m0 + tl.arange(0, M)
-    q1 = load_rows(q, queries, T, D, 0, D1, CHECK, DOT)
+    q1 = load_rows(q, m0, T, M, D, 0, D1, CHECK, DOT)
     products = tl.dot(k1, tl.trans(q1), input_precision="ieee")
     q2 = q1
     if D2 > 0:
-        q2 = load_rows(q, queries, T, D, D1, D2, CHECK, DOT)
+        q2 = load_rows(q, m0, T, M, D, D1, D2, CHECK, DOT)
         products = tl.dot(k2, tl.trans(q2), products, input_precision="ieee")
-    if CHECK:
-        # Rows behind the end have q = 0, gradient = 0 and delta = 0: they add 0 to everything.
-        lses = tl.load(lse + queries, mask=queries < T, other=0.0)
-    else:
-        lses = tl.load(lse + queries)
     capped = scored(products, SCALE, SOFTCAP)
+    # Rows behind the end have q = 0, gradient = 0, lse = 0 and delta = 0: they add 0 to everything.
+    queries = tl.arange(0, M)
     if CHECK:
         start = queries
         if HAS_STARTS:
-            start = tl.load(starts + queries, mask=queries < T, other=0)
+            start = tl.load(starts + m0 + queries, mask=queries < T - m0, other=0) - m0
         scores = delayed(
-            capped, queries[None, :], keys[:, None], column[:, None], start[None, :], window, HAS_STARTS
+            capped,
+            queries[None, :],
+            (keys - m0)[:, None],
+            column[:, None],
+            start[None, :],
+            window,
+            HAS_STARTS,
         )
     else:
         scores = capped + tl.where(old, column, 0.0)[:, None]
     weights = tl.exp2(scores - lses[None, :])
-    do1 = load_rows(gradient, queries, T, DV, 0, V1, CHECK, DOT)
+    # For the next block; see `attend_block`.
+    lses = load_numbers(lse, m0 + M, True, M)
+    do1 = load_rows(gradient, m0, T, M, DV, 0, V1, CHECK, DOT)
     if WITH_V:
         dv1 = tl.dot(weights.to(DOT), do1, dv1, input_precision="ieee")
     do2 = do1
     if V2 > 0:
-        do2 = load_rows(gradient, queries, T, DV, V1, V2, CHECK, DOT)
+        do2 = load_rows(gradient, m0, T, M, DV, V1, V2, CHECK, DOT)
         if WITH_V:
             dv2 = tl.dot(weights.to(DOT), do2, dv2, input_precision="ieee")
     if WITH_K:
         dp = tl.dot(v1, tl.trans(do1), input_precision="ieee")
         if V2 > 0:
             dp = tl.dot(v2, tl.trans(do2), dp, input_precision="ieee")
-        if CHECK:
-            deltas = tl.load(delta + queries, mask=queries < T, other=0.0)
-        else:
-            deltas = tl.load(delta + queries)
         ds = weights * (dp - deltas[None, :])
+        deltas = load_numbers(delta, m0 + M, True, M)
         if CHECK:
-            dbias += tl.sum(tl.where(queries[None, :] - keys[:, None] > window, ds, 0.0), 1)
+            dbias += tl.sum(tl.where((keys - m0)[:, None] < queries[None, :] - window, ds, 0.0), 1)
         else:
             dbias += tl.where(old, tl.sum(ds, 1), 0.0)
         ds = uncapped(ds, capped, SCALE, SOFTCAP).to(DOT)
         dk1 = tl.dot(ds, q1, dk1, input_precision="ieee")
         if D2 > 0:
             dk2 = tl.dot(ds, q2, dk2, input_precision="ieee")
-    return dk1, dk2, dv1, dv2, dbias
+    return dk1, dk2, dv1, dv2, dbias, lses, deltas
 
 
 @triton.jit
@@ -287,7 +310,7 @@ def _key_kernel(
     q,
     k,
     v,
-    keep_logprob,
+    bias,
     starts,
     ends,
     gradient,
@@ -323,15 +346,15 @@ def _key_kernel(
     k += kv * T * D
     v += kv * T * DV
     keys = n0 + tl.arange(0, N)
-    k1 = load_rows(k, keys, T, D, 0, D1, True, DOT)
+    k1 = load_rows(k, n0, T, N, D, 0, D1, True, DOT)
     k2 = k1
     if D2 > 0:
-        k2 = load_rows(k, keys, T, D, D1, D2, True, DOT)
-    v1 = load_rows(v, keys, T, DV, 0, V1, True, DOT)
+        k2 = load_rows(k, n0, T, N, D, D1, D2, True, DOT)
+    v1 = load_rows(v, n0, T, N, DV, 0, V1, True, DOT)
     v2 = v1
     if V2 > 0:
-        v2 = load_rows(v, keys, T, DV, V1, V2, True, DOT)
-    column = column_bias(keep_logprob + kv * T, keys, T, False, True)
+        v2 = load_rows(v, n0, T, N, DV, V1, V2, True, DOT)
+    column = load_numbers(bias + kv * padded(T), n0, True, N)
     end = T
     whole = T
     if HAS_STARTS:
@@ -352,29 +375,35 @@ def _key_kernel(
         high = tl.where(phase == 0, c, tl.where(phase == 1, e, f))
         q_head = q + head * T * D
         gradient_head = gradient + head * T * DV
+        lse_head = lse + head * padded(T)
+        delta_head = delta + head * padded(T)
+        lses = load_numbers(lse_head, low, True, M)
+        deltas = load_numbers(delta_head, low, True, M)
         for m0 in tl.range(low, middle, M):
-            dk1, dk2, dv1, dv2, sums = _key_block(
-                dk1, dk2, dv1, dv2, sums, k1, k2, v1, v2, column, keys, q_head, gradient_head, lse + head * T,
-                delta + head * T, starts + batch * T, m0, T, window, True,
+            dk1, dk2, dv1, dv2, sums, lses, deltas = _key_block(
+                dk1, dk2, dv1, dv2, sums, lses, deltas, k1, k2, v1, v2, column, keys, q_head, gradient_head, lse_head,
+                delta_head, starts + batch * T, m0, T, window, True,
                 SCALE, SOFTCAP, D, DV, D1, D2, V1, V2, M, HAS_STARTS, WITH_K, WITH_V, True, DOT,
             )  # fmt: skip
+        lses = load_numbers(lse_head, middle, True, M)
+        deltas = load_numbers(delta_head, middle, True, M)
         for m0 in tl.range(middle, high, M):
-            dk1, dk2, dv1, dv2, sums = _key_block(
-                dk1, dk2, dv1, dv2, sums, k1, k2, v1, v2, column, keys, q_head, gradient_head, lse + head * T,
-                delta + head * T, starts + batch * T, m0, T, window, phase == 1,
+            dk1, dk2, dv1, dv2, sums, lses, deltas = _key_block(
+                dk1, dk2, dv1, dv2, sums, lses, deltas, k1, k2, v1, v2, column, keys, q_head, gradient_head, lse_head,
+                delta_head, starts + batch * T, m0, T, window, phase == 1,
                 SCALE, SOFTCAP, D, DV, D1, D2, V1, V2, M, HAS_STARTS, WITH_K, WITH_V, False, DOT,
             )  # fmt: skip
     if WITH_K:
         dk += kv * T * D
-        store_rows(dk, keys, T, dk1 * SCALE, D, 0, D1)
+        store_rows(dk, n0, T, dk1 * SCALE, N, D, 0, D1)
         if D2 > 0:
-            store_rows(dk, keys, T, dk2 * SCALE, D, D1, D2)
+            store_rows(dk, n0, T, dk2 * SCALE, N, D, D1, D2)
         tl.store(dbias + kv * T + keys, sums, mask=keys < T)
     if WITH_V:
         dv += kv * T * DV
-        store_rows(dv, keys, T, dv1, DV, 0, V1)
+        store_rows(dv, n0, T, dv1, N, DV, 0, V1)
         if V2 > 0:
-            store_rows(dv, keys, T, dv2, DV, V1, V2)
+            store_rows(dv, n0, T, dv2, N, DV, V1, V2)
 
 
 def _last_readers(starts: Tensor, T: int, keys: int) -> Tensor:
@@ -431,13 +460,22 @@ def prefill_backward(
     by_key, by_query = tiles or (key_tile(D, DV, q.dtype), query_tile(D, DV, q.dtype))
     starts = own_starts(starts)
     ends = None if starts is None else _last_readers(starts, T, by_key.keys)
-    delta = torch.empty_like(lse)
     dq, dk, dv, dbias = (torch.empty_like(x) for x in (q, k, v, keep_logprob))
-    rows, window = B * H * T, min(window, T)
-    _delta_kernel[(triton.cdiv(rows, DELTA_ROWS),)](
-        out, gradient, rows, delta, DV=DV, WIDTH=triton.next_power_of_2(DV), R=DELTA_ROWS
+    window, length = min(window, T), padded_length(T)
+    delta, padded_lse = torch.empty(2, B, H, length, dtype=torch.float32, device=q.device)
+    _delta_kernel[(length // DELTA_ROWS, B * H)](
+        out,
+        gradient,
+        lse,
+        T,
+        delta,
+        padded_lse,
+        DV=DV,
+        WIDTH=triton.next_power_of_2(DV),
+        R=DELTA_ROWS,
     )
-    inputs = (q, k, v, keep_logprob, keep_logprob if starts is None else starts)
+    bias = log2_bias(keep_logprob)
+    inputs = (q, k, v, bias, bias if starts is None else starts)
     constants = {
         **scoring_constants(scoring),
         **head_constants(D, DV),
@@ -448,9 +486,9 @@ def prefill_backward(
     for with_k, with_v in key_passes(D, DV):
         _key_kernel[(triton.cdiv(T, by_key.keys), B * K)](
             *inputs,
-            lse if ends is None else ends,
+            bias if ends is None else ends,
             gradient,
-            lse,
+            padded_lse,
             delta,
             T,
             window,
@@ -469,7 +507,7 @@ def prefill_backward(
     _query_kernel[(triton.cdiv(T, by_query.queries), B * H)](
         *inputs,
         gradient,
-        lse,
+        padded_lse,
         delta,
         T,
         window,
@@ -506,7 +544,7 @@ def _variant(
     D: int, DV: int, G: int, kernel: Any, tile: Tile, name: str, more: dict[str, Any]
 ) -> Variant:
     pointers = {x: "*bf16" for x in ("q", "k", "v", "gradient", "dq", "dk", "dv")}
-    pointers |= {x: "*fp32" for x in ("keep_logprob", "lse", "delta", "dbias")}
+    pointers |= {x: "*fp32" for x in ("bias", "lse", "delta", "dbias")}
     types = pointers | {"starts": "*i32", "ends": "*i32", "T": "i32", "window": "i32"}
     constants = {
         **scoring_constants(Scoring(D**-0.5)),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,6 +19,7 @@ from modelopt_dms.ops.reference import Scoring
 LOG2E = tl.constexpr(1.4426950408889634)
 # Where maxima start: below every score, and finite, so that a row whose keys are all -inf yields 0 and not NaN.
 FLOOR = tl.constexpr(-1.0e30)
+PAD = tl.constexpr(128)  # the most keys or queries of a block
 TRITON_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
@@ -62,6 +64,17 @@ def dot_type(dtype: torch.dtype) -> Any:
     return tl.float32 if interpreted else TRITON_TYPES[dtype]
 
 
+def padded_length(T: int) -> int:
+    """As `padded`."""
+    return triton.cdiv(T, PAD.value) * PAD.value + PAD.value
+
+
+def log2_bias(keep_logprob: Tensor) -> Tensor:
+    """log(1 - alpha) as the kernels add it to their scores: in units of log 2, and padded."""
+    T = keep_logprob.shape[-1]
+    return F.pad(keep_logprob.float() * LOG2E.value, (0, padded_length(T) - T)).contiguous()
+
+
 def own_starts(starts: Tensor | None) -> Tensor | None:
     """First visible positions [B, T], at most every query's own: a row always sees itself."""
     if starts is None:
@@ -73,24 +86,27 @@ def own_starts(starts: Tensor | None) -> Tensor | None:
 @triton.jit
 def load_rows(
     base,
-    rows,
+    first,
     count,
+    ROWS: tl.constexpr,
     D: tl.constexpr,
     OFFSET: tl.constexpr,
     WIDTH: tl.constexpr,
     CHECK: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """Columns OFFSET.. of rows [n] of a matrix [count, D]: [n, WIDTH], zeros outside. CHECK: rows may lie outside."""
-    columns = OFFSET + tl.arange(0, WIDTH)
-    at = base + rows[:, None] * D + columns[None, :]
+    """Columns OFFSET.. of ROWS rows of a matrix [count, D]: [ROWS, WIDTH], zeros outside. CHECK: rows may lie outside."""
+    rows = tl.arange(0, ROWS)[:, None]
+    columns = OFFSET + tl.arange(0, WIDTH)[None, :]
+    # The scalar is added to the pointer, so that a thread's addresses differ by constants.
+    at = base + first * D + (rows * D + columns)
     if OFFSET + WIDTH > D:
-        inside = columns[None, :] < D
+        inside = columns < D
         if CHECK:
-            inside &= rows[:, None] < count
-        x = tl.load(at, mask=inside, other=0.0)
+            inside &= rows < count - first
+        x = tl.load(at, mask=inside, other=0)
     elif CHECK:
-        x = tl.load(at, mask=rows[:, None] < count, other=0.0)
+        x = tl.load(at, mask=rows < count - first, other=0)
     else:
         x = tl.load(at)
     return x.to(DOT)
@@ -98,13 +114,33 @@ def load_rows(
 
 @triton.jit
 def store_rows(
-    base, rows, count, x, D: tl.constexpr, OFFSET: tl.constexpr, WIDTH: tl.constexpr
+    base,
+    first,
+    count,
+    x,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    OFFSET: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
-    """Store x [n, WIDTH] as columns OFFSET.. of rows [n] of a matrix [count, D]."""
-    columns = OFFSET + tl.arange(0, WIDTH)
-    inside = (rows[:, None] < count) & (columns[None, :] < D)
-    at = base + rows[:, None] * D + columns[None, :]
+    """Store x [ROWS, WIDTH] as columns OFFSET.. of rows of a matrix [count, D]."""
+    rows = tl.arange(0, ROWS)[:, None]
+    columns = OFFSET + tl.arange(0, WIDTH)[None, :]
+    at = base + first * D + (rows * D + columns)
+    inside = (rows < count - first) & (columns < D)
     tl.store(at, x.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def padded(T):
+    """Length of vectors [T] that kernels read in blocks and a block ahead, without asking where they end."""
+    return tl.cdiv(T, PAD) * PAD + PAD
+
+
+@triton.jit
+def load_numbers(base, first, wanted, COUNT: tl.constexpr):
+    """Numbers [COUNT] of a padded vector, or zeros if they are not wanted."""
+    return tl.load(base + first + tl.arange(0, COUNT), mask=wanted, other=0.0)
 
 
 @triton.jit
@@ -129,22 +165,9 @@ def uncapped(gradient, scores, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def column_bias(bias, keys, T, HARD: tl.constexpr, CHECK: tl.constexpr):
-    """What keys [n] older than the window get on their scores: log-probabilities, or (HARD) -inf where marked."""
-    if CHECK:
-        x = tl.load(bias + keys, mask=keys < T, other=0)
-    else:
-        x = tl.load(bias + keys)
-    if HARD:
-        return tl.where(x != 0, float("-inf"), 0.0)
-    else:
-        return x * LOG2E
-
-
-@triton.jit
 def delayed(scores, queries, keys, bias, starts, window, HAS_STARTS: tl.constexpr):
-    """Scores under the mask; positions, bias and starts broadcast to them."""
-    scores = tl.where(queries - keys > window, scores + bias, scores)
+    """Scores under the mask; positions (from where one likes), bias and starts broadcast to them."""
+    scores = tl.where(keys < queries - window, scores + bias, scores)
     seen = keys <= queries
     if HAS_STARTS:
         seen &= keys >= starts
@@ -190,6 +213,7 @@ def attend_block(
     acc2,
     total,
     top,
+    column,
     q1,
     q2,
     k,
@@ -210,34 +234,43 @@ def attend_block(
     V1: tl.constexpr,
     V2: tl.constexpr,
     N: tl.constexpr,
-    HARD: tl.constexpr,
     HAS_STARTS: tl.constexpr,
     CHECK: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """Take in keys n0 .. n0 + N - 1. Without CHECK all queries see all, and all are older than the window, or (not old) none."""
-    keys = n0 + tl.arange(0, N)
-    k1 = load_rows(k, keys, T, D, 0, D1, CHECK, DOT)
+    """Take in keys n0 .. n0 + N - 1, of bias `column`.
+
+    Without CHECK, all queries see all keys of the range, and these are all older than the window (`old`) or all within.
+    """
+    k1 = load_rows(k, n0, T, N, D, 0, D1, CHECK, DOT)
     products = tl.dot(q1, tl.trans(k1), input_precision="ieee")
     if D2 > 0:
-        k2 = load_rows(k, keys, T, D, D1, D2, CHECK, DOT)
+        k2 = load_rows(k, n0, T, N, D, D1, D2, CHECK, DOT)
         products = tl.dot(q2, tl.trans(k2), products, input_precision="ieee")
     scores = scored(products, SCALE, SOFTCAP)
-    column = column_bias(bias, keys, T, HARD, CHECK)
+    # For the next block: loaded in the block that needs it, Triton 3.6 would copy it to shared memory number by number.
+    following = load_numbers(bias, n0 + N, old, N)
     if CHECK:
+        keys = tl.arange(0, N)
         scores = delayed(
-            scores, queries[:, None], keys[None, :], column[None, :], start[:, None], window, HAS_STARTS
+            scores,
+            (queries - n0)[:, None],
+            keys[None, :],
+            column[None, :],
+            (start - n0)[:, None],
+            window,
+            HAS_STARTS,
         )
     else:
-        scores += tl.where(old, column, 0.0)[None, :]
+        scores += column[None, :]
     weights, shrink, total, top = softmax_step(scores, total, top)
     weights = weights.to(DOT)
-    v1 = load_rows(v, keys, T, DV, 0, V1, CHECK, DOT)
+    v1 = load_rows(v, n0, T, N, DV, 0, V1, CHECK, DOT)
     acc1 = tl.dot(weights, v1, acc1 * shrink[:, None], input_precision="ieee")
     if V2 > 0:
-        v2 = load_rows(v, keys, T, DV, V1, V2, CHECK, DOT)
+        v2 = load_rows(v, n0, T, N, DV, V1, V2, CHECK, DOT)
         acc2 = tl.dot(weights, v2, acc2 * shrink[:, None], input_precision="ieee")
-    return acc1, acc2, total, top
+    return acc1, acc2, total, top, following
 
 
 @triton.jit
@@ -265,7 +298,6 @@ def attend_own(
     V2: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
-    HARD: tl.constexpr,
     HAS_STARTS: tl.constexpr,
     DOT: tl.constexpr,
 ):
@@ -284,15 +316,18 @@ def attend_own(
         low = tl.where(phase == 0, a, tl.where(phase == 1, c, e))
         middle = tl.where(phase == 0, b, tl.where(phase == 1, d, f))
         high = tl.where(phase == 0, c, tl.where(phase == 1, e, f))
+        column = load_numbers(bias, low, True, N)
         for n0 in tl.range(low, middle, N):
-            acc1, acc2, total, top = attend_block(
-                acc1, acc2, total, top, q1, q2, k, v, bias, n0, queries, start, T, window, True,
-                SCALE, SOFTCAP, D, DV, D1, D2, V1, V2, N, HARD, HAS_STARTS, True, DOT,
+            acc1, acc2, total, top, column = attend_block(
+                acc1, acc2, total, top, column, q1, q2, k, v, bias, n0, queries, start, T, window, True,
+                SCALE, SOFTCAP, D, DV, D1, D2, V1, V2, N, HAS_STARTS, True, DOT,
             )  # fmt: skip
+        old = phase == 0
+        column = load_numbers(bias, middle, old, N)
         for n0 in tl.range(middle, high, N):
-            acc1, acc2, total, top = attend_block(
-                acc1, acc2, total, top, q1, q2, k, v, bias, n0, queries, start, T, window, phase == 0,
-                SCALE, SOFTCAP, D, DV, D1, D2, V1, V2, N, HARD, HAS_STARTS, False, DOT,
+            acc1, acc2, total, top, column = attend_block(
+                acc1, acc2, total, top, column, q1, q2, k, v, bias, n0, queries, start, T, window, old,
+                SCALE, SOFTCAP, D, DV, D1, D2, V1, V2, N, HAS_STARTS, False, DOT,
             )  # fmt: skip
     return acc1, acc2, total, top
 
