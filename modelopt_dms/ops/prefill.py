@@ -203,7 +203,9 @@ def prefill_attention(
         ValueError: the sinks want a gradient, which is not computed.
     """
     if torch.is_grad_enabled() and scoring.sinks is not None and scoring.sinks.requires_grad:
-        raise ValueError("the prefill kernel has no gradient of sinks; freeze them or use impl='reference'")
+        raise ValueError(
+            "the prefill kernel has no gradient of sinks; freeze them or use impl='reference'"
+        )
     return _Prefill.apply(q, k, v, keep_logprob, window, starts, scoring)
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gradients of attention among T tokens under the delayed-eviction mask, in Triton. Knows no cache.
 
-Three kernels, no atomics: every gradient is summed by one program in one order, so two runs agree to the last bit. One goes
-over blocks of keys (dk, dv, and d keep_logprob as a column sum; the heads of a group in a loop), one over blocks of queries
-(dq), one prepares a number a query. The weights are computed anew from the log-sum-exp.
+Three kernels, no atomics: every gradient is summed by one program in one order, so two runs agree to the last bit.
+One goes over blocks of keys (dk, dv, and d keep_logprob as a column sum; the heads of a group in a loop), one over
+blocks of queries (dq), one prepares a number a query. The weights are computed anew from the log-sum-exp.
 """
 
 from typing import Any
@@ -109,7 +109,7 @@ def _query_block(
     if V2 > 0:
         v2 = load_rows(v, n0, T, N, DV, V1, V2, CHECK, DOT)
         dp = tl.dot(do2, tl.trans(v2), dp, input_precision="ieee")
-    capped = scored(products, SCALE, SOFTCAP)
+    capped = scored(products, 1.0, SCALE, SOFTCAP)
     if CHECK:
         scores = delayed(
             capped,
@@ -217,7 +217,8 @@ def _query_kernel(
 
 @triton.jit
 def _key_block(
-    dk1, dk2, dv1, dv2, dbias, lses, deltas, k1, k2, v1, v2, column, keys, q, gradient, lse, delta, starts, m0, T, window, old,
+    dk1, dk2, dv1, dv2, dbias, lses, deltas, k1, k2, v1, v2, column, keys, q, gradient, lse, delta, starts, m0, T,
+    window, old,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     D: tl.constexpr,
@@ -240,7 +241,7 @@ def _key_block(
     if D2 > 0:
         q2 = load_rows(q, m0, T, M, D, D1, D2, CHECK, DOT)
         products = tl.dot(k2, tl.trans(q2), products, input_precision="ieee")
-    capped = scored(products, SCALE, SOFTCAP)
+    capped = scored(products, 1.0, SCALE, SOFTCAP)
     # Rows behind the end have q = 0, gradient = 0, lse = 0 and delta = 0: they add 0 to everything.
     queries = tl.arange(0, M)
     if CHECK:
@@ -290,9 +291,9 @@ def _key_block(
 def _query_ranges(n0, end, whole, T, window, M: tl.constexpr, N: tl.constexpr):
     """Ranges of queries that read keys n0 .. n0 + N - 1, in whole blocks of M.
 
-    Checked from `a` to `b`: the diagonal. To `c`: all keys within the window. Checked to `d`: the window's border. To `e`: all
-    keys older than the window. Checked to `f`: documents or the sequence end. Queries from `end` on see none of the keys;
-    some query from `whole` on does not see them all.
+    Checked from `a` to `b`: the diagonal. To `c`: all keys within the window. Checked to `d`: the window's border. To
+    `e`: all keys older than the window. Checked to `f`: documents or the sequence end. Queries from `end` on see none
+    of the keys; some query from `whole` on does not see them all.
     """
     a = n0 // M * M
     f = tl.cdiv(tl.minimum(end, T), M) * M
@@ -531,7 +532,9 @@ def variants() -> list[Variant]:
     """What we ship for sm_90a."""
     found = []
     for D, DV, G in [(64, 64, 4), (128, 128, 4), (256, 256, 2), (192, 128, 1)]:
-        found.append(_variant(D, DV, G, _query_kernel, query_tile(D, DV, torch.bfloat16), "dq", {"H": 8 * G}))
+        found.append(
+            _variant(D, DV, G, _query_kernel, query_tile(D, DV, torch.bfloat16), "dq", {"H": 8 * G})
+        )
         for with_k, with_v in key_passes(D, DV):
             name = "d" + "k" * with_k + "v" * with_v
             flags = {"K": 8, "WITH_K": with_k, "WITH_V": with_v}

@@ -2,7 +2,7 @@
 """Blocks of attention among T tokens under the delayed-eviction mask: what the prefill kernels share. Knows no page.
 
 Scores are in units of log 2 inside the kernels, so that exp2 is all they need. A head dim D is two powers of two,
-D1 + D2 (96 = 64 + 32; D2 is 0 for most): a tile has a power of two of columns, and padding 96 to 128 would waste a third.
+D1 + D2 (96 = 64 + 32; D2 is 0 for most): a tile has a power of two of columns, and 96 padded to 128 wastes a third.
 """
 
 from dataclasses import dataclass
@@ -95,7 +95,10 @@ def load_rows(
     CHECK: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """Columns OFFSET.. of ROWS rows of a matrix [count, D]: [ROWS, WIDTH], zeros outside. CHECK: rows may lie outside."""
+    """Columns OFFSET.. of rows first.. of a matrix [count, D]: [ROWS, WIDTH], zeros outside.
+
+    CHECK: rows may lie outside.
+    """
     rows = tl.arange(0, ROWS)[:, None]
     columns = OFFSET + tl.arange(0, WIDTH)[None, :]
     # The scalar is added to the pointer, so that a thread's addresses differ by constants.
@@ -144,14 +147,14 @@ def load_numbers(base, first, wanted, COUNT: tl.constexpr):
 
 
 @triton.jit
-def scored(products, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
-    """Scores, in units of log 2, of products q.k."""
+def scored(products, factor, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
+    """Scores, in units of log 2, of products q.k that still lack a factor."""
     if SOFTCAP > 0.0:
         # tanh(x) = 1 - 2 / (exp(2x) + 1)
-        power = tl.exp2(products * (2.0 * LOG2E * SCALE / SOFTCAP))
+        power = tl.exp2(products * (factor * (2.0 * LOG2E * SCALE / SOFTCAP)))
         return (1.0 - 2.0 / (power + 1.0)) * (SOFTCAP * LOG2E)
     else:
-        return products * (SCALE * LOG2E)
+        return products * (factor * (SCALE * LOG2E))
 
 
 @triton.jit
@@ -180,8 +183,8 @@ def key_ranges(
 ):
     """Ranges of keys that queries m0 .. m0 + M - 1 read, in whole blocks of N.
 
-    Checked from `a` to `b`: some query starts within. To `c`: all keys older than the window for all queries. Checked to
-    `d`: the window's border. To `e`: all within the window. Checked to `f`: the diagonal.
+    Checked from `a` to `b`: some query starts within. To `c`: all keys older than the window for all queries. Checked
+    to `d`: the window's border. To `e`: all within the window. Checked to `f`: the diagonal.
     """
     f = tl.cdiv(tl.minimum(m0 + M, T), N) * N
     diagonal = (m0 + 1) // N * N
@@ -247,7 +250,7 @@ def attend_block(
     if D2 > 0:
         k2 = load_rows(k, n0, T, N, D, D1, D2, CHECK, DOT)
         products = tl.dot(q2, tl.trans(k2), products, input_precision="ieee")
-    scores = scored(products, SCALE, SOFTCAP)
+    scores = scored(products, 1.0, SCALE, SOFTCAP)
     # For the next block: loaded in the block that needs it, Triton 3.6 would copy it to shared memory number by number.
     following = load_numbers(bias, n0 + N, old, N)
     if CHECK:

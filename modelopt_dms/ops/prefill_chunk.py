@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention of a chunk of a prompt onto a paged cache, in Triton: one program first reads pages, then the chunk itself.
 
-The meaning is `ops.prefill_reference.attend_chunk`. Forward only; asks the host nothing: lengths are read on the device.
+The meaning is `ops.prefill_reference.attend_chunk`. Forward only. Asks the host nothing: lengths are read on the
+device.
 """
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -40,9 +42,27 @@ def chunk_tile(D: int, DV: int, dtype: torch.dtype) -> Tile:
 
 
 @triton.jit
+def _block_scales(
+    scales,
+    page,
+    PAGE: tl.constexpr,
+    NUMBER: tl.constexpr,
+    D: tl.constexpr,
+    OFFSET: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """NVFP4 only: the scales [PAGE, WIDTH / 16] of the blocks of columns OFFSET.. of a page's rows."""
+    if NUMBER == "nvfp4":
+        at = scales + page.to(tl.int64) * (PAGE * D // 16)
+        return load_rows(at, 0, PAGE, PAGE, D // 16, OFFSET // 16, WIDTH // 16, False, tl.uint8)
+    else:
+        return page
+
+
+@triton.jit
 def _page_rows(
     codes,
-    scales,
+    scale,
     page,
     PAGE: tl.constexpr,
     NUMBER: tl.constexpr,
@@ -57,20 +77,17 @@ def _page_rows(
         return load_rows(codes + first * D, 0, PAGE, PAGE, D, OFFSET, WIDTH, False, DOT)
     else:
         WORD: tl.constexpr = 8 if NUMBER == "nvfp4" else 4
-        kind: tl.constexpr = codes.dtype.element_ty
+        at = codes + first * (D // WORD)
         words = load_rows(
-            codes + first * (D // WORD), 0, PAGE, PAGE, D // WORD, OFFSET // WORD, WIDTH // WORD, False, kind
-        )  # fmt: skip
+            at, 0, PAGE, PAGE, D // WORD, OFFSET // WORD, WIDTH // WORD, False, tl.int32
+        )
         if NUMBER == "nvfp4":
-            scale = load_rows(
-                scales + first * (D // 16), 0, PAGE, PAGE, D // 16, OFFSET // 16, WIDTH // 16, False, tl.uint8
-            )  # fmt: skip
             x = from_e2m1(words, scale, DOT)
         elif NUMBER == "fp8":
             x = from_e4m3(words, DOT)
         else:
             x = from_int8(words, DOT)
-        # Decoding leaves the first codes of all words, then the second; a thread holds whole words, so this moves nothing.
+        # Decoding leaves the first codes of all words, then the second. Threads hold whole words: this moves nothing.
         x = x.reshape([PAGE, WORD, WIDTH // WORD]).permute(0, 2, 1).reshape([PAGE, WIDTH])
         if DOT != tl.float32:  # noqa: SIM300
             # Without a step in between, Triton 3.6 would view shared memory in the shape before, and fail.
@@ -79,9 +96,10 @@ def _page_rows(
 
 
 @triton.jit
-def _row_factor(scales, page, rows, PAGE: tl.constexpr, inside):
+def _row_factor(scales, page, PAGE: tl.constexpr, inside):
     """What numbers of a page's rows [PAGE] must be multiplied by: the inverse of the stored scale; 0 outside."""
-    scale = tl.load(scales + page.to(tl.int64) * PAGE + rows, mask=inside, other=1.0)
+    at = scales + page.to(tl.int64) * PAGE + tl.arange(0, PAGE)
+    scale = tl.load(at, mask=inside, other=1.0)
     return tl.where(inside, 1.0 / scale, 0.0)
 
 
@@ -105,7 +123,7 @@ def _chunk_kernel(
     T,
     window,
     P,
-    S,
+    E,
     out,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -161,38 +179,56 @@ def _chunk_kernel(
     if VALUE_NUMBER != "plain":
         value_factor *= tl.load(head_scales + 3 * K + kv % K)
     table += kv * P
-    expiry += kv * S
-    # A page's id is loaded a page ahead: its rows' addresses depend on it.
+    expiry += kv * E * PAGE
+    # What addresses or little numbers a page needs is loaded a page ahead (see `attend_block`).
     page = tl.load(table)
-    for index_in_list in tl.range(0, pages):
-        rows = tl.arange(0, PAGE)
-        slots = index_in_list * PAGE + rows
-        here = slots < length
-        k1 = _page_rows(keys, key_scales, page, PAGE, KEY_NUMBER, D, 0, D1, DOT)
+    rows = tl.arange(0, PAGE)
+    last = rows
+    if HAS_EXPIRY:
+        last = tl.load(expiry + rows)
+    k_scale1 = _block_scales(key_scales, page, PAGE, KEY_NUMBER, D, 0, D1)
+    v_scale1 = _block_scales(value_scales, page, PAGE, VALUE_NUMBER, DV, 0, V1)
+    k_scale2 = k_scale1
+    if D2 > 0:
+        k_scale2 = _block_scales(key_scales, page, PAGE, KEY_NUMBER, D, D1, D2)
+    v_scale2 = v_scale1
+    if V2 > 0:
+        v_scale2 = _block_scales(value_scales, page, PAGE, VALUE_NUMBER, DV, V1, V2)
+    for place in tl.range(0, pages):
+        following = tl.load(table + tl.minimum(place + 1, P - 1))
+        here = rows < length - place * PAGE
+        k1 = _page_rows(keys, k_scale1, page, PAGE, KEY_NUMBER, D, 0, D1, DOT)
         products = tl.dot(q1, tl.trans(k1), input_precision="ieee")
         if D2 > 0:
-            k2 = _page_rows(keys, key_scales, page, PAGE, KEY_NUMBER, D, D1, D2, DOT)
+            k2 = _page_rows(keys, k_scale2, page, PAGE, KEY_NUMBER, D, D1, D2, DOT)
             products = tl.dot(q2, tl.trans(k2), products, input_precision="ieee")
         if KEY_PER_ROW:
-            products *= _row_factor(key_scales, page, rows, PAGE, here)[None, :]
-        elif KEY_NUMBER != "plain":
-            products *= key_factor
-        scores = scored(products, SCALE, SOFTCAP)
+            factor = _row_factor(key_scales, page, PAGE, here)
+            scores = scored(products, factor[None, :], SCALE, SOFTCAP)
+        else:
+            scores = scored(products, key_factor, SCALE, SOFTCAP)
         if HAS_EXPIRY:
-            last = tl.load(expiry + slots, mask=here, other=-1)
+            last = tl.where(here, last, -1)
             scores = tl.where(positions[:, None] <= last[None, :], scores, float("-inf"))
+            last = tl.load(expiry + tl.minimum(place + 1, E - 1) * PAGE + rows)
         else:
             scores += tl.where(here, 0.0, float("-inf"))[None, :]
         weights, shrink, total, top = softmax_step(scores, total, top)
         if VALUE_PER_ROW:
-            weights *= _row_factor(value_scales, page, rows, PAGE, here)[None, :]
+            weights *= _row_factor(value_scales, page, PAGE, here)[None, :]
         weights = weights.to(DOT)
-        v1 = _page_rows(values, value_scales, page, PAGE, VALUE_NUMBER, DV, 0, V1, DOT)
+        v1 = _page_rows(values, v_scale1, page, PAGE, VALUE_NUMBER, DV, 0, V1, DOT)
         acc1 = tl.dot(weights, v1, acc1 * shrink[:, None], input_precision="ieee")
         if V2 > 0:
-            v2 = _page_rows(values, value_scales, page, PAGE, VALUE_NUMBER, DV, V1, V2, DOT)
+            v2 = _page_rows(values, v_scale2, page, PAGE, VALUE_NUMBER, DV, V1, V2, DOT)
             acc2 = tl.dot(weights, v2, acc2 * shrink[:, None], input_precision="ieee")
-        page = tl.load(table + tl.minimum(index_in_list + 1, P - 1))
+        page = following
+        k_scale1 = _block_scales(key_scales, page, PAGE, KEY_NUMBER, D, 0, D1)
+        v_scale1 = _block_scales(value_scales, page, PAGE, VALUE_NUMBER, DV, 0, V1)
+        if D2 > 0:
+            k_scale2 = _block_scales(key_scales, page, PAGE, KEY_NUMBER, D, D1, D2)
+        if V2 > 0:
+            v_scale2 = _block_scales(value_scales, page, PAGE, VALUE_NUMBER, DV, V1, V2)
     if VALUE_NUMBER != "plain" and not VALUE_PER_ROW:
         acc1 *= value_factor
         if V2 > 0:
@@ -242,6 +278,8 @@ def attend_chunk(
     K, DV = k.shape[1], v.shape[-1]
     tile = tile or chunk_tile(D, DV, q.dtype)
     starts, sinks = own_starts(starts), scoring.sinks
+    if expiry is not None:  # the kernel reads whole pages of it
+        expiry = F.pad(expiry, (0, -expiry.shape[2] % PAGE)).contiguous()
     out = torch.empty(B, H, T, DV, dtype=v.dtype, device=q.device)
     dot = dot_type(q.dtype)
     _chunk_kernel[(triton.cdiv(T, tile.queries), B * H)](
@@ -251,7 +289,7 @@ def attend_chunk(
         bias,
         first if starts is None else starts,
         first,
-        first if expiry is None else expiry.contiguous(),
+        first if expiry is None else expiry,
         _words(pool.keys),
         _words(pool.values),
         lists.scales if pool.key_scales is None else pool.key_scales,
@@ -263,7 +301,7 @@ def attend_chunk(
         T,
         min(lists.window, T),
         lists.table.shape[2],
-        0 if expiry is None else expiry.shape[2],
+        0 if expiry is None else expiry.shape[2] // PAGE,
         out,
         **scoring_constants(scoring),
         H=H,
@@ -321,7 +359,7 @@ def _variant(name: str, layout: RowLayout, full: bool) -> Variant:
     types = {x: "*bf16" for x in ("q", "k", "v", "out")}
     types |= {x: "*fp32" for x in ("bias", "head_scales", "sinks")}
     types |= {x: "*i32" for x in ("starts", "first", "expiry", "table", "live")}
-    types |= {x: "i32" for x in ("T", "window", "P", "S")}
+    types |= {x: "i32" for x in ("T", "window", "P", "E")}
     types["keys"] = types["values"] = "*bf16" if layout.number == "plain" else "*i32"
     scale = "*u8" if layout.number == "nvfp4" else "*fp32"
     types["key_scales"] = types["value_scales"] = scale
