@@ -184,11 +184,7 @@ def _decode(
     slots = tl.arange(0, TILE)
     rows = tl.arange(0, ROWS)
     while left > 0:
-<<<<<<< HEAD
-        item = _next_item(live, item, items, BLOCKS, LISTS)
-=======
         item = _next_item(live, item, items, BLOCKS, min(LISTS, 128))
->>>>>>> k_decode
         lane = item // BLOCKS
         head = lane % HEADS
         n = tl.load(live + lane)

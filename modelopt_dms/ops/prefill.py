@@ -22,6 +22,7 @@ from modelopt_dms.ops.prefill_blocks import (
     load_rows,
     log2_bias,
     own_starts,
+    padded,
     scoring_constants,
     store_rows,
     with_sink,
@@ -80,25 +81,25 @@ def _forward_kernel(
     k += kv * T * D
     v += kv * T * DV
     queries = m0 + tl.arange(0, M)
-    q1 = load_rows(q, queries, T, D, 0, D1, True, DOT)
+    q1 = load_rows(q, m0, T, M, D, 0, D1, True, DOT)
     q2 = q1
     if D2 > 0:
-        q2 = load_rows(q, queries, T, D, D1, D2, True, DOT)
+        q2 = load_rows(q, m0, T, M, D, D1, D2, True, DOT)
     acc1 = tl.zeros([M, V1], tl.float32)
     acc2 = tl.zeros([M, V2 if V2 > 0 else 16], tl.float32)
     total = tl.zeros([M], tl.float32)
     top = tl.full([M], FLOOR, tl.float32)
     acc1, acc2, total, top = attend_own(
-        acc1, acc2, total, top, q1, q2, k, v, bias + kv * T, starts + batch * T, m0, T, window,
+        acc1, acc2, total, top, q1, q2, k, v, bias + kv * padded(T), starts + batch * T, m0, T, window,
         SCALE, SOFTCAP, D, DV, D1, D2, V1, V2, M, N, HAS_STARTS, DOT,
     )  # fmt: skip
     if HAS_SINKS:
         sink = tl.load(sinks + index % H).to(tl.float32)
         acc1, acc2, total, top = with_sink(acc1, acc2, total, top, sink, V2)
     out += index.to(tl.int64) * T * DV
-    store_rows(out, queries, T, acc1 / total[:, None], DV, 0, V1)
+    store_rows(out, m0, T, acc1 / total[:, None], M, DV, 0, V1)
     if V2 > 0:
-        store_rows(out, queries, T, acc2 / total[:, None], DV, V1, V2)
+        store_rows(out, m0, T, acc2 / total[:, None], M, DV, V1, V2)
     tl.store(lse + index.to(tl.int64) * T + queries, top + tl.log2(total), mask=queries < T)
 
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gradients of attention among T tokens under the delayed-eviction mask, in Triton. Knows no cache.
 
-Three kernels, no atomics: every gradient is summed by one program in one order, so two runs agree to the last bit. One goes
-over blocks of keys (dk, dv, and d keep_logprob as a column sum; the heads of a group in a loop), one over blocks of queries
-(dq), one prepares a number a query. The weights are computed anew from the log-sum-exp.
+Three kernels, no atomics: every gradient is summed by one program in one order, so two runs agree to the last bit.
+One goes over blocks of keys (dk, dv, and d keep_logprob as a column sum; the heads of a group in a loop), one over
+blocks of queries (dq), one prepares a number a query. The weights are computed anew from the log-sum-exp.
 """
 
 from typing import Any
@@ -15,14 +15,16 @@ from torch import Tensor
 
 from modelopt_dms.ops.prefill_blocks import (
     Tile,
-    column_bias,
     delayed,
     dot_type,
     head_constants,
     key_ranges,
+    load_numbers,
     load_rows,
     log2_bias,
     own_starts,
+    padded,
+    padded_length,
     scored,
     scoring_constants,
     store_rows,
@@ -58,21 +60,30 @@ def query_tile(D: int, DV: int, dtype: torch.dtype) -> Tile:
 
 @triton.jit
 def _delta_kernel(
-    out, gradient, rows, delta, DV: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr
+    out,
+    gradient,
+    lse,
+    T,
+    delta,
+    padded_lse,
+    DV: tl.constexpr,
+    WIDTH: tl.constexpr,
+    R: tl.constexpr,
 ):
-    """Dot products delta [rows] of the rows of out and of its gradient [rows, Dv]."""
-    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
-    columns = tl.arange(0, WIDTH)
-    at = row[:, None] * DV + columns[None, :]
-    inside = (row[:, None] < rows) & (columns[None, :] < DV)
-    x = tl.load(out + at, mask=inside, other=0.0).to(tl.float32)
-    y = tl.load(gradient + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(delta + row, tl.sum(x * y, 1), mask=row < rows)
+    """Dot products of the rows of out and of its gradient, and the log-sum-exps, both padded with zeros."""
+    index = tl.program_id(1).to(tl.int64)
+    first = tl.program_id(0) * R
+    x = load_rows(out + index * T * DV, first, T, R, DV, 0, WIDTH, True, tl.float32)
+    y = load_rows(gradient + index * T * DV, first, T, R, DV, 0, WIDTH, True, tl.float32)
+    rows = first + tl.arange(0, R)
+    at = index * padded(T) + rows
+    tl.store(delta + at, tl.sum(x * y, 1))
+    tl.store(padded_lse + at, tl.load(lse + index * T + rows, mask=rows < T, other=0.0))
 
 
 @triton.jit
 def _query_block(
-    dq1, dq2, column, q1, q2, do1, do2, lse, delta, k, v, bias, n0, queries, start, T, window, biased,
+    dq1, dq2, column, q1, q2, do1, do2, lse, delta, k, v, bias, n0, queries, start, T, window, old,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     D: tl.constexpr,
@@ -87,34 +98,33 @@ def _query_block(
     DOT: tl.constexpr,
 ):  # fmt: skip
     """Add to dq of a block of queries what keys n0 .. n0 + N - 1 contribute; see `attend_block`."""
-    keys = n0 + tl.arange(0, N)
-    k1 = load_rows(k, keys, T, D, 0, D1, CHECK, DOT)
+    k1 = load_rows(k, n0, T, N, D, 0, D1, CHECK, DOT)
     products = tl.dot(q1, tl.trans(k1), input_precision="ieee")
     k2 = k1
     if D2 > 0:
-        k2 = load_rows(k, keys, T, D, D1, D2, CHECK, DOT)
+        k2 = load_rows(k, n0, T, N, D, D1, D2, CHECK, DOT)
         products = tl.dot(q2, tl.trans(k2), products, input_precision="ieee")
-    v1 = load_rows(v, keys, T, DV, 0, V1, CHECK, DOT)
+    v1 = load_rows(v, n0, T, N, DV, 0, V1, CHECK, DOT)
     dp = tl.dot(do1, tl.trans(v1), input_precision="ieee")
     if V2 > 0:
-        v2 = load_rows(v, keys, T, DV, V1, V2, CHECK, DOT)
+        v2 = load_rows(v, n0, T, N, DV, V1, V2, CHECK, DOT)
         dp = tl.dot(do2, tl.trans(v2), dp, input_precision="ieee")
-    capped = scored(products, SCALE, SOFTCAP)
+    capped = scored(products, 1.0, SCALE, SOFTCAP)
     if CHECK:
         scores = delayed(
             capped,
-            queries[:, None],
-            keys[None, :],
+            (queries - n0)[:, None],
+            tl.arange(0, N)[None, :],
             column[None, :],
-            start[:, None],
+            (start - n0)[:, None],
             window,
             HAS_STARTS,
         )
     else:
         scores = capped + column[None, :]
-    column = column_bias(bias, keys + N, biased)
     ds = tl.exp2(scores - lse[:, None]) * (dp - delta[:, None])
     ds = uncapped(ds, capped, SCALE, SOFTCAP).to(DOT)
+    column = load_numbers(bias, n0 + N, old, N)  # for the next block; see `attend_block`
     dq1 = tl.dot(ds, k1, dq1, input_precision="ieee")
     if D2 > 0:
         dq2 = tl.dot(ds, k2, dq2, input_precision="ieee")
@@ -158,19 +168,21 @@ def _query_kernel(
     gradient += index * T * DV
     k += kv * T * D
     v += kv * T * DV
-    bias += kv * T
+    bias += kv * padded(T)
+    lse += index * padded(T)
+    delta += index * padded(T)
     queries = m0 + tl.arange(0, M)
     here = queries < T
-    q1 = load_rows(q, queries, T, D, 0, D1, True, DOT)
-    do1 = load_rows(gradient, queries, T, DV, 0, V1, True, DOT)
+    q1 = load_rows(q, m0, T, M, D, 0, D1, True, DOT)
+    do1 = load_rows(gradient, m0, T, M, DV, 0, V1, True, DOT)
     q2 = q1
     if D2 > 0:
-        q2 = load_rows(q, queries, T, D, D1, D2, True, DOT)
+        q2 = load_rows(q, m0, T, M, D, D1, D2, True, DOT)
     do2 = do1
     if V2 > 0:
-        do2 = load_rows(gradient, queries, T, DV, V1, V2, True, DOT)
-    lses = tl.load(lse + index * T + queries, mask=here, other=0.0)
-    deltas = tl.load(delta + index * T + queries, mask=here, other=0.0)
+        do2 = load_rows(gradient, m0, T, M, DV, V1, V2, True, DOT)
+    lses = load_numbers(lse, m0, True, M)
+    deltas = load_numbers(delta, m0, True, M)
     start = queries
     lowest = 0
     highest = 0
@@ -185,32 +197,28 @@ def _query_kernel(
         low = tl.where(phase == 0, a, tl.where(phase == 1, c, e))
         middle = tl.where(phase == 0, b, tl.where(phase == 1, d, f))
         high = tl.where(phase == 0, c, tl.where(phase == 1, e, f))
-        column = column_bias(bias, low + tl.arange(0, N), T)
+        column = load_numbers(bias, low, True, N)
         for n0 in tl.range(low, middle, N):
             dq1, dq2, column = _query_block(
-                dq1, dq2, column, q1, q2, do1, do2, lses, deltas, k, v, bias, n0, queries, start, T, window, T,
+                dq1, dq2, column, q1, q2, do1, do2, lses, deltas, k, v, bias, n0, queries, start, T, window, True,
                 SCALE, SOFTCAP, D, DV, D1, D2, V1, V2, N, HAS_STARTS, True, DOT,
             )  # fmt: skip
-        column = column_bias(bias, middle + tl.arange(0, N), c)
+        old = phase == 0
+        column = load_numbers(bias, middle, old, N)
         for n0 in tl.range(middle, high, N):
             dq1, dq2, column = _query_block(
-                dq1, dq2, column, q1, q2, do1, do2, lses, deltas, k, v, bias, n0, queries, start, T, window, c,
+                dq1, dq2, column, q1, q2, do1, do2, lses, deltas, k, v, bias, n0, queries, start, T, window, old,
                 SCALE, SOFTCAP, D, DV, D1, D2, V1, V2, N, HAS_STARTS, False, DOT,
             )  # fmt: skip
-    store_rows(dq, queries, T, dq1 * SCALE, D, 0, D1)
+    store_rows(dq, m0, T, dq1 * SCALE, M, D, 0, D1)
     if D2 > 0:
-        store_rows(dq, queries, T, dq2 * SCALE, D, D1, D2)
-
-
-@triton.jit
-def _query_numbers(numbers, queries, T):
-    """Numbers [T] of these queries. Behind the end 0, as q and the gradient are there: such rows add 0 to everything."""
-    return tl.load(numbers + queries, mask=queries < T, other=0.0)
+        store_rows(dq, m0, T, dq2 * SCALE, M, D, D1, D2)
 
 
 @triton.jit
 def _key_block(
-    dk1, dk2, dv1, dv2, dbias, lses, deltas, k1, k2, v1, v2, column, keys, q, gradient, lse, delta, starts, m0, T, window, old,
+    dk1, dk2, dv1, dv2, dbias, lses, deltas, k1, k2, v1, v2, column, keys, q, gradient, lse, delta, starts, m0, T,
+    window, old,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     D: tl.constexpr,
@@ -227,22 +235,23 @@ def _key_block(
     DOT: tl.constexpr,
 ):  # fmt: skip
     """Add to the gradients of a block of keys what queries m0 .. m0 + M - 1 contribute. All is transposed: [N, M]."""
-    queries = m0 + tl.arange(0, M)
-    q1 = load_rows(q, queries, T, D, 0, D1, CHECK, DOT)
+    q1 = load_rows(q, m0, T, M, D, 0, D1, CHECK, DOT)
     products = tl.dot(k1, tl.trans(q1), input_precision="ieee")
     q2 = q1
     if D2 > 0:
-        q2 = load_rows(q, queries, T, D, D1, D2, CHECK, DOT)
+        q2 = load_rows(q, m0, T, M, D, D1, D2, CHECK, DOT)
         products = tl.dot(k2, tl.trans(q2), products, input_precision="ieee")
-    capped = scored(products, SCALE, SOFTCAP)
+    capped = scored(products, 1.0, SCALE, SOFTCAP)
+    # Rows behind the end have q = 0, gradient = 0, lse = 0 and delta = 0: they add 0 to everything.
+    queries = tl.arange(0, M)
     if CHECK:
         start = queries
         if HAS_STARTS:
-            start = tl.load(starts + queries, mask=queries < T, other=0)
+            start = tl.load(starts + m0 + queries, mask=queries < T - m0, other=0) - m0
         scores = delayed(
             capped,
             queries[None, :],
-            keys[:, None],
+            (keys - m0)[:, None],
             column[:, None],
             start[None, :],
             window,
@@ -251,14 +260,14 @@ def _key_block(
     else:
         scores = capped + tl.where(old, column, 0.0)[:, None]
     weights = tl.exp2(scores - lses[None, :])
-    # For the next block, as `column` in `attend_block`.
-    lses = _query_numbers(lse, queries + M, T)
-    do1 = load_rows(gradient, queries, T, DV, 0, V1, CHECK, DOT)
+    # For the next block; see `attend_block`.
+    lses = load_numbers(lse, m0 + M, True, M)
+    do1 = load_rows(gradient, m0, T, M, DV, 0, V1, CHECK, DOT)
     if WITH_V:
         dv1 = tl.dot(weights.to(DOT), do1, dv1, input_precision="ieee")
     do2 = do1
     if V2 > 0:
-        do2 = load_rows(gradient, queries, T, DV, V1, V2, CHECK, DOT)
+        do2 = load_rows(gradient, m0, T, M, DV, V1, V2, CHECK, DOT)
         if WITH_V:
             dv2 = tl.dot(weights.to(DOT), do2, dv2, input_precision="ieee")
     if WITH_K:
@@ -266,9 +275,9 @@ def _key_block(
         if V2 > 0:
             dp = tl.dot(v2, tl.trans(do2), dp, input_precision="ieee")
         ds = weights * (dp - deltas[None, :])
-        deltas = _query_numbers(delta, queries + M, T)
+        deltas = load_numbers(delta, m0 + M, True, M)
         if CHECK:
-            dbias += tl.sum(tl.where(queries[None, :] - keys[:, None] > window, ds, 0.0), 1)
+            dbias += tl.sum(tl.where((keys - m0)[:, None] < queries[None, :] - window, ds, 0.0), 1)
         else:
             dbias += tl.where(old, tl.sum(ds, 1), 0.0)
         ds = uncapped(ds, capped, SCALE, SOFTCAP).to(DOT)
@@ -282,9 +291,9 @@ def _key_block(
 def _query_ranges(n0, end, whole, T, window, M: tl.constexpr, N: tl.constexpr):
     """Ranges of queries that read keys n0 .. n0 + N - 1, in whole blocks of M.
 
-    Checked from `a` to `b`: the diagonal. To `c`: all keys within the window. Checked to `d`: the window's border. To `e`: all
-    keys older than the window. Checked to `f`: documents or the sequence end. Queries from `end` on see none of the keys;
-    some query from `whole` on does not see them all.
+    Checked from `a` to `b`: the diagonal. To `c`: all keys within the window. Checked to `d`: the window's border. To
+    `e`: all keys older than the window. Checked to `f`: documents or the sequence end. Queries from `end` on see none
+    of the keys; some query from `whole` on does not see them all.
     """
     a = n0 // M * M
     f = tl.cdiv(tl.minimum(end, T), M) * M
@@ -338,15 +347,15 @@ def _key_kernel(
     k += kv * T * D
     v += kv * T * DV
     keys = n0 + tl.arange(0, N)
-    k1 = load_rows(k, keys, T, D, 0, D1, True, DOT)
+    k1 = load_rows(k, n0, T, N, D, 0, D1, True, DOT)
     k2 = k1
     if D2 > 0:
-        k2 = load_rows(k, keys, T, D, D1, D2, True, DOT)
-    v1 = load_rows(v, keys, T, DV, 0, V1, True, DOT)
+        k2 = load_rows(k, n0, T, N, D, D1, D2, True, DOT)
+    v1 = load_rows(v, n0, T, N, DV, 0, V1, True, DOT)
     v2 = v1
     if V2 > 0:
-        v2 = load_rows(v, keys, T, DV, V1, V2, True, DOT)
-    column = column_bias(bias + kv * T, keys, T)
+        v2 = load_rows(v, n0, T, N, DV, V1, V2, True, DOT)
+    column = load_numbers(bias + kv * padded(T), n0, True, N)
     end = T
     whole = T
     if HAS_STARTS:
@@ -367,18 +376,18 @@ def _key_kernel(
         high = tl.where(phase == 0, c, tl.where(phase == 1, e, f))
         q_head = q + head * T * D
         gradient_head = gradient + head * T * DV
-        lse_head = lse + head * T
-        delta_head = delta + head * T
-        lses = _query_numbers(lse_head, low + tl.arange(0, M), T)
-        deltas = _query_numbers(delta_head, low + tl.arange(0, M), T)
+        lse_head = lse + head * padded(T)
+        delta_head = delta + head * padded(T)
+        lses = load_numbers(lse_head, low, True, M)
+        deltas = load_numbers(delta_head, low, True, M)
         for m0 in tl.range(low, middle, M):
             dk1, dk2, dv1, dv2, sums, lses, deltas = _key_block(
                 dk1, dk2, dv1, dv2, sums, lses, deltas, k1, k2, v1, v2, column, keys, q_head, gradient_head, lse_head,
                 delta_head, starts + batch * T, m0, T, window, True,
                 SCALE, SOFTCAP, D, DV, D1, D2, V1, V2, M, HAS_STARTS, WITH_K, WITH_V, True, DOT,
             )  # fmt: skip
-        lses = _query_numbers(lse_head, middle + tl.arange(0, M), T)
-        deltas = _query_numbers(delta_head, middle + tl.arange(0, M), T)
+        lses = load_numbers(lse_head, middle, True, M)
+        deltas = load_numbers(delta_head, middle, True, M)
         for m0 in tl.range(middle, high, M):
             dk1, dk2, dv1, dv2, sums, lses, deltas = _key_block(
                 dk1, dk2, dv1, dv2, sums, lses, deltas, k1, k2, v1, v2, column, keys, q_head, gradient_head, lse_head,
@@ -387,15 +396,15 @@ def _key_kernel(
             )  # fmt: skip
     if WITH_K:
         dk += kv * T * D
-        store_rows(dk, keys, T, dk1 * SCALE, D, 0, D1)
+        store_rows(dk, n0, T, dk1 * SCALE, N, D, 0, D1)
         if D2 > 0:
-            store_rows(dk, keys, T, dk2 * SCALE, D, D1, D2)
+            store_rows(dk, n0, T, dk2 * SCALE, N, D, D1, D2)
         tl.store(dbias + kv * T + keys, sums, mask=keys < T)
     if WITH_V:
         dv += kv * T * DV
-        store_rows(dv, keys, T, dv1, DV, 0, V1)
+        store_rows(dv, n0, T, dv1, N, DV, 0, V1)
         if V2 > 0:
-            store_rows(dv, keys, T, dv2, DV, V1, V2)
+            store_rows(dv, n0, T, dv2, N, DV, V1, V2)
 
 
 def _last_readers(starts: Tensor, T: int, keys: int) -> Tensor:
@@ -452,11 +461,19 @@ def prefill_backward(
     by_key, by_query = tiles or (key_tile(D, DV, q.dtype), query_tile(D, DV, q.dtype))
     starts = own_starts(starts)
     ends = None if starts is None else _last_readers(starts, T, by_key.keys)
-    delta = torch.empty_like(lse)
     dq, dk, dv, dbias = (torch.empty_like(x) for x in (q, k, v, keep_logprob))
-    rows, window = B * H * T, min(window, T)
-    _delta_kernel[(triton.cdiv(rows, DELTA_ROWS),)](
-        out, gradient, rows, delta, DV=DV, WIDTH=triton.next_power_of_2(DV), R=DELTA_ROWS
+    window, length = min(window, T), padded_length(T)
+    delta, padded_lse = torch.empty(2, B, H, length, dtype=torch.float32, device=q.device)
+    _delta_kernel[(length // DELTA_ROWS, B * H)](
+        out,
+        gradient,
+        lse,
+        T,
+        delta,
+        padded_lse,
+        DV=DV,
+        WIDTH=triton.next_power_of_2(DV),
+        R=DELTA_ROWS,
     )
     bias = log2_bias(keep_logprob)
     inputs = (q, k, v, bias, bias if starts is None else starts)
@@ -470,9 +487,9 @@ def prefill_backward(
     for with_k, with_v in key_passes(D, DV):
         _key_kernel[(triton.cdiv(T, by_key.keys), B * K)](
             *inputs,
-            lse if ends is None else ends,
+            bias if ends is None else ends,
             gradient,
-            lse,
+            padded_lse,
             delta,
             T,
             window,
@@ -491,7 +508,7 @@ def prefill_backward(
     _query_kernel[(triton.cdiv(T, by_query.queries), B * H)](
         *inputs,
         gradient,
-        lse,
+        padded_lse,
         delta,
         T,
         window,

@@ -2,13 +2,14 @@
 """Blocks of attention among T tokens under the delayed-eviction mask: what the prefill kernels share. Knows no page.
 
 Scores are in units of log 2 inside the kernels, so that exp2 is all they need. A head dim D is two powers of two,
-D1 + D2 (96 = 64 + 32; D2 is 0 for most): a tile has a power of two of columns, and padding 96 to 128 would waste a third.
+D1 + D2 (96 = 64 + 32; D2 is 0 for most): a tile has a power of two of columns, and 96 padded to 128 wastes a third.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,6 +19,7 @@ from modelopt_dms.ops.reference import Scoring
 LOG2E = tl.constexpr(1.4426950408889634)
 # Where maxima start: below every score, and finite, so that a row whose keys are all -inf yields 0 and not NaN.
 FLOOR = tl.constexpr(-1.0e30)
+PAD = tl.constexpr(128)  # the most keys or queries of a block
 TRITON_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
@@ -62,9 +64,15 @@ def dot_type(dtype: torch.dtype) -> Any:
     return tl.float32 if interpreted else TRITON_TYPES[dtype]
 
 
+def padded_length(T: int) -> int:
+    """As `padded`."""
+    return triton.cdiv(T, PAD.value) * PAD.value + PAD.value
+
+
 def log2_bias(keep_logprob: Tensor) -> Tensor:
-    """log(1 - alpha) in units of log 2, as the kernels add it to their scores."""
-    return (keep_logprob.float() * LOG2E.value).contiguous()
+    """log(1 - alpha) as the kernels add it to their scores: in units of log 2, and padded."""
+    T = keep_logprob.shape[-1]
+    return F.pad(keep_logprob.float() * LOG2E.value, (0, padded_length(T) - T)).contiguous()
 
 
 def own_starts(starts: Tensor | None) -> Tensor | None:
@@ -78,47 +86,75 @@ def own_starts(starts: Tensor | None) -> Tensor | None:
 @triton.jit
 def load_rows(
     base,
-    rows,
+    first,
     count,
+    ROWS: tl.constexpr,
     D: tl.constexpr,
     OFFSET: tl.constexpr,
     WIDTH: tl.constexpr,
     CHECK: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """Columns OFFSET.. of rows [n] of a matrix [count, D]: [n, WIDTH], zeros outside. CHECK: rows may lie outside."""
-    columns = OFFSET + tl.arange(0, WIDTH)
-    at = base + rows[:, None] * D + columns[None, :]
+    """Columns OFFSET.. of rows first.. of a matrix [count, D]: [ROWS, WIDTH], zeros outside.
+
+    CHECK: rows may lie outside.
+    """
+    rows = tl.arange(0, ROWS)[:, None]
+    columns = OFFSET + tl.arange(0, WIDTH)[None, :]
+    # The scalar is added to the pointer, so that a thread's addresses differ by constants.
+    at = base + first * D + (rows * D + columns)
     if OFFSET + WIDTH > D:
-        inside = columns[None, :] < D
+        inside = columns < D
         if CHECK:
-            inside &= rows[:, None] < count
-        x = tl.load(at, mask=inside, other=0.0)
+            inside &= rows < count - first
+        x = tl.load(at, mask=inside, other=0)
     elif CHECK:
-        x = tl.load(at, mask=rows[:, None] < count, other=0.0)
+        x = tl.load(at, mask=rows < count - first, other=0)
     else:
         x = tl.load(at)
     return x.to(DOT)
 
 
 @triton.jit
-def store_rows(base, rows, count, x, D: tl.constexpr, OFFSET: tl.constexpr, WIDTH: tl.constexpr):
-    """Store x [n, WIDTH] as columns OFFSET.. of rows [n] of a matrix [count, D]."""
-    columns = OFFSET + tl.arange(0, WIDTH)
-    inside = (rows[:, None] < count) & (columns[None, :] < D)
-    at = base + rows[:, None] * D + columns[None, :]
+def store_rows(
+    base,
+    first,
+    count,
+    x,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    OFFSET: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Store x [ROWS, WIDTH] as columns OFFSET.. of rows of a matrix [count, D]."""
+    rows = tl.arange(0, ROWS)[:, None]
+    columns = OFFSET + tl.arange(0, WIDTH)[None, :]
+    at = base + first * D + (rows * D + columns)
+    inside = (rows < count - first) & (columns < D)
     tl.store(at, x.to(base.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def scored(products, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
-    """Scores, in units of log 2, of products q.k."""
+def padded(T):
+    """Length of vectors [T] that kernels read in blocks and a block ahead, without asking where they end."""
+    return tl.cdiv(T, PAD) * PAD + PAD
+
+
+@triton.jit
+def load_numbers(base, first, wanted, COUNT: tl.constexpr):
+    """Numbers [COUNT] of a padded vector, or zeros if they are not wanted."""
+    return tl.load(base + first + tl.arange(0, COUNT), mask=wanted, other=0.0)
+
+
+@triton.jit
+def scored(products, factor, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
+    """Scores, in units of log 2, of products q.k that still lack a factor."""
     if SOFTCAP > 0.0:
         # tanh(x) = 1 - 2 / (exp(2x) + 1)
-        power = tl.exp2(products * (2.0 * LOG2E * SCALE / SOFTCAP))
+        power = tl.exp2(products * (factor * (2.0 * LOG2E * SCALE / SOFTCAP)))
         return (1.0 - 2.0 / (power + 1.0)) * (SOFTCAP * LOG2E)
     else:
-        return products * (SCALE * LOG2E)
+        return products * (factor * (SCALE * LOG2E))
 
 
 @triton.jit
@@ -132,15 +168,9 @@ def uncapped(gradient, scores, SCALE: tl.constexpr, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def column_bias(bias, keys, end):
-    """What keys [n] older than the window get on their scores; 0 from `end` on."""
-    return tl.load(bias + keys, mask=keys < end, other=0.0)
-
-
-@triton.jit
 def delayed(scores, queries, keys, bias, starts, window, HAS_STARTS: tl.constexpr):
-    """Scores under the mask; positions, bias and starts broadcast to them."""
-    scores = tl.where(queries - keys > window, scores + bias, scores)
+    """Scores under the mask; positions (from where one likes), bias and starts broadcast to them."""
+    scores = tl.where(keys < queries - window, scores + bias, scores)
     seen = keys <= queries
     if HAS_STARTS:
         seen &= keys >= starts
@@ -153,8 +183,8 @@ def key_ranges(
 ):
     """Ranges of keys that queries m0 .. m0 + M - 1 read, in whole blocks of N.
 
-    Checked from `a` to `b`: some query starts within. To `c`: all keys older than the window for all queries. Checked to
-    `d`: the window's border. To `e`: all within the window. Checked to `f`: the diagonal.
+    Checked from `a` to `b`: some query starts within. To `c`: all keys older than the window for all queries. Checked
+    to `d`: the window's border. To `e`: all within the window. Checked to `f`: the diagonal.
     """
     f = tl.cdiv(tl.minimum(m0 + M, T), N) * N
     diagonal = (m0 + 1) // N * N
@@ -197,7 +227,7 @@ def attend_block(
     start,
     T,
     window,
-    biased,
+    old,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     D: tl.constexpr,
@@ -211,36 +241,39 @@ def attend_block(
     CHECK: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """Take in keys n0 .. n0 + N - 1. Without CHECK, all queries see all of them, and bias counts for keys below `biased`."""
-    keys = n0 + tl.arange(0, N)
-    k1 = load_rows(k, keys, T, D, 0, D1, CHECK, DOT)
+    """Take in keys n0 .. n0 + N - 1, of bias `column`.
+
+    Without CHECK, all queries see all keys of the range, and these are all older than the window (`old`) or all within.
+    """
+    k1 = load_rows(k, n0, T, N, D, 0, D1, CHECK, DOT)
     products = tl.dot(q1, tl.trans(k1), input_precision="ieee")
     if D2 > 0:
-        k2 = load_rows(k, keys, T, D, D1, D2, CHECK, DOT)
+        k2 = load_rows(k, n0, T, N, D, D1, D2, CHECK, DOT)
         products = tl.dot(q2, tl.trans(k2), products, input_precision="ieee")
-    scores = scored(products, SCALE, SOFTCAP)
+    scores = scored(products, 1.0, SCALE, SOFTCAP)
+    # For the next block: loaded in the block that needs it, Triton 3.6 would copy it to shared memory number by number.
+    following = load_numbers(bias, n0 + N, old, N)
     if CHECK:
+        keys = tl.arange(0, N)
         scores = delayed(
             scores,
-            queries[:, None],
+            (queries - n0)[:, None],
             keys[None, :],
             column[None, :],
-            start[:, None],
+            (start - n0)[:, None],
             window,
             HAS_STARTS,
         )
     else:
         scores += column[None, :]
-    # For the next block: loaded in the block that needs it, Triton 3.6 would copy it to shared memory number by number.
-    column = column_bias(bias, keys + N, biased)
     weights, shrink, total, top = softmax_step(scores, total, top)
     weights = weights.to(DOT)
-    v1 = load_rows(v, keys, T, DV, 0, V1, CHECK, DOT)
+    v1 = load_rows(v, n0, T, N, DV, 0, V1, CHECK, DOT)
     acc1 = tl.dot(weights, v1, acc1 * shrink[:, None], input_precision="ieee")
     if V2 > 0:
-        v2 = load_rows(v, keys, T, DV, V1, V2, CHECK, DOT)
+        v2 = load_rows(v, n0, T, N, DV, V1, V2, CHECK, DOT)
         acc2 = tl.dot(weights, v2, acc2 * shrink[:, None], input_precision="ieee")
-    return acc1, acc2, total, top, column
+    return acc1, acc2, total, top, following
 
 
 @triton.jit
@@ -286,16 +319,17 @@ def attend_own(
         low = tl.where(phase == 0, a, tl.where(phase == 1, c, e))
         middle = tl.where(phase == 0, b, tl.where(phase == 1, d, f))
         high = tl.where(phase == 0, c, tl.where(phase == 1, e, f))
-        column = column_bias(bias, low + tl.arange(0, N), T)
+        column = load_numbers(bias, low, True, N)
         for n0 in tl.range(low, middle, N):
             acc1, acc2, total, top, column = attend_block(
-                acc1, acc2, total, top, column, q1, q2, k, v, bias, n0, queries, start, T, window, T,
+                acc1, acc2, total, top, column, q1, q2, k, v, bias, n0, queries, start, T, window, True,
                 SCALE, SOFTCAP, D, DV, D1, D2, V1, V2, N, HAS_STARTS, True, DOT,
             )  # fmt: skip
-        column = column_bias(bias, middle + tl.arange(0, N), c)
+        old = phase == 0
+        column = load_numbers(bias, middle, old, N)
         for n0 in tl.range(middle, high, N):
             acc1, acc2, total, top, column = attend_block(
-                acc1, acc2, total, top, column, q1, q2, k, v, bias, n0, queries, start, T, window, c,
+                acc1, acc2, total, top, column, q1, q2, k, v, bias, n0, queries, start, T, window, old,
                 SCALE, SOFTCAP, D, DV, D1, D2, V1, V2, N, HAS_STARTS, False, DOT,
             )  # fmt: skip
     return acc1, acc2, total, top

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention of a chunk of a prompt onto a paged cache, in Triton: one program first reads pages, then the chunk itself.
 
-The meaning is `ops.prefill_reference.attend_chunk`. Forward only; asks the host nothing: lengths are read on the device.
+The meaning is `ops.prefill_reference.attend_chunk`. Forward only. Asks the host nothing: lengths are read on the
+device.
 """
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,7 +21,9 @@ from modelopt_dms.ops.prefill_blocks import (
     dot_type,
     head_constants,
     load_rows,
+    log2_bias,
     own_starts,
+    padded,
     scored,
     scoring_constants,
     softmax_step,
@@ -38,9 +42,27 @@ def chunk_tile(D: int, DV: int, dtype: torch.dtype) -> Tile:
 
 
 @triton.jit
+def _block_scales(
+    scales,
+    page,
+    PAGE: tl.constexpr,
+    NUMBER: tl.constexpr,
+    D: tl.constexpr,
+    OFFSET: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """NVFP4 only: the scales [PAGE, WIDTH / 16] of the blocks of columns OFFSET.. of a page's rows."""
+    if NUMBER == "nvfp4":
+        at = scales + page.to(tl.int64) * (PAGE * D // 16)
+        return load_rows(at, 0, PAGE, PAGE, D // 16, OFFSET // 16, WIDTH // 16, False, tl.uint8)
+    else:
+        return page
+
+
+@triton.jit
 def _page_rows(
     codes,
-    scales,
+    scale,
     page,
     PAGE: tl.constexpr,
     NUMBER: tl.constexpr,
@@ -50,43 +72,34 @@ def _page_rows(
     DOT: tl.constexpr,
 ):
     """Columns OFFSET.. of a page's rows, decoded: [PAGE, WIDTH], zeros outside; scales of heads and rows left out."""
-    rows = tl.arange(0, PAGE)
-    page = page.to(tl.int64) * PAGE
-    if NUMBER == "nvfp4":
-        block = OFFSET // 16 + tl.arange(0, WIDTH // 16)
-        byte = tl.arange(0, 8)
-        at = rows[:, None, None] * (D // 2) + block[None, :, None] * 8 + byte[None, None, :]
-        scale_at = rows[:, None] * (D // 16) + block[None, :]
-        codes += page * (D // 2)
-        scales += page * (D // 16)
-        if OFFSET + WIDTH > D:
-            inside = block[None, :] < D // 16
-            x = tl.load(codes + at, mask=inside[:, :, None], other=0)
-            scale = tl.load(scales + scale_at, mask=inside, other=0)
-        else:
-            x = tl.load(codes + at)
-            scale = tl.load(scales + scale_at)
-        even, odd = from_e2m1(x, scale, DOT)
-        # The two nibbles of a byte are in one thread: this moves nothing.
-        x = tl.join(even, odd).reshape([PAGE, WIDTH])
-        if DOT != tl.float32:
-            # Without a step in between, Triton 3.6 would view shared memory as pairs, for which it has no layout.
-            x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], DOT, is_pure=True, pack=2)
-        return x
+    first = page.to(tl.int64) * PAGE
+    if NUMBER == "plain":
+        return load_rows(codes + first * D, 0, PAGE, PAGE, D, OFFSET, WIDTH, False, DOT)
     else:
-        x = load_rows(codes + page * D, rows, PAGE, D, OFFSET, WIDTH, False, codes.dtype.element_ty)
-        if NUMBER == "fp8":
-            return from_e4m3(x, DOT)
-        elif NUMBER == "int8":
-            return from_int8(x, DOT)
+        WORD: tl.constexpr = 8 if NUMBER == "nvfp4" else 4
+        at = codes + first * (D // WORD)
+        words = load_rows(
+            at, 0, PAGE, PAGE, D // WORD, OFFSET // WORD, WIDTH // WORD, False, tl.int32
+        )
+        if NUMBER == "nvfp4":
+            x = from_e2m1(words, scale, DOT)
+        elif NUMBER == "fp8":
+            x = from_e4m3(words, DOT)
         else:
-            return x.to(DOT)
+            x = from_int8(words, DOT)
+        # Decoding leaves the first codes of all words, then the second. Threads hold whole words: this moves nothing.
+        x = x.reshape([PAGE, WORD, WIDTH // WORD]).permute(0, 2, 1).reshape([PAGE, WIDTH])
+        if DOT != tl.float32:  # noqa: SIM300
+            # Without a step in between, Triton 3.6 would view shared memory in the shape before, and fail.
+            x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], x.dtype, True, 2)
+        return x
 
 
 @triton.jit
-def _row_factor(scales, page, rows, PAGE: tl.constexpr, inside):
+def _row_factor(scales, page, PAGE: tl.constexpr, inside):
     """What numbers of a page's rows [PAGE] must be multiplied by: the inverse of the stored scale; 0 outside."""
-    scale = tl.load(scales + page.to(tl.int64) * PAGE + rows, mask=inside, other=1.0)
+    at = scales + page.to(tl.int64) * PAGE + tl.arange(0, PAGE)
+    scale = tl.load(at, mask=inside, other=1.0)
     return tl.where(inside, 1.0 / scale, 0.0)
 
 
@@ -110,7 +123,7 @@ def _chunk_kernel(
     T,
     window,
     P,
-    S,
+    E,
     out,
     SCALE: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -144,10 +157,10 @@ def _chunk_kernel(
     kv = (index // G).to(tl.int64)  # = batch * K + KV head
     q += index.to(tl.int64) * T * D
     queries = m0 + tl.arange(0, M)
-    q1 = load_rows(q, queries, T, D, 0, D1, True, DOT)
+    q1 = load_rows(q, m0, T, M, D, 0, D1, True, DOT)
     q2 = q1
     if D2 > 0:
-        q2 = load_rows(q, queries, T, D, D1, D2, True, DOT)
+        q2 = load_rows(q, m0, T, M, D, D1, D2, True, DOT)
     acc1 = tl.zeros([M, V1], tl.float32)
     acc2 = tl.zeros([M, V2 if V2 > 0 else 16], tl.float32)
     total = tl.zeros([M], tl.float32)
@@ -166,38 +179,56 @@ def _chunk_kernel(
     if VALUE_NUMBER != "plain":
         value_factor *= tl.load(head_scales + 3 * K + kv % K)
     table += kv * P
-    expiry += kv * S
-    # A page's id is loaded a page ahead: its rows' addresses depend on it.
+    expiry += kv * E * PAGE
+    # What addresses or little numbers a page needs is loaded a page ahead (see `attend_block`).
     page = tl.load(table)
-    for index_in_list in tl.range(0, pages):
-        rows = tl.arange(0, PAGE)
-        slots = index_in_list * PAGE + rows
-        here = slots < length
-        k1 = _page_rows(keys, key_scales, page, PAGE, KEY_NUMBER, D, 0, D1, DOT)
+    rows = tl.arange(0, PAGE)
+    last = rows
+    if HAS_EXPIRY:
+        last = tl.load(expiry + rows)
+    k_scale1 = _block_scales(key_scales, page, PAGE, KEY_NUMBER, D, 0, D1)
+    v_scale1 = _block_scales(value_scales, page, PAGE, VALUE_NUMBER, DV, 0, V1)
+    k_scale2 = k_scale1
+    if D2 > 0:
+        k_scale2 = _block_scales(key_scales, page, PAGE, KEY_NUMBER, D, D1, D2)
+    v_scale2 = v_scale1
+    if V2 > 0:
+        v_scale2 = _block_scales(value_scales, page, PAGE, VALUE_NUMBER, DV, V1, V2)
+    for place in tl.range(0, pages):
+        following = tl.load(table + tl.minimum(place + 1, P - 1))
+        here = rows < length - place * PAGE
+        k1 = _page_rows(keys, k_scale1, page, PAGE, KEY_NUMBER, D, 0, D1, DOT)
         products = tl.dot(q1, tl.trans(k1), input_precision="ieee")
         if D2 > 0:
-            k2 = _page_rows(keys, key_scales, page, PAGE, KEY_NUMBER, D, D1, D2, DOT)
+            k2 = _page_rows(keys, k_scale2, page, PAGE, KEY_NUMBER, D, D1, D2, DOT)
             products = tl.dot(q2, tl.trans(k2), products, input_precision="ieee")
         if KEY_PER_ROW:
-            products *= _row_factor(key_scales, page, rows, PAGE, here)[None, :]
-        elif KEY_NUMBER != "plain":
-            products *= key_factor
-        scores = scored(products, SCALE, SOFTCAP)
+            factor = _row_factor(key_scales, page, PAGE, here)
+            scores = scored(products, factor[None, :], SCALE, SOFTCAP)
+        else:
+            scores = scored(products, key_factor, SCALE, SOFTCAP)
         if HAS_EXPIRY:
-            last = tl.load(expiry + slots, mask=here, other=-1)
+            last = tl.where(here, last, -1)
             scores = tl.where(positions[:, None] <= last[None, :], scores, float("-inf"))
+            last = tl.load(expiry + tl.minimum(place + 1, E - 1) * PAGE + rows)
         else:
             scores += tl.where(here, 0.0, float("-inf"))[None, :]
         weights, shrink, total, top = softmax_step(scores, total, top)
         if VALUE_PER_ROW:
-            weights *= _row_factor(value_scales, page, rows, PAGE, here)[None, :]
+            weights *= _row_factor(value_scales, page, PAGE, here)[None, :]
         weights = weights.to(DOT)
-        v1 = _page_rows(values, value_scales, page, PAGE, VALUE_NUMBER, DV, 0, V1, DOT)
+        v1 = _page_rows(values, v_scale1, page, PAGE, VALUE_NUMBER, DV, 0, V1, DOT)
         acc1 = tl.dot(weights, v1, acc1 * shrink[:, None], input_precision="ieee")
         if V2 > 0:
-            v2 = _page_rows(values, value_scales, page, PAGE, VALUE_NUMBER, DV, V1, V2, DOT)
+            v2 = _page_rows(values, v_scale2, page, PAGE, VALUE_NUMBER, DV, V1, V2, DOT)
             acc2 = tl.dot(weights, v2, acc2 * shrink[:, None], input_precision="ieee")
-        page = tl.load(table + tl.minimum(index_in_list + 1, P - 1))
+        page = following
+        k_scale1 = _block_scales(key_scales, page, PAGE, KEY_NUMBER, D, 0, D1)
+        v_scale1 = _block_scales(value_scales, page, PAGE, VALUE_NUMBER, DV, 0, V1)
+        if D2 > 0:
+            k_scale2 = _block_scales(key_scales, page, PAGE, KEY_NUMBER, D, D1, D2)
+        if V2 > 0:
+            v_scale2 = _block_scales(value_scales, page, PAGE, VALUE_NUMBER, DV, V1, V2)
     if VALUE_NUMBER != "plain" and not VALUE_PER_ROW:
         acc1 *= value_factor
         if V2 > 0:
@@ -211,16 +242,16 @@ def _chunk_kernel(
         if V2 > 0:
             acc2 = tl.where(reads[:, None], acc2, 0.0)
     acc1, acc2, total, top = attend_own(
-        acc1, acc2, total, top, q1, q2, k + kv * T * D, v + kv * T * DV, bias + kv * T, starts + batch * T,
+        acc1, acc2, total, top, q1, q2, k + kv * T * D, v + kv * T * DV, bias + kv * padded(T), starts + batch * T,
         m0, T, window, SCALE, SOFTCAP, D, DV, D1, D2, V1, V2, M, N, HAS_STARTS, DOT,
     )  # fmt: skip
     if HAS_SINKS:
         sink = tl.load(sinks + index % H).to(tl.float32)
         acc1, acc2, total, top = with_sink(acc1, acc2, total, top, sink, V2)
     out += index.to(tl.int64) * T * DV
-    store_rows(out, queries, T, acc1 / total[:, None], DV, 0, V1)
+    store_rows(out, m0, T, acc1 / total[:, None], M, DV, 0, V1)
     if V2 > 0:
-        store_rows(out, queries, T, acc2 / total[:, None], DV, V1, V2)
+        store_rows(out, m0, T, acc2 / total[:, None], M, DV, V1, V2)
 
 
 def attend_chunk(
@@ -242,11 +273,13 @@ def attend_chunk(
     [B, K, S] int32 -> [B, H, T, Dv].
     """
     q, k, v, first = (x.contiguous() for x in (q, k, v, first.to(torch.int32)))
-    bias = torch.where(evict, float("-inf"), 0.0).contiguous()  # float32
+    bias = log2_bias(torch.where(evict, float("-inf"), 0.0))
     B, H, T, D = q.shape
     K, DV = k.shape[1], v.shape[-1]
     tile = tile or chunk_tile(D, DV, q.dtype)
     starts, sinks = own_starts(starts), scoring.sinks
+    if expiry is not None:  # the kernel reads whole pages of it
+        expiry = F.pad(expiry, (0, -expiry.shape[2] % PAGE)).contiguous()
     out = torch.empty(B, H, T, DV, dtype=v.dtype, device=q.device)
     dot = dot_type(q.dtype)
     _chunk_kernel[(triton.cdiv(T, tile.queries), B * H)](
@@ -256,9 +289,9 @@ def attend_chunk(
         bias,
         first if starts is None else starts,
         first,
-        first if expiry is None else expiry.contiguous(),
-        pool.keys,
-        pool.values,
+        first if expiry is None else expiry,
+        _words(pool.keys),
+        _words(pool.values),
         lists.scales if pool.key_scales is None else pool.key_scales,
         lists.scales if pool.value_scales is None else pool.value_scales,
         lists.scales,
@@ -268,7 +301,7 @@ def attend_chunk(
         T,
         min(lists.window, T),
         lists.table.shape[2],
-        0 if expiry is None else expiry.shape[2],
+        0 if expiry is None else expiry.shape[2] // PAGE,
         out,
         **scoring_constants(scoring),
         H=H,
@@ -286,6 +319,11 @@ def attend_chunk(
         num_stages=tile.stages,
     )
     return out
+
+
+def _words(codes: Tensor) -> Tensor:
+    """Codes as the kernel reads them: bytes four at a time."""
+    return codes.view(torch.int32) if codes.dtype == torch.uint8 else codes
 
 
 def page_constants(keys: RowLayout, values: RowLayout, dot: tl.dtype) -> dict[str, object]:
@@ -321,8 +359,8 @@ def _variant(name: str, layout: RowLayout, full: bool) -> Variant:
     types = {x: "*bf16" for x in ("q", "k", "v", "out")}
     types |= {x: "*fp32" for x in ("bias", "head_scales", "sinks")}
     types |= {x: "*i32" for x in ("starts", "first", "expiry", "table", "live")}
-    types |= {x: "i32" for x in ("T", "window", "P", "S")}
-    types["keys"] = types["values"] = "*bf16" if layout.number == "plain" else "*u8"
+    types |= {x: "i32" for x in ("T", "window", "P", "E")}
+    types["keys"] = types["values"] = "*bf16" if layout.number == "plain" else "*i32"
     scale = "*u8" if layout.number == "nvfp4" else "*fp32"
     types["key_scales"] = types["value_scales"] = scale
     constants = {
