@@ -65,10 +65,7 @@ class Layers(RuleBasedStateMachine):
     ) -> None:
         self.formats: Formats = FORMATS[name]
         self.shared = SharedPool(CPU, self.impl, layers=LAYERS)
-        self.paged = [
-            PagedSlots(window, shift, self.shared, self.formats)
-            for _ in range(LAYERS)
-        ]
+        self.paged = [PagedSlots(window, shift, self.shared, self.formats) for _ in range(LAYERS)]
         self.plain = [SlotLists(window, shift) for _ in range(LAYERS)]
         self.batch = batch
         self.recoverable = 0
@@ -303,7 +300,9 @@ def test_layers_must_store_alike_and_hold_as_many_sequences() -> None:
         append(fixed(pages=9), 3, 0.0, batch=3)
     with pytest.raises(ValueError, match="impl='cuda' must be 'auto', 'triton' or 'reference'"):
         SharedPool(CPU, "cuda")
-    with pytest.raises(ValueError, match="max_cache_bytes=.* is 3 pages of .* 4 lists .* need one each"):
+    with pytest.raises(
+        ValueError, match="max_cache_bytes=.* is 3 pages of .* 4 lists .* need one each"
+    ):
         append(fixed(pages=3), 3, 0.0)
 
 
