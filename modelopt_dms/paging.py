@@ -67,6 +67,7 @@ class SharedPool:
         self.stores: list[PagedSlots] = []
         self._free = 0  # pages, when the device was last asked
         self._since: dict[PagedSlots, int] = {}  # tokens that each layer took in since
+        self._taken = 0  # pages that they took at most
 
     @property
     def kv_bytes(self) -> int:
@@ -147,16 +148,27 @@ class SharedPool:
         """
         if self.limits is not None:
             return
-        self._since[store] = self._since.get(store, 0) + tokens
-        # A list that grows by n slots takes at most ceil(n / PAGE) pages.
-        bound = sum(x.lists * -(-n // PAGE) for x, n in self._since.items())
-        if bound <= self._free:
+        # A list that grew by n slots since took at most ceil(n / PAGE) pages.
+        before = self._since.get(store, 0)
+        self._since[store] = before + tokens
+        self._taken += store.lists * (-(-(before + tokens) // PAGE) - -(-before // PAGE))
+        if self._taken > self._free:
+            self.make_room(wanted(), store.lists)
+
+    def make_room(self, wanted: Tensor, lists: int) -> None:
+        """Ask the device, and grow where pages are missing.
+
+        Args:
+            wanted: bool of any shape; as many pages as are True will be taken next.
+            lists: of a layer; there will be a page more for each.
+        """
+        if self.limits is not None:
             return
-        needed, free = torch.stack([wanted().sum(), self.pool.counters[0]]).tolist()
+        needed, free = torch.stack([wanted.sum(), self.pool.counters[0]]).tolist()
         self._since.clear()
-        self._free = free - needed
+        self._taken, self._free = 0, free - needed
         # With a page more for every list, the next PAGE tokens need no asking.
-        spare = max(self.layers, len(self.stores)) * store.lists
+        spare = max(self.layers, len(self.stores)) * lists
         if self._free < spare:
             if self.pool.pages == 0:
                 extra = needed * self.layers + spare
@@ -398,8 +410,8 @@ class PagedSlots:
             raise ValueError(f"released sequences cannot be selected: got {sequences.tolist()}")
         active = self.shared.with_batch(len(sequences))
         regroup.drop(state, self.pool, regroup.unnamed(state, sequences))
-        width = state.table.shape[2] * PAGE
-        self.shared.reserve(self, width, lambda: regroup.copied_pages(state, sequences))
+        lists = len(sequences) * self.K
+        self.shared.make_room(regroup.copied_pages(state, sequences), lists)
         regroup.select(state, self.pool, sequences)
         state.active = active
         self.padding = self.padding[sequences]

@@ -248,7 +248,7 @@ def test_the_references_lists_are_slot_lists(
 
 
 @given(histories(chunk=9), windows, st.integers(0, 1), st.sampled_from(sorted(FORMATS)))
-@settings(max_examples=15, derandomize=True, deadline=None)
+@settings(max_examples=12, derandomize=True, deadline=None)
 def test_the_kernels_lists_are_slot_lists(
     steps: list[tuple[int, float, float | None, int, bool]], window: int, shift: int, name: str
 ) -> None:
@@ -277,9 +277,8 @@ def test_lists_grow_over_page_borders(tokens: int, ops: ModuleType) -> None:
 
 def test_lists_that_shrink_move_their_last_rows_into_holes(ops: ModuleType) -> None:
     steps = [(12, 0.8, None, 0, True), (5, 0.5, 0.0, 1, True), (3, 0.5, 0.3, 2, True)]
-    for shift in (0, 1):
-        follow(ops, steps, 6, shift, FORMATS["nvfp4"])
-        follow(ops, steps, 6, shift, FORMATS["fp8 rows"])
+    follow(ops, steps, 6, 0, FORMATS["nvfp4"])
+    follow(ops, steps, 6, 1, FORMATS["fp8 rows"])
 
 
 # Going back
