@@ -72,6 +72,7 @@ class SharedPool:
         self.stores: list[PagedSlots] = []
         self._free = 0  # pages, when the device was last asked
         self._since: dict[PagedSlots, int] = {}  # tokens that each layer took in since
+        self._taken = 0  # pages that they took at most
 
     @property
     def kv_bytes(self) -> int:
@@ -155,9 +156,9 @@ class SharedPool:
             return
         needed, free = torch.stack([wanted.sum(), self.pool.counters[0]]).tolist()
         self._since.clear()
-        self._free = free - needed
+        self._taken, self._free = 0, free - needed
         # With a page more for every list, the next PAGE tokens need no asking.
-        spare = max(self.layers, len(self.stores)) * store.lists
+        spare = max(self.layers, len(self.stores)) * lists
         if self._free < spare:
             if self.pool.pages == 0:
                 extra = needed * self.layers + spare
