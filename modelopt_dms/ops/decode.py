@@ -38,10 +38,6 @@ MIN_ROWS = 16  # as few as Triton gives to warpgroup tensor cores
 LISTS = 4096  # lengths that a program looks at together, at most
 PARTS = 16  # partial results that are joined at a time
 LATENT_TILE = 32  # 64 of DeepSeek's rows, in stages, would not fit in shared memory
-SHARED, SHARED_REST = (
-    227 << 10,
-    8 << 10,
-)  # bytes of a Hopper multiprocessor, and what a program needs besides rows
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
@@ -381,11 +377,14 @@ def decode_latent(
     """As `decode_reference.decode_latent`: q [B, H, D1 + D2] -> [B, H, D1]. See `decode_attention`.
 
     Raises:
-        ValueError: the latents are not stored in the model's own dtype.
+        ValueError: the latents are not stored in the model's own dtype, or D1 is not a power of two.
     """
     for layout in (pool.key_layout, pool.value_layout):
         if layout.number != "plain":
             raise ValueError(f"latents are read in the model's dtype, not as {layout.number}")
+    dim = pool.key_layout.dim
+    if dim < 16 or dim & (dim - 1):
+        raise ValueError(f"a latent's dim must be a power of two from 16 on, got {dim}")
     return _launch(q, pool, lists, scoring, programs, latent=True)
 
 
@@ -404,7 +403,7 @@ def _launch(
     rows, blocks, dv = shape["ROWS"], shape["BLOCKS"], shape["DV"]
     items = lists.batch * heads * blocks
     stored = min(group, rows)
-    options, resident = _tuning(shape, pool.page_bytes)
+    options, resident = _tuning(pool.key_layout, pool.value_layout, rows, latent)
     if programs is None:
         programs = resident * _multiprocessors(q.device)
     out = q.new_empty(*q.shape[:2], dv)
@@ -496,19 +495,22 @@ def _parts(dim: int, rest_least: int) -> tuple[int, int]:
     return max(16, first), max(rest_least, triton.next_power_of_2(rest)) if rest else 0
 
 
-def _tuning(shape: dict[str, Any], page_bytes: int) -> tuple[dict[str, int], int]:
-    """Warps and pipeline stages, and how many programs a multiprocessor holds by shared memory and registers."""
-    if shape["LATENT"]:
-        few = shape["ROWS"] <= 16
-        return {"num_warps": 4 if few else 8, "num_stages": 3 if few else 4}, 2 if few else 1
-    numbers = shape["KEY"], shape["VALUE"]
-    if "plain" in numbers:
-        stages, most, decoded = 3, 3, 0
-    else:
-        # One stage less lies in shared memory, and the decoded values.
-        stages, most, decoded = 4, 3 if set(numbers) == {"fp8"} else 2, PAGE * 2 * shape["DV"]
-    used = (stages - (decoded > 0)) * page_bytes + decoded + SHARED_REST
-    return {"num_warps": 4, "num_stages": stages}, min(max(SHARED // used, 1), most)
+def _tuning(
+    keys: RowLayout, values: RowLayout, rows: int, latent: bool
+) -> tuple[dict[str, int], int]:
+    """Warps and pipeline stages, and how many such programs a Hopper multiprocessor holds.
+
+    Read off what compilers make of `variants`: 227 KB of shared memory and 65536 registers.
+    """
+    if latent:
+        if rows <= 16:
+            return {"num_warps": 4, "num_stages": 3}, 2
+        return {"num_warps": 8, "num_stages": 4}, 1
+    width = max(keys.dim, values.dim)
+    if "plain" in (keys.number, values.number):
+        return {"num_warps": 4, "num_stages": 3}, 3 if width <= 64 else 2 if width <= 128 else 1
+    lean = keys.number == values.number == "fp8" and not values.per_row and width in (64, 128)
+    return {"num_warps": 4, "num_stages": 4}, 3 if lean else 2
 
 
 def variants() -> list[Variant]:
@@ -591,7 +593,7 @@ def _variant(
         "spans": "*i32",
     }
     shape = _shape(keys, values, heads, group, scoring, dot, latent)
-    options, _ = _tuning(shape, PAGE * (keys.row_bytes + values.row_bytes))
+    options, _ = _tuning(keys, values, shape["ROWS"], latent)
     present = {name: kind for name, kind in signature.items() if kind is not None}
     absent = {name: None for name, kind in signature.items() if kind is None}
     return Variant(name, _decode, present, absent | shape | {"LISTS": 1024}, **options)
