@@ -103,7 +103,7 @@ def _row_factor(scales, page, PAGE: tl.constexpr, inside):
     return tl.where(inside, 1.0 / scale, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "window", "P", "E"])
 def _chunk_kernel(
     q,
     k,
