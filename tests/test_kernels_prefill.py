@@ -2,6 +2,7 @@
 """Prefill kernels, interpreted on the CPU, against float64 references."""
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,7 +21,17 @@ NEVER = 2**31 - 1  # no position comes after it
 
 
 @pytest.fixture(autouse=True)
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def device() -> Iterator[None]:
+    # With a GPU, kernels are compiled and run there.
+    torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
+    yield
+    torch.set_default_device(None)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "gpu" in request.keywords:
+        return
     # Queries and keys differ, so that borders fall into the middle of blocks; several blocks at few tokens.
     monkeypatch.setattr(prefill, "forward_tile", lambda *_: Tile(32, 16))
     monkeypatch.setattr(prefill_backward, "key_tile", lambda *_: Tile(16, 32))
@@ -75,7 +86,7 @@ def _agree(inputs, window, starts, scoring) -> None:
         (0, {"T": 40}, None),
         (1, {"T": 20, "D": 40, "DV": 24}, None),  # 32 + 8 and 16 + 8 columns
         (7, {"T": 49, "G": 4}, None),
-        (19, {"T": 64, "K": 2, "B": 2}, None),
+        (19, {"T": 50, "K": 2, "B": 2}, None),
         (100, {"T": 33, "D": 8, "DV": 32}, None),
         (5, {"T": 40, "G": 2}, 1.5),
     ],
@@ -104,11 +115,11 @@ def test_documents_and_padding_do_not_see_each_other():
     _agree(_inputs(B=3, T=40), 5, starts, Scoring(0.25))
 
 
-@settings(max_examples=6, derandomize=True, deadline=None)
+@settings(max_examples=5, derandomize=True, deadline=None)
 @given(st.data())
 def test_any_lengths_windows_and_starts_equal_the_reference(data):
-    T = data.draw(st.integers(1, 50))
-    window = data.draw(st.integers(0, 60))
+    T = data.draw(st.integers(1, 40))
+    window = data.draw(st.integers(0, 50))
     starts = None
     if data.draw(st.booleans()):
         starts = torch.tensor([[data.draw(st.integers(0, t)) for t in range(T)]]).int()
@@ -126,7 +137,7 @@ def test_bfloat16_keeps_its_dtype():
 
 
 def test_two_runs_agree_to_the_last_bit():
-    inputs = _inputs(T=40, G=2)
+    inputs = _inputs(T=24, G=2)
     runs = [_outputs_and_gradients(True, inputs, 3, None, Scoring(0.25)) for _ in range(2)]
     assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
 
@@ -145,6 +156,21 @@ def test_keep_logprob_has_the_slope_that_its_gradient_says():
     up, down = loss(keep_logprob + 0.01 * direction), loss(keep_logprob - 0.01 * direction)
     assert x.grad is not None
     torch.testing.assert_close((up - down) / 0.02, (x.grad * direction).sum(), rtol=2e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize(("D", "DV"), [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256)])
+def test_compiled_kernels_with_blocks_as_shipped(D, DV):
+    inputs = _inputs(B=2, K=2, G=4, T=700, D=D, DV=DV)
+    inputs = [x.bfloat16() for x in inputs[:3]] + inputs[3:]
+    starts = torch.tensor([[0] * 300 + [300] * 400, [*range(100), *[100] * 600]]).int()
+    for some in (None, starts):
+        ours = _outputs_and_gradients(True, inputs, 150, some, Scoring(D**-0.5))
+        theirs = _outputs_and_gradients(False, inputs, 150, some, Scoring(D**-0.5))
+        for x, y in zip(ours, theirs, strict=True):
+            # bf16 has 8 bits; sums of rounded numbers err relative to the largest, not to themselves.
+            assert (x.double() - y).norm() < 1e-2 * y.norm()
 
 
 def test_head_dims_are_two_powers_of_two():
@@ -167,7 +193,7 @@ def _lists(
 ) -> tuple[PagePool, LayerLists]:
     """Lists of random rows, in pages of this order, with a window of 3."""
     layouts = [RowLayout.of(f, d, torch.float32) for f, d in zip(formats, dims, strict=True)]
-    pool = PagePool.make(max(pages), *layouts, torch.device("cpu"))
+    pool = PagePool.make(max(pages), *layouts, torch.get_default_device())
     B, K = len(live), len(live[0])
     active = torch.ones(B, dtype=torch.bool)
     lists = LayerLists.make(B, K, len(pages) // (B * K), 3, 0, active, formats)

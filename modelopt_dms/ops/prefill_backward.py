@@ -58,7 +58,7 @@ def query_tile(D: int, DV: int, dtype: torch.dtype) -> Tile:
     return Tile(128, 32, 8, 2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _delta_kernel(
     out,
     gradient,
@@ -131,7 +131,7 @@ def _query_block(
     return dq1, dq2, column
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "window"])
 def _query_kernel(
     q,
     k,
@@ -306,7 +306,7 @@ def _query_ranges(n0, end, whole, T, window, M: tl.constexpr, N: tl.constexpr):
     return a, b, c, d, e, f
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "window"])
 def _key_kernel(
     q,
     k,
