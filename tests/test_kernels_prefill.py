@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from modelopt_dms.kv_quant import Fp8, Int8, Nvfp4, RowFormat
-from modelopt_dms.ops import prefill, prefill_backward, prefill_chunk, prefill_reference, reference
+from modelopt_dms.ops import (
+    library,
+    prefill,
+    prefill_backward,
+    prefill_chunk,
+    prefill_reference,
+    reference,
+)
 from modelopt_dms.ops.paged import PAGE, LayerLists, PagePool, RowLayout
 from modelopt_dms.ops.prefill_blocks import Tile, split
 from modelopt_dms.ops.reference import Scoring
@@ -61,7 +68,7 @@ def _outputs_and_gradients(kernel: bool, inputs, window, starts, scoring) -> lis
     inputs = [x.clone() if kernel else x.double() for x in inputs]
     inputs = [x.requires_grad_() for x in inputs]
     if kernel:
-        out = prefill.prefill_attention(*inputs, window, starts, scoring)
+        out = library.prefill_attention(*inputs, window, starts, scoring)
     else:
         mask = None if starts is None else _mask(starts)
         out = reference.prefill_attention(*inputs, window, mask, scoring)
@@ -104,7 +111,7 @@ def test_sinks_take_their_share_of_the_weights():
 def test_sinks_that_want_a_gradient_are_refused():
     sinks = torch.zeros(1, requires_grad=True)
     with pytest.raises(ValueError, match="gradient of sinks"):
-        prefill.prefill_attention(*_inputs(T=3), 4, None, Scoring(0.25, sinks=sinks))
+        library.prefill_attention(*_inputs(T=3), 4, None, Scoring(0.25, sinks=sinks))
 
 
 def test_documents_and_padding_do_not_see_each_other():
@@ -148,7 +155,7 @@ def test_keep_logprob_has_the_slope_that_its_gradient_says():
     weight = torch.randn(1, 1, 36, 16)
 
     def loss(x: Tensor) -> Tensor:
-        return (prefill.prefill_attention(q, k, v, x, 5, None, Scoring(0.25)) * weight).sum()
+        return (library.prefill_attention(q, k, v, x, 5, None, Scoring(0.25)) * weight).sum()
 
     x = keep_logprob.clone().requires_grad_()
     loss(x).backward()
@@ -320,7 +327,7 @@ def test_a_prompt_in_chunks_equals_the_whole_prompt():
     q, k, v, _ = _inputs(T=T, K=2, G=2)
     evict = torch.rand(1, 2, T) < 0.5
     keep_logprob = torch.zeros(evict.shape).masked_fill(evict, -math.inf)
-    whole = prefill.prefill_attention(q, k, v, keep_logprob, window, None, Scoring(0.25))
+    whole = library.prefill_attention(q, k, v, keep_logprob, window, None, Scoring(0.25))
 
     pool, lists = _lists([[0, 0]], (16, 16), pages=(3, 1, 2, 4))
     outs = []

@@ -435,7 +435,7 @@ def prefill_backward(
     scoring: Scoring,
     tiles: tuple[Tile, Tile] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `ops.prefill.prefill_attention`.
+    """Gradients of `ops.library.prefill_attention`.
 
     Args:
         gradient: of the output [B, H, T, Dv].
