@@ -156,19 +156,19 @@ def test_packed_documents_longer_than_a_chunk_are_refused(
             llama(ids, past_key_values=cache, **options)
 
 
-def pages(model: PreTrainedModel, count: int) -> int:
+def pages(count: int) -> int:
     """Bytes of so many pages of the tiny model."""
     return count * PAGE * 2 * 8 * 4
 
 
 def test_a_pool_that_is_too_small_names_the_limit_and_the_knob(llama: PreTrainedModel) -> None:
-    ids = tokens(4, PROMPT)
-    options = {"custom_generate": dms.graphed, "max_new_tokens": 300}
-    with pytest.raises(OutOfPagesError, match="it has 16 of 64 slots.*raise max_cache_bytes"):
-        generate(llama, ids, max_cache_bytes=pages(llama, 16), **options)
-    with pytest.raises(ValueError, match="15 pages .* but 16 lists .* need one each"):
-        generate(llama, ids, max_cache_bytes=pages(llama, 15), **options)
-    assert generate(llama, ids, max_cache_bytes=pages(llama, 96), **options).shape[1] == 317
+    ids = tokens(2, 120)
+    options = {"custom_generate": dms.graphed, "max_new_tokens": 50}
+    with pytest.raises(OutOfPagesError, match="it has 8 of 64 slots.*raise max_cache_bytes"):
+        generate(llama, ids, max_cache_bytes=pages(8), **options)
+    with pytest.raises(ValueError, match="7 pages .* but 8 lists .* need one each"):
+        generate(llama, ids, max_cache_bytes=pages(7), **options)
+    assert generate(llama, ids, max_cache_bytes=pages(24), **options).shape[1] == 170
 
 
 def test_a_pool_without_a_limit_grows_by_what_the_prompt_tells(
@@ -178,8 +178,8 @@ def test_a_pool_without_a_limit_grows_by_what_the_prompt_tells(
     monkeypatch.setattr(
         generation.DecodeStep, "release", lambda self: moved.append(self.cache.get_seq_length())
     )
-    ids = tokens(2, 150)
-    options = {"max_new_tokens": 400, "custom_generate": dms.graphed}
+    ids = tokens(2, 130)
+    options = {"max_new_tokens": 90, "custom_generate": dms.graphed}
     out = generate(llama, ids, return_dict_in_generate=True, **options)
     used = out.past_key_values.pools[0]
     assert len(moved) <= 2

@@ -1,10 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Taking tokens into paged lists: kernels (interpreted) and their meaning in PyTorch, against the CPU's SlotLists."""
 
-import json
-import os
-import subprocess
-import sys
 from types import ModuleType
 
 import pytest
@@ -379,20 +375,3 @@ def test_no_op_asks_the_device() -> None:
 
 
 # Hopper
-
-COMPILE = """
-import json
-from modelopt_dms.ops import append
-from modelopt_dms.ops.variants import compile_variant
-print(json.dumps({x.name: compile_variant(x).spills for x in append.variants()}))
-"""
-
-
-def test_every_variant_compiles_for_hopper_without_spills() -> None:
-    environment = {x: y for x, y in os.environ.items() if x != "TRITON_INTERPRET"}
-    found = subprocess.run(
-        [sys.executable, "-c", COMPILE], env=environment, check=True, capture_output=True, text=True
-    )
-    spills = json.loads(found.stdout)
-    assert len(spills) == len(append.variants())
-    assert set(spills.values()) == {0}

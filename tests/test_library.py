@@ -92,7 +92,7 @@ def test_a_decode_step_exports_with_its_ops() -> None:
 
 
 def test_a_model_decodes_under_torch_compile_without_a_graph_break() -> None:
-    model, ids = build_dms("qwen3"), tokens(2, 12)
+    model, ids = build_dms("qwen3", base={"num_hidden_layers": 1}), tokens(2, 12)
     found = []
     for compiled in (False, True):
         cache = dms.DMSCache(model, batch_size=2, max_length=PAGE, impl="triton")
@@ -100,7 +100,7 @@ def test_a_model_decodes_under_torch_compile_without_a_graph_break() -> None:
             model(ids[:, :9], past_key_values=cache)
             step = model
             if compiled:
-                step = torch.compile(model, backend="aot_eager", fullgraph=True)
+                step = torch.compile(model, backend="eager", fullgraph=True)
             logits = [
                 step(ids[:, t : t + 1], position_ids=torch.tensor([[t]]), past_key_values=cache)
                 for t in range(9, 12)

@@ -133,7 +133,7 @@ class Layers(RuleBasedStateMachine):
 
 
 Layers.TestCase.settings = settings(
-    max_examples=40, stateful_step_count=10, deadline=None, derandomize=True
+    max_examples=20, stateful_step_count=8, deadline=None, derandomize=True
 )
 test_paged_slots_hold_what_slot_lists_hold = Layers.TestCase
 
@@ -143,7 +143,7 @@ class Kernels(Layers):
 
 
 Kernels.TestCase.settings = settings(
-    max_examples=4, stateful_step_count=4, deadline=None, derandomize=True
+    max_examples=2, stateful_step_count=4, deadline=None, derandomize=True
 )
 test_with_kernels_too = Kernels.TestCase
 
