@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where and when figures were measured, random-weight models to measure them on, and files to keep them in."""
+
+import platform
+import subprocess
+from collections.abc import Callable
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
+
+from modelopt_dms.report import write_json
+
+PACKAGES = ("torch", "transformers", "nvidia-modelopt")
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, str]:
+    """Processor, GPU if there is one, date, commit, versions."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": str(len(names)),
+        "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in PACKAGES},
+        **_gpu(),
+    }
+
+
+def title(where: dict[str, str]) -> str:
+    """One line for the head of a picture."""
+    chip = where.get("gpu", f"{where['cpu']}, {where['cores']} cores")
+    packages = ", ".join(f"{name} {where[name]}" for name in ("torch", "transformers"))
+    return f"{chip}, {where['date'][:10]}, {packages}, commit {where['commit']}"
+
+
+def save(path: Path, content: dict[str, Any], draw: Callable[[Any, dict[str, Any]], None]) -> None:
+    """Write the figures as JSON, and a PNG beside it.
+
+    Args:
+        path: of the JSON file.
+        content: "machine" and whatever was measured.
+        draw: puts the content on a matplotlib Figure.
+    """
+    # Imported late: it takes long, and `machine()` alone does not need it.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    write_json(path, content)
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title(content["machine"]), fontsize=9)
+    draw(figure, content)
+    figure.savefig(path.with_suffix(".png"), format="png", dpi=110)
+
+
+def llama_config(
+    layers: int, hidden: int, heads: int, kv_heads: int, head_dim: int, vocabulary: int = 8192
+) -> LlamaConfig:
+    """A small Llama with PyTorch's own attention."""
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=32768,
+    )
+    config._attn_implementation = "sdpa"
+    return config
+
+
+def build(
+    config: PreTrainedConfig, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """A model with random weights, made on the device."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return model.eval()
+
+
+def _commit() -> str:
+    git = ("git", "-C", str(Path(__file__).parent))
+    commit = subprocess.run((*git, "rev-parse", "--short", "HEAD"), capture_output=True, text=True)
+    changed = subprocess.run((*git, "status", "--porcelain"), capture_output=True, text=True)
+    return commit.stdout.strip() + (" with changes" if changed.stdout.strip() else "")
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "absent"
+
+
+def _gpu() -> dict[str, str]:
+    if not torch.cuda.is_available():
+        return {}
+    facts = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": facts.name,
+        "gpu_gib": f"{facts.total_memory / 2**30:.1f}",
+        "multiprocessors": str(facts.multi_processor_count),
+        "cuda": str(torch.version.cuda),
+        "triton": _version("triton"),
+    }
