@@ -221,6 +221,7 @@ dms.calibrate(model, CONFIG, data=documents(), output_dir={place!r}, progress=Fa
 """
 
 
+@pytest.mark.slow
 def test_sigkill_leaves_a_calibration_that_goes_on_to_the_same_bits(tmp_path):
     script = SCRIPT.format(tests=str(Path(__file__).parent), place=str(tmp_path))
     process = subprocess.Popen(

@@ -135,6 +135,7 @@ def test_the_composition_table_has_every_technique_alone_and_all_together(
     assert both["weight_bytes"] == none["weight_bytes"] + 4 * 4 * 2 * 128  # the gates, float32
 
 
+@pytest.mark.slow
 def test_the_calibration_benchmark_compares_equal_budgets_and_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -190,7 +190,16 @@ def test_all_families_save_and_export_and_load_bit_exactly_in_a_fresh_process(
     assert dict(json.loads(line) for line in lines) == dict.fromkeys(wanted, True)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3_moe", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "llama",
+        "gemma3",
+        "qwen3_moe",
+        pytest.param("mixtral", marks=pytest.mark.slow),
+        pytest.param("gpt_oss", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("recipe", [NVFP4, "nvfp4_weight_only-kv_fp8-dms_cr8"])
 @torch.no_grad()
 def test_nvfp4_runs_on_a_cpu_and_loads_bit_exactly(

@@ -1,0 +1,590 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One query token per sequence on paged lists of any lengths: Triton kernels. Knows nothing about eviction.
+
+What they compute stands in `ops.decode_reference`. A tile is TILE slots of one list. The tiles of all lists, one list
+after the other, are dealt in equal runs to a fixed number of programs, which find their run from the lengths on the
+device. A run may end one list, hold others whole, and begin another: whole lists are written at once, the at most two
+others as partial results, which `_combine` joins.
+
+Scores stand on end, [TILE, ROWS], with the query heads of a KV head as ROWS: tensor cores take 64 x 16, not 16 x 64.
+A key or value row is read as two parts a and b: a power of two of dims, and the rest.
+
+Items are (list, block of query rows): a list is one item unless more than 64 heads share it (MLA).
+"""
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from modelopt_dms.ops.decoding import (
+    WORD_CODES,
+    code_order,
+    from_e2m1,
+    from_e4m3,
+    from_int8,
+    number_factor,
+)
+from modelopt_dms.ops.paged import PAGE, LayerLists, PagePool, RowLayout
+from modelopt_dms.ops.reference import Scoring
+from modelopt_dms.ops.variants import Variant
+
+LOG2E = 1.4426950408889634
+ROWS = 64  # query rows of an item, at most
+MIN_ROWS = 16  # as few as Triton gives to warpgroup tensor cores
+LISTS = 4096  # lengths that a program looks at together, at most
+PARTS = 16  # partial results that are joined at a time
+PER_MULTIPROCESSOR = 3  # programs
+_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+@triton.jit
+def _numbers(codes, scales, ok, START: tl.constexpr, WIDTH: tl.constexpr, CODES: tl.constexpr, NUMBER: tl.constexpr,
+             WORD: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
+    """Dims START to START + WIDTH, in `code_order`, of the rows [TILE] at `codes` that are ok, else 0: [TILE, WIDTH]."""
+    TILE: tl.constexpr = ok.shape[0]
+    rows = tl.arange(0, TILE)
+    cols = START // WORD + tl.arange(0, WIDTH // WORD)
+    mask = ok[:, None]
+    if START + WIDTH > CODES * WORD:
+        mask = mask & (cols < CODES)[None, :]
+    x = tl.load(codes + rows[:, None] * CODES + cols[None, :], mask=mask, other=0)
+    if NUMBER == "nvfp4":
+        blocks = START // 16 + tl.arange(0, WIDTH // 16)
+        mask = ok[:, None]
+        if START + WIDTH > CODES * WORD:
+            mask = mask & (blocks < CODES // 2)[None, :]
+        scale = tl.load(scales + rows[:, None] * (CODES // 2) + blocks[None, :], mask=mask, other=0)
+        x = from_e2m1(x, scale, DOT)
+    elif NUMBER == "fp8":
+        x = from_e4m3(x, DOT)
+    elif NUMBER == "int8":
+        x = from_int8(x, DOT)
+    else:
+        x = x.to(DOT)
+    return x
+
+
+@triton.jit
+def _rows(codes, scales, page, first, ok, PAGE: tl.constexpr, A: tl.constexpr, B: tl.constexpr, CODES: tl.constexpr,
+          NUMBER: tl.constexpr, WORD: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
+    """Parts a and b (a again if there is none) of the rows of a page from `first` on, and the rows' own factors."""
+    TILE: tl.constexpr = ok.shape[0]
+    row = page.to(tl.int64) * PAGE + first
+    codes += row * CODES
+    factor = tl.full([TILE], 1.0, tl.float32)
+    if NUMBER == "nvfp4":
+        scales += row * (CODES // 2)
+    elif scales is not None:
+        factor = 1.0 / tl.load(scales + row + tl.arange(0, TILE), mask=ok, other=1.0)
+    a = _numbers(codes, scales, ok, 0, A, CODES, NUMBER, WORD, DOT)
+    b = a
+    if B > 0:
+        b = _numbers(codes, scales, ok, A, B, CODES, NUMBER, WORD, DOT)
+    return a, b, factor
+
+
+@triton.jit
+def _tiles(live, items, ids, BLOCKS: tl.constexpr, TILE: tl.constexpr):
+    """Tiles of these items; none of those that do not exist."""
+    n = tl.load(live + ids // BLOCKS, mask=ids < items, other=0)
+    return (n + (TILE - 1)) // TILE
+
+
+@triton.jit
+def _run(live, items, BLOCKS: tl.constexpr, TILE: tl.constexpr, LISTS: tl.constexpr):
+    """This program's run of tiles: the item it begins in, the tile of that item, and how many tiles; the split.
+
+    The split is quotient and rest of all tiles over programs: program p < rest has one tile more than the quotient.
+    """
+    total = 0
+    for base in range(0, items, LISTS):
+        total += tl.sum(_tiles(live, items, base + tl.arange(0, LISTS), BLOCKS, TILE))
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    quotient, rest = total // programs, total % programs
+    begin = program * quotient + tl.minimum(program, rest)
+    item, before, passed = 0, 0, 0
+    for base in range(0, items, LISTS):
+        ids = base + tl.arange(0, LISTS)
+        tiles = _tiles(live, items, ids, BLOCKS, TILE)
+        gone = (passed + tl.cumsum(tiles, 0) <= begin) & (ids < items)
+        item += tl.sum(gone.to(tl.int32))
+        before += tl.sum(tl.where(gone, tiles, 0))
+        passed += tl.sum(tiles)
+    count = quotient + (program < rest).to(tl.int32)
+    return item, begin - before, count, begin, quotient, rest
+
+
+@triton.jit
+def _program_of(tile, quotient, rest):
+    """The program whose run has this tile of all tiles."""
+    longer = rest * (quotient + 1)
+    if tile < longer:
+        program = tile // (quotient + 1)
+    else:
+        program = rest + (tile - longer) // quotient
+    return program
+
+
+@triton.jit
+def _next_item(live, item, items, BLOCKS: tl.constexpr, WIDTH: tl.constexpr):
+    """The first item from this one on whose list is not empty; there must be one."""
+    while tl.load(live + item // BLOCKS) == 0:
+        ids = item + tl.arange(0, WIDTH)
+        n = tl.load(live + ids // BLOCKS, mask=ids < items, other=0)
+        item = tl.min(tl.where(n > 0, ids, item + WIDTH))
+    return item
+
+
+@triton.jit
+def _sink_share(lse, sink):
+    """What a sink's logit leaves of the output; the log-sum-exp is in base 2."""
+    return 1.0 / (1.0 + tl.exp2(sink.to(tl.float32) * 1.4426950408889634 - lse))
+
+
+@triton.jit
+def _queries(q, rows, ok, dims, D: tl.constexpr, DOT: tl.constexpr):
+    """Query rows on end: these dims of them [dims, ROWS]."""
+    mask = (dims < D)[:, None] & ok[None, :]
+    return tl.load(q + rows[None, :] * D + dims[:, None], mask=mask, other=0.0).to(DOT)
+
+
+@triton.jit
+def _store(out, acc, rows, ok, dims, DV: tl.constexpr):
+    """Write acc [dims, ROWS] to rows of DV numbers."""
+    mask = (dims < DV)[:, None] & ok[None, :]
+    tl.store(out + rows[None, :] * DV + dims[:, None], acc.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _decode(
+    q, keys, key_scales, values, value_scales, table, live, scales, sinks,
+    items, pages,
+    out, partial, partial_lse, spans,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+    D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, KEY: tl.constexpr,
+    KEY_CODES: tl.constexpr, KEY_WORD: tl.constexpr,
+    DV: tl.constexpr, VA: tl.constexpr, VB: tl.constexpr, VALUE: tl.constexpr,
+    VALUE_CODES: tl.constexpr, VALUE_WORD: tl.constexpr,
+    LATENT: tl.constexpr, SCORE_GAIN: tl.constexpr, CAP: tl.constexpr, WEIGHT_GAIN: tl.constexpr,
+    OUT_GAIN: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, LISTS: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """Output of whole lists, partial results of others, and which programs have which list.
+
+    Args:
+        q: [lists * GROUP, D].
+        keys, key_scales, values, value_scales: of the pool; scales are None where it has none.
+        table, live, scales: of the layer's lists.
+        sinks: [HEADS * GROUP], or None.
+        items: lists * BLOCKS.
+        pages: a list's places for pages.
+        out: [lists * GROUP, DV].
+        partial: [programs, 2, min(GROUP, ROWS), DV] float32: of a list that a program does not begin, and of one that it
+            begins but does not end.
+        partial_lse: log-sum-exp of its rows, in base 2.
+        spans: [items, 2] int32: the first and the last program of an item; those of empty lists are not written.
+        HEADS: KV heads.
+        GROUP: query heads of a KV head.
+        ROWS: of them in an item, padded.
+        BLOCKS: items of a list.
+        D, A, B, KEY, KEY_CODES: of keys: dims, those of the two parts, format, codes of a row.
+        DV, VA, VB, VALUE, VALUE_CODES: of values.
+        LATENT: part a of the keys is also the value, and part b lies where values do.
+        SCORE_GAIN: makes scores base 2 logits, or without a cap 2 log2(e) times what tanh takes.
+        CAP: softcap in base 2; 0 is none.
+        WEIGHT_GAIN: keeps weights times row scales in the range of DOT.
+        OUT_GAIN: undoes that, and what decoding left undone.
+        PAGE: slots of a page.
+        TILE: slots of a tile.
+        LISTS: lengths that a program looks at together.
+        DOT: dtype that tensor cores take.
+    """
+    STORED: tl.constexpr = min(GROUP, ROWS)
+    program = tl.program_id(0)
+    item, tile, left, at, quotient, rest = _run(live, items, BLOCKS, TILE, LISTS)
+    slots = tl.arange(0, TILE)
+    rows = tl.arange(0, ROWS)
+    while left > 0:
+        item = _next_item(live, item, items, BLOCKS, LISTS)
+        lane = item // BLOCKS
+        head = lane % HEADS
+        n = tl.load(live + lane)
+        tiles = (n + (TILE - 1)) // TILE
+        stop = tl.minimum(tiles, tile + left)
+        block = item % BLOCKS * ROWS
+        ok_rows = block + rows < GROUP
+        first_row = lane.to(tl.int64) * GROUP + block
+        q_a = _queries(q + first_row * D, rows, ok_rows, code_order(0, A, KEY_WORD), D, DOT)
+        if B > 0:
+            q_b = _queries(q + first_row * D, rows, ok_rows, code_order(A, B, KEY_WORD), D, DOT)
+        gain = SCORE_GAIN * tl.load(scales + HEADS + head)
+        own = table + lane.to(tl.int64) * pages
+        page = tl.load(own + tile * TILE // PAGE)
+
+        top = tl.full([ROWS], float("-inf"), tl.float32)
+        weight = tl.zeros([TILE, ROWS], tl.float32)
+        acc_a = tl.zeros([VA, ROWS], tl.float32)
+        if VB > 0:
+            acc_b = tl.zeros([VB, ROWS], tl.float32)
+        for t in range(tile, stop):
+            # The next page's id is on its way while this page's rows are.
+            following = tl.load(own + tl.minimum(t + 1, stop - 1) * TILE // PAGE)
+            ok = t * TILE + slots < n
+            first = t * TILE % PAGE
+            if LATENT:
+                k_a, _, k_factor = _rows(
+                    keys, None, page, first, ok, PAGE, A, 0, KEY_CODES, KEY, KEY_WORD, DOT
+                )
+                k_b, _, _ = _rows(
+                    values, None, page, first, ok, PAGE, B, 0, VALUE_CODES, VALUE, VALUE_WORD, DOT
+                )
+                v_a = k_a
+            else:
+                k_a, k_b, k_factor = _rows(
+                    keys, key_scales, page, first, ok, PAGE, A, B, KEY_CODES, KEY, KEY_WORD, DOT
+                )
+                v_a, v_b, v_factor = _rows(
+                    values,
+                    value_scales,
+                    page,
+                    first,
+                    ok,
+                    PAGE,
+                    VA,
+                    VB,
+                    VALUE_CODES,
+                    VALUE,
+                    VALUE_WORD,
+                    DOT,
+                )
+            page = following
+
+            scores = tl.dot(k_a, q_a, input_precision="ieee")
+            if B > 0:
+                scores = tl.dot(k_b, q_b, scores, input_precision="ieee")
+            scores *= gain
+            if key_scales is not None and KEY != "nvfp4":
+                scores *= k_factor[:, None]
+            if CAP > 0:
+                # tanh(x) = 1 - 2 / (e^2x + 1)
+                scores = CAP * (1.0 - 2.0 / (tl.exp2(scores) + 1.0))
+            scores = tl.where(ok[:, None], scores, float("-inf"))
+            # Every tile has a live slot, so that the maximum is finite.
+            new_top = tl.maximum(top, tl.max(scores, 0))
+            fade = tl.exp2(top - new_top)
+            top = new_top
+            p = tl.exp2(scores - top[None, :])
+            weight = weight * fade[None, :] + p
+            if value_scales is not None and VALUE != "nvfp4":
+                p *= (v_factor * WEIGHT_GAIN)[:, None]
+            p = p.to(DOT)
+            acc_a = tl.dot(tl.trans(v_a), p, acc_a * fade[None, :], input_precision="ieee")
+            if VB > 0:
+                acc_b = tl.dot(tl.trans(v_b), p, acc_b * fade[None, :], input_precision="ieee")
+
+        total = tl.sum(weight, 0)
+        lse = top + tl.log2(total)
+        share = OUT_GAIN * tl.load(scales + 3 * HEADS + head) / total
+        dims_a = code_order(0, VA, VALUE_WORD)
+        if tile == 0 and stop == tiles:
+            if sinks is not None:
+                sink = tl.load(sinks + head * GROUP + block + rows, mask=ok_rows, other=0.0)
+                share *= _sink_share(lse, sink)
+            _store(out + first_row * DV, acc_a * share[None, :], rows, ok_rows, dims_a, DV)
+            if VB > 0:
+                _store(
+                    out + first_row * DV,
+                    acc_b * share[None, :],
+                    rows,
+                    ok_rows,
+                    code_order(VA, VB, VALUE_WORD),
+                    DV,
+                )
+        else:
+            place = (2 * program + (tile == 0).to(tl.int32)) * STORED
+            _store(partial + place * DV, acc_a * share[None, :], rows, ok_rows, dims_a, DV)
+            if VB > 0:
+                _store(
+                    partial + place * DV,
+                    acc_b * share[None, :],
+                    rows,
+                    ok_rows,
+                    code_order(VA, VB, VALUE_WORD),
+                    DV,
+                )
+            tl.store(partial_lse + place + rows, lse, mask=ok_rows)
+        if tile == 0:
+            tl.store(spans + 2 * item, program)
+            tl.store(spans + 2 * item + 1, _program_of(at + tiles - 1, quotient, rest))
+        at += stop - tile
+        left -= stop - tile
+        tile = 0
+        item += 1
+
+
+@triton.jit
+def _combine(
+    partial, partial_lse, spans, live, sinks,
+    out,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+    DV: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Join the partial results of row `program 1` of item `program 0`, in the order of programs; 0 for empty lists.
+
+    Tensors and names as in `_decode`. WIDTH is DV, padded; PARTS are joined at a time.
+    """
+    STORED: tl.constexpr = min(GROUP, ROWS)
+    item, row = tl.program_id(0), tl.program_id(1)
+    lane = item // BLOCKS
+    group_row = item % BLOCKS * ROWS + row
+    dims = tl.arange(0, WIDTH)
+    ok = dims < DV
+    to = out + (lane.to(tl.int64) * GROUP + group_row) * DV + dims
+    if tl.load(live + lane) == 0:
+        if group_row < GROUP:
+            tl.store(to, tl.zeros([WIDTH], out.dtype.element_ty), mask=ok)
+    else:
+        first, last = tl.load(spans + 2 * item), tl.load(spans + 2 * item + 1)
+        if first < last and group_row < GROUP:
+            top = float("-inf")
+            weight = 0.0
+            acc = tl.zeros([WIDTH], tl.float32)
+            for start in range(first, last + 1, PARTS):
+                programs = start + tl.arange(0, PARTS)
+                some = programs <= last
+                place = (2 * programs + (programs == first).to(tl.int32)) * STORED + row
+                lse = tl.load(partial_lse + place, mask=some, other=float("-inf"))
+                x = tl.load(
+                    partial + place[:, None] * DV + dims[None, :],
+                    mask=some[:, None] & ok[None, :],
+                    other=0.0,
+                )
+                new_top = tl.maximum(top, tl.max(lse, 0))
+                fade = tl.exp2(top - new_top)
+                share = tl.exp2(lse - new_top)
+                acc = acc * fade + tl.sum(share[:, None] * x, 0)
+                weight = weight * fade + tl.sum(share, 0)
+                top = new_top
+            share = 1.0 / weight
+            if sinks is not None:
+                sink = tl.load(sinks + lane % HEADS * GROUP + group_row)
+                share *= _sink_share(top + tl.log2(weight), sink)
+            tl.store(to, (acc * share).to(out.dtype.element_ty), mask=ok)
+
+
+def decode_attention(
+    q: Tensor,
+    pool: PagePool,
+    lists: LayerLists,
+    scoring: Scoring,
+    *,
+    programs: int | None = None,
+) -> Tensor:
+    """As `decode_reference.decode_attention`, on the device and without asking the host.
+
+    Args:
+        q: queries [B, H, D], one a sequence.
+        pool: where rows lie.
+        lists: which rows each (sequence, KV head) has.
+        scoring: scale, softcap, sinks.
+        programs: that share the tiles; what a device holds at a time unless given.
+
+    Returns:
+        Output [B, H, Dv] in q's dtype.
+    """
+    return _launch(q, pool, lists, scoring, programs, latent=False)
+
+
+def decode_latent(
+    q: Tensor,
+    pool: PagePool,
+    lists: LayerLists,
+    scoring: Scoring,
+    *,
+    programs: int | None = None,
+) -> Tensor:
+    """As `decode_reference.decode_latent`: q [B, H, D1 + D2] -> [B, H, D1]. See `decode_attention`.
+
+    Raises:
+        ValueError: the latents are not stored in the model's own dtype.
+    """
+    for layout in (pool.key_layout, pool.value_layout):
+        if layout.number != "plain":
+            raise ValueError(f"latents are read in the model's dtype, not as {layout.number}")
+    return _launch(q, pool, lists, scoring, programs, latent=True)
+
+
+def _launch(
+    q: Tensor,
+    pool: PagePool,
+    lists: LayerLists,
+    scoring: Scoring,
+    programs: int | None,
+    latent: bool,
+) -> Tensor:
+    q = q.contiguous()
+    dot = _DTYPES[q.dtype] if q.is_cuda else tl.float32
+    heads, group = lists.heads, q.shape[1] // lists.heads
+    shape = _shape(pool.key_layout, pool.value_layout, heads, group, scoring, dot, latent)
+    rows, blocks, dv = shape["ROWS"], shape["BLOCKS"], shape["DV"]
+    items = lists.batch * heads * blocks
+    stored = min(group, rows)
+    options = _options(pool.key_layout, latent)
+    if programs is None:
+        programs = PER_MULTIPROCESSOR * _multiprocessors(q.device)
+    out = q.new_empty(*q.shape[:2], dv)
+    partial = q.new_empty(programs, 2, stored, dv, dtype=torch.float32)
+    partial_lse = q.new_empty(programs, 2, stored, dtype=torch.float32)
+    spans = q.new_empty(items, 2, dtype=torch.int32)
+    _decode[(programs,)](
+        q, _words(pool.keys), pool.key_scales, _words(pool.values), pool.value_scales, lists.table, lists.live, lists.scales,
+        scoring.sinks, items, lists.table.shape[2], out, partial, partial_lse, spans,
+        **shape, LISTS=min(LISTS, triton.next_power_of_2(items)), **options,
+    )  # fmt: skip
+    _combine[(items, stored)](
+        partial, partial_lse, spans, lists.live, scoring.sinks, out,
+        HEADS=heads, GROUP=group, ROWS=rows, BLOCKS=blocks, DV=dv, WIDTH=triton.next_power_of_2(dv), PARTS=PARTS,
+    )  # fmt: skip
+    return out
+
+
+def _words(codes: Tensor) -> Tensor:
+    return codes.view(torch.int32) if codes.dtype == torch.uint8 else codes
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    """Of this device; as good as any number where kernels are interpreted."""
+    return (
+        torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else 2
+    )
+
+
+def _shape(
+    keys: RowLayout,
+    values: RowLayout,
+    heads: int,
+    group: int,
+    scoring: Scoring,
+    dot: tl.dtype,
+    latent: bool,
+) -> dict[str, Any]:
+    """Constexprs of `_decode` that follow from a model and its formats."""
+    (a, b), (va, vb) = _parts(keys), _parts(values)
+    dim, dv = keys.dim, values.dim
+    if latent:
+        a, b, va, vb = keys.dim, values.dim, keys.dim, 0
+        dim, dv = keys.dim + values.dim, keys.dim
+    rows = min(ROWS, max(MIN_ROWS, triton.next_power_of_2(group)))
+    gain = scoring.scale * number_factor(keys.number, dot) * LOG2E
+    # In float16, weights times row scales would lose what is small.
+    weight_gain = 256.0 if dot == tl.float16 else 1.0
+    return {
+        "HEADS": heads,
+        "GROUP": group,
+        "ROWS": rows,
+        "BLOCKS": triton.cdiv(group, rows),
+        "D": dim,
+        "A": a,
+        "B": b,
+        "KEY": keys.number,
+        "KEY_CODES": keys.dim // WORD_CODES[keys.number],
+        "KEY_WORD": WORD_CODES[keys.number],
+        "DV": dv,
+        "VA": va,
+        "VB": vb,
+        "VALUE": values.number,
+        "VALUE_CODES": values.dim // WORD_CODES[values.number],
+        "VALUE_WORD": WORD_CODES[values.number],
+        "LATENT": latent,
+        "SCORE_GAIN": gain if scoring.softcap is None else 2 * gain / scoring.softcap,
+        "CAP": 0.0 if scoring.softcap is None else scoring.softcap * LOG2E,
+        "WEIGHT_GAIN": weight_gain,
+        "OUT_GAIN": number_factor(values.number, dot) / (weight_gain if values.per_row else 1.0),
+        "PAGE": PAGE,
+        "TILE": PAGE,
+        "DOT": dot,
+    }
+
+
+def _parts(layout: RowLayout) -> tuple[int, int]:
+    """Dims of a row's two parts, padded; 0 for none."""
+    first = 1 << layout.dim.bit_length() - 1  # the largest power of two in dim
+    rest = layout.dim - first
+    return max(16, first), max(16, triton.next_power_of_2(rest)) if rest else 0
+
+
+def _options(keys: RowLayout, latent: bool) -> dict[str, int]:
+    """Warps and pipeline stages."""
+    if latent:
+        return {"num_warps": 8, "num_stages": 2}
+    return {"num_warps": 4, "num_stages": 3}
+
+
+def variants() -> list[Variant]:
+    """What we ship for sm_90a."""
+    bf16 = RowLayout("plain", 128, torch.bfloat16)
+    fp8 = RowLayout("fp8", 128, torch.uint8)
+    nvfp4 = RowLayout("nvfp4", 128, torch.uint8)
+    plain = Scoring(128**-0.5)
+    return [
+        _variant("decode_bf16_d128_g4", bf16, bf16, 8, 4, plain),
+        _variant("decode_fp8_d128_g4", fp8, fp8, 8, 4, plain),
+        _variant("decode_nvfp4_d128_g4", nvfp4, nvfp4, 8, 4, plain),
+    ]
+
+
+def _variant(
+    name: str,
+    keys: RowLayout,
+    values: RowLayout,
+    heads: int,
+    group: int,
+    scoring: Scoring,
+    *,
+    dtype: str = "bf16",
+    latent: bool = False,
+) -> Variant:
+    """A model's `_decode` by the dtype of its queries."""
+    dot = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[dtype]
+    signature = {
+        "q": f"*{dtype}",
+        "keys": _pointer(keys.dtype),
+        "key_scales": _scale_pointer(keys),
+        "values": _pointer(values.dtype),
+        "value_scales": _scale_pointer(values),
+        "table": "*i32",
+        "live": "*i32",
+        "scales": "*fp32",
+        "sinks": None if scoring.sinks is None else f"*{dtype}",
+        "items": "i32",
+        "pages": "i32",
+        "out": f"*{dtype}",
+        "partial": "*fp32",
+        "partial_lse": "*fp32",
+        "spans": "*i32",
+    }
+    absent = {name: None for name, kind in signature.items() if kind is None}
+    constexprs = absent | _shape(keys, values, heads, group, scoring, dot, latent) | {"LISTS": 1024}
+    present = {name: kind for name, kind in signature.items() if kind is not None}
+    return Variant(name, _decode, present, constexprs, **_options(keys, latent))
+
+
+def _pointer(dtype: torch.dtype) -> str:
+    return {
+        torch.bfloat16: "*bf16",
+        torch.float16: "*fp16",
+        torch.float32: "*fp32",
+        torch.uint8: "*i32",
+    }[dtype]
+
+
+def _scale_pointer(layout: RowLayout) -> str | None:
+    if layout.scales is None:
+        return None
+    return "*u8" if layout.number == "nvfp4" else "*fp32"

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Triton device functions that turn stored codes into numbers: FP8 e4m3, int8, and e2m1 with block scales (NVFP4).
+
+The opposite of `ops.encoding`. Knows nothing about pages, lists or attention. Codes come as 32-bit words, four or eight
+a word, and leave in another order: first the first code of every word, then the second of every word, and so on
+(`code_order`). So two words at a time become pairs of 16-bit numbers, without handling single bytes. Every code becomes
+its number exactly, but for a power of two (`number_factor`) that is multiplied into scores or outputs instead.
+"""
+
+import triton
+import triton.language as tl
+
+from modelopt_dms.ops.paged import Number
+
+# Words hold so many codes.
+WORD_CODES = {"plain": 1, "fp8": 4, "int8": 4, "nvfp4": 8}
+
+
+def number_factor(number: Number, dot: tl.dtype) -> float:
+    """What numbers decoded to this dtype must still be multiplied by."""
+    if number != "nvfp4":
+        return 1.0
+    # e2m1's bits put in place are 2^(1 - bias) too small; block scales make up for what does not overflow.
+    return 2.0**7 if dot == tl.float16 else 2.0**26
+
+
+@triton.jit
+def code_order(START: tl.constexpr, WIDTH: tl.constexpr, WORD: tl.constexpr):
+    """The dims START .. START + WIDTH of a row, in the order in which decoding words of WORD codes leaves them."""
+    at = tl.arange(0, WIDTH)
+    words: tl.constexpr = WIDTH // WORD
+    return START + at % words * WORD + at // words
+
+
+# The PTX below takes two words ($4 $5, or $8 $9 and their scales in $10) and leaves in $0 the first code of both as a
+# pair of numbers, in $1 the second, and so on.
+def _lines(*parts: str) -> tl.constexpr:
+    return tl.constexpr("{ .reg .b32 t, m, s, c; .reg .b16 x, y; " + " ".join(parts) + " }")
+
+
+# Exponent and mantissa of e4m3 moved to bfloat16's places are 2^-120 times the number, also where e4m3 is subnormal.
+# The hardware converts to float16 only, and from there to bfloat16 one by one.
+E4M3_BF16 = _lines(
+    "mov.b32 c, 0x7b807b80;",  # 2^120
+    *(
+        f"prmt.b32 t, $4, $5, 0x{4 + i}0{i}0;"  # code i of both words, in the upper byte of each half
+        "shr.b32 m, t, 4; and.b32 m, m, 0x07f007f0; lop3.b32 m, t, 0x80008000, m, 0xea;"  # (t & sign) | m
+        f"mul.rn.bf16x2 ${i}, m, c;"
+        for i in range(4)
+    ),
+)
+E4M3_FP16 = _lines(
+    *(
+        f"prmt.b32 t, $4, $5, 0x{i + 5}{i + 1}{i + 4}{i}; mov.b32 {{x, y}}, t;"
+        f"cvt.rn.f16x2.e4m3x2 ${i}, x; cvt.rn.f16x2.e4m3x2 ${i + 1}, y;"
+        for i in (0, 2)
+    )
+)
+# 128 + the lower seven bits, less 128 or, for negative codes, 256.
+INT8_BF16 = _lines(
+    "mov.b32 c, 0x43004300;",
+    *(
+        f"prmt.b32 t, $4, $5, 0x0{4 + i}0{i};"
+        "lop3.b32 m, t, 0x007f007f, c, 0xea; lop3.b32 s, t, 0x00800080, c, 0xea;"
+        f"sub.rn.bf16x2 ${i}, m, s;"
+        for i in range(4)
+    ),
+)
+# 1024 + (code + 128), less 1152.
+INT8_FP16 = _lines(
+    "mov.b32 c, 0x64806480;",
+    *(
+        f"prmt.b32 t, $4, $5, 0x0{4 + i}0{i};"
+        f"lop3.b32 m, t, 0x00ff00ff, c, 0x6a; sub.rn.f16x2 ${i}, m, c;"  # (t & byte) ^ c
+        for i in range(4)
+    ),
+)
+
+
+def _e2m1(kind: str, first_bit: int) -> tl.constexpr:
+    """Magnitudes to the dtype's first mantissa bit (`first_bit`) and last two exponent bits, signs to bit 15."""
+    steps = []
+    for half, selector in enumerate(("0x5410", "0x7632")):
+        steps.append(f"prmt.b32 t, $8, $9, {selector};")
+        for i in range(4):
+            left = first_bit - 4 * i
+            shift = f"shl.b32 m, t, {left};" if left > 0 else f"shr.b32 m, t, {-left};"
+            mask = 0x00070007 << first_bit
+            steps.append(f"{shift} and.b32 m, m, {mask:#010x}; shl.b32 s, t, {12 - 4 * i};")
+            steps.append("lop3.b32 m, s, 0x80008000, m, 0xea;")
+            steps.append(f"mul.rn.{kind} ${4 * half + i}, m, $10;")
+    return _lines(*steps)
+
+
+E2M1_BF16 = _e2m1("bf16x2", 6)
+E2M1_FP16 = _e2m1("f16x2", 9)
+
+
+@triton.jit
+def _four(a, b, c, d):
+    """Parts [n, m] one after the other, [n, 4 * m]."""
+    x = tl.join(tl.join(a, b), tl.join(c, d))  # [n, m, 2, 2]: parts a c, b d
+    return x.permute(0, 3, 2, 1).reshape([a.shape[0], 4 * a.shape[1]])
+
+
+@triton.jit
+def from_e4m3(words, DOT: tl.constexpr):
+    """Numbers [n, 4 * m] in DOT of FP8 codes, words [n, m] int32. NaN becomes 480 in some DOTs."""
+    if DOT == tl.float32:
+        a, b, c, d = (
+            _e4m3_float32(words, 0),
+            _e4m3_float32(words, 8),
+            _e4m3_float32(words, 16),
+            _e4m3_float32(words, 24),
+        )
+    elif DOT == tl.bfloat16:
+        kinds: tl.constexpr = (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16)
+        a, b, c, d = tl.inline_asm_elementwise(
+            E4M3_BF16, "=r,=r,=r,=r,r,r", [words], kinds, True, 2
+        )
+    else:
+        kinds: tl.constexpr = (tl.float16, tl.float16, tl.float16, tl.float16)
+        a, b, c, d = tl.inline_asm_elementwise(
+            E4M3_FP16, "=r,=r,=r,=r,r,r", [words], kinds, True, 2
+        )
+    return _four(a, b, c, d)
+
+
+@triton.jit
+def _e4m3_float32(words, AT: tl.constexpr):
+    """The number of the eight bits from AT on."""
+    code = words >> AT
+    bits = ((code & 0x7F) << 20) | ((code & 0x80) << 24)
+    return bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
+
+
+@triton.jit
+def from_int8(words, DOT: tl.constexpr):
+    """Numbers [n, 4 * m] in DOT of int8 codes, words [n, m] int32."""
+    if DOT == tl.float32:
+        a, b = (words << 24) >> 24, (words << 16) >> 24
+        c, d = (words << 8) >> 24, words >> 24
+        a, b, c, d = a.to(DOT), b.to(DOT), c.to(DOT), d.to(DOT)
+    elif DOT == tl.bfloat16:
+        kinds: tl.constexpr = (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16)
+        a, b, c, d = tl.inline_asm_elementwise(
+            INT8_BF16, "=r,=r,=r,=r,r,r", [words], kinds, True, 2
+        )
+    else:
+        kinds: tl.constexpr = (tl.float16, tl.float16, tl.float16, tl.float16)
+        a, b, c, d = tl.inline_asm_elementwise(
+            INT8_FP16, "=r,=r,=r,=r,r,r", [words], kinds, True, 2
+        )
+    return _four(a, b, c, d)
+
+
+@triton.jit
+def from_e2m1(words, scales, DOT: tl.constexpr):
+    """Numbers over `number_factor` [n, 8 * m] in DOT of NVFP4 codes, words [n, m] int32, scales [n, m / 2] uint8."""
+    scale = scales.to(tl.float8e4nv, bitcast=True).to(tl.float32)
+    # As large as lets no product overflow; smaller ones would lose bits.
+    scale = (scale * (128.0 if DOT == tl.float16 else 1.2676506002282294e30)).to(DOT)  # 2^7, 2^100
+    scale = tl.join(scale, scale).reshape(words.shape)
+    if DOT == tl.float32:
+        a, b = _e2m1_float32(words << 28, scale), _e2m1_float32(words << 24, scale)
+        c, d = _e2m1_float32(words << 20, scale), _e2m1_float32(words << 16, scale)
+        e, f = _e2m1_float32(words << 12, scale), _e2m1_float32(words << 8, scale)
+        g, h = _e2m1_float32(words << 4, scale), _e2m1_float32(words, scale)
+    elif DOT == tl.bfloat16:
+        kinds: tl.constexpr = (
+            tl.bfloat16,
+            tl.bfloat16,
+            tl.bfloat16,
+            tl.bfloat16,
+            tl.bfloat16,
+            tl.bfloat16,
+            tl.bfloat16,
+            tl.bfloat16,
+        )
+        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+            E2M1_BF16, "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r", [words, scale], kinds, True, 2
+        )
+    else:
+        kinds: tl.constexpr = (
+            tl.float16,
+            tl.float16,
+            tl.float16,
+            tl.float16,
+            tl.float16,
+            tl.float16,
+            tl.float16,
+            tl.float16,
+        )
+        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+            E2M1_FP16, "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r", [words, scale], kinds, True, 2
+        )
+    n: tl.constexpr = words.shape[0]
+    x = tl.join(tl.join(tl.join(a, b), tl.join(c, d)), tl.join(tl.join(e, f), tl.join(g, h)))
+    return x.permute(0, 4, 3, 2, 1).reshape([n, 8 * words.shape[1]])
+
+
+@triton.jit
+def _e2m1_float32(top, scale):
+    """The number, times scale and 2^-126, of the four uppermost bits."""
+    bits = ((top >> 6) & 0x01C00000) | (top & -0x80000000)
+    return bits.to(tl.float32, bitcast=True) * scale
