@@ -13,6 +13,7 @@ from modelopt_dms.cache import DMSLayer, LayerStep
 from modelopt_dms.ops import (
     Scoring,
     decode_attention,
+    door,
     merge_partials,
     partial_attention,
     past_bias,
@@ -21,6 +22,8 @@ from modelopt_dms.ops import (
     prefill_partial,
     with_sinks,
 )
+from modelopt_dms.page_attention import attend_pages
+from modelopt_dms.paging import PagedSlots
 
 ATTENTION_NAME = "dms"
 
@@ -79,11 +82,13 @@ def dms_attention(
         step.used = True
         silence = getattr(module.dms_gate, "silence_rotated", None)
         query = query if silence is None else silence(query)
-        log_keep = step.log_keep.expand(-1, key.shape[1], -1)
         if step.layer is None:
-            out = prefill_attention(
-                query, key, value, log_keep, module.dms_gate.window, mask, scoring
-            )
+            assert step.log_keep is not None
+            log_keep = step.log_keep.expand(-1, key.shape[1], -1)
+            window = module.dms_gate.window
+            out = door.prefill_attention(query, key, value, log_keep, window, mask, scoring)
+        elif isinstance(step.layer.slots, PagedSlots):
+            out = attend_pages(module, query, key, value, mask, scoring)
         else:
             out = _cached_attention(module, query, key, value, mask, scoring)
     return out.transpose(1, 2).contiguous(), None
@@ -95,7 +100,7 @@ def _cached_attention(
     """Attention of T new tokens over what lives and among themselves, after which they are taken in."""
     step: LayerStep = module.dms_step
     layer, evict = step.layer, step.evict
-    assert layer is not None and evict is not None
+    assert layer is not None and evict is not None and step.log_keep is not None
     # MLA caches one latent a token, and expands it to the keys and values of all heads for attention.
     expand = _expander(module) if hasattr(module, "expand_kv") else _as_one_head
     evict = evict.expand(-1, layer.heads, -1)

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from modelopt_dms.kv_quant import RowFormat
+from modelopt_dms.ops.gating import GateInput
 from modelopt_dms.pages import SlotLists, Usage
+from modelopt_dms.paging import PagedSlots, SharedPool
 
 Formats = tuple[RowFormat | None, RowFormat | None]
 
@@ -24,16 +26,15 @@ class DMSLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, window: int, shift: int, formats: Formats = (None, None)) -> None:
-        """Make an empty layer.
+    def __init__(self, slots: SlotLists | PagedSlots, formats: Formats = (None, None)) -> None:
+        """Make a layer.
 
         Args:
-            window: tokens a marked token stays readable.
-            shift: 1 if a token's logit governs the token before it, else 0.
+            slots: empty; lists of their own on a CPU, pages of a shared pool on a CUDA device.
             formats: number formats of the stored keys and values; None is the model's own dtype.
         """
         super().__init__()
-        self.slots = SlotLists(window, shift)
+        self.slots = slots
         self.formats = formats
 
     @property
@@ -43,13 +44,19 @@ class DMSLayer(CacheLayerMixin):
 
     def append(self, evict: Tensor, valid: Tensor | None) -> None:
         """Take in the rows given to the last `update`; see `SlotLists.append`."""
-        self.slots.append(*self._incoming, evict, valid)
+        self.slots.append(*self.take_incoming(), evict, valid)
         self.slots.usage.row_values = sum(self._dims)
+
+    def take_incoming(self) -> tuple[Tensor, Tensor]:
+        """The rows given to the last `update`, as `slots` stores them; they are not held any longer."""
+        rows = self._incoming
         # A long prompt's rows would otherwise outlive it until the next token.
         del self._incoming
+        return rows
 
     def rows(self, index: int) -> tuple[Tensor, Tensor]:
-        """Live keys [L, Dk] and values [L, Dv] of list `index` = b * K + k."""
+        """Live keys [L, Dk] and values [L, Dv] of list `index` = b * K + k, where lists have buffers of their own."""
+        assert isinstance(self.slots, SlotLists)
         stored = self.slots.rows(index, int(self.slots.live.view(-1)[index]))
         head = index % self.slots.K
         k, v = (
@@ -70,11 +77,16 @@ class DMSLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._dims = (key_states.shape[-1], value_states.shape[-1])
+        paged = isinstance(self.slots, PagedSlots)
+        if paged and key_states.shape[2] == 1:
+            # The kernel that stores a single token encodes it, and attention reads it from its page.
+            self._incoming = (key_states, value_states)
+            return key_states, value_states
         k_format, v_format = self.formats
-        k, key_states = _through(k_format, key_states)
-        v, value_states = _through(v_format, value_states)
-        self._incoming = (k, v)
-        return key_states, value_states
+        k, read_keys = _through(k_format, key_states)
+        v, read_values = _through(v_format, value_states)
+        self._incoming = (key_states, value_states) if paged else (k, v)
+        return read_keys, read_values
 
     def get_seq_length(self) -> int:
         """Positions seen, evicted ones included: the next token's position."""
@@ -90,7 +102,7 @@ class DMSLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.slots = SlotLists(self.slots.window, self.slots.shift)
+        self.slots = self.slots.emptied()
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -149,20 +161,36 @@ class LayerStep:
     Attributes:
         layer: the cache layer of this forward, or None without a cache.
         log_keep: log(1 - alpha) [B, K, T] float32 of the tokens that the decisions govern; hard ones are 0 and -inf.
-        evict: hard decisions [B, K, T] as made, for the cache; None while training.
+            None if nothing is decided yet.
+        evict: hard decisions [B, K, T] as made, for the cache; None while training, and if they are not made yet.
+        undecided: what decides about a single token when it is stored in a page.
         used: set by the attention function; tells a forward that went past it.
     """
 
     layer: DMSLayer | None
-    log_keep: Tensor
+    log_keep: Tensor | None
     evict: Tensor | None
+    undecided: GateInput | None = None
     used: bool = False
 
 
 def adopt(
-    cache: Cache, layer_idx: int, window: int, shift: int, formats: Callable[[], Formats]
+    cache: Cache,
+    layer_idx: int,
+    window: int,
+    shift: int,
+    formats: Callable[[], Formats],
+    device: torch.device,
 ) -> DMSLayer:
-    """The DMS layer at `layer_idx` of a cache, put there in place of an untouched DynamicLayer; see its constructor.
+    """The DMS layer at `layer_idx` of a cache, put there in place of an untouched DynamicLayer.
+
+    Args:
+        cache: a DynamicCache.
+        layer_idx: which layer.
+        window: tokens a marked token stays readable.
+        shift: 1 if a token's logit governs the token before it, else 0.
+        formats: gives the number formats of the stored keys and values.
+        device: where the layer computes: rows are paged on a CUDA device, and lie in lists of their own elsewhere.
 
     Raises:
         ValueError: the cache stores keys and values in a way that cannot forget (static, quantized, offloaded), or
@@ -184,8 +212,21 @@ def adopt(
             f"{name} already holds {layer.get_seq_length()} tokens about which no gate has decided; start from an "
             "empty DynamicCache or one that this model returned"
         )
-    cache.layers[layer_idx] = adopted = DMSLayer(window, shift, formats())
+    found = formats()
+    slots: SlotLists | PagedSlots = SlotLists(window, shift)
+    if device.type == "cuda":
+        slots = PagedSlots(window, shift, found, _pool_of(cache, device))
+    cache.layers[layer_idx] = adopted = DMSLayer(slots, found)
     return adopted
+
+
+def _pool_of(cache: Cache, device: torch.device) -> SharedPool:
+    """The pool of the layers on this device, or a new one."""
+    for layer in cache.layers:
+        if isinstance(layer, DMSLayer) and isinstance(layer.slots, PagedSlots):
+            if layer.slots.shared.device == device:
+                return layer.slots.shared
+    return SharedPool(device)
 
 
 @dataclass(frozen=True)

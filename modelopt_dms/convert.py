@@ -20,6 +20,7 @@ from modelopt_dms.gate_kinds import NeuronGate, ResidualGate
 from modelopt_dms.kv_format import kv_formats
 from modelopt_dms.ops import shift_decisions
 from modelopt_dms.pages import Usage
+from modelopt_dms.paging import PagedSlots
 
 DMSRegistry = _DMRegistryCls("DMS")
 
@@ -197,9 +198,16 @@ def _stage_step(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
             log_keep = gate.relax(hidden, _positions(hidden, kwargs, 0))
             module.dms_step = LayerStep(None, shift_decisions(log_keep, gate.shift), None)
     elif cache is not None:
-        layer = adopt(cache, module.layer_idx, gate.window, gate.shift, partial(kv_formats, module))
-        evict = gate.decide(hidden, _positions(hidden, kwargs, layer.get_seq_length()))
-        module.dms_step = LayerStep(layer, _hard_log_keep(evict, gate.shift), evict)
+        formats = partial(kv_formats, module)
+        layer = adopt(
+            cache, module.layer_idx, gate.window, gate.shift, formats, hidden.device
+        )
+        positions = _positions(hidden, kwargs, layer.get_seq_length())
+        if hidden.shape[1] == 1 and isinstance(layer.slots, PagedSlots):
+            module.dms_step = LayerStep(layer, None, None, gate.decide_later(hidden, positions))
+        else:
+            evict = gate.decide(hidden, positions)
+            module.dms_step = LayerStep(layer, _hard_log_keep(evict, gate.shift), evict)
     elif gate.enabled:
         evict = gate.decide(hidden, _positions(hidden, kwargs, 0))
         module.dms_step = LayerStep(None, _hard_log_keep(evict, gate.shift), None)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modelopt_dms.config import DMSConfig
+from modelopt_dms.ops.gating import Decided, GateInput, LinearGate
 
 
 @dataclass
@@ -76,12 +77,12 @@ class EvictionGate(nn.Module):
         """Drop what was staged for one forward."""
 
     def features(self, hidden: Tensor) -> Tensor:
-        """What the logits are linear in [B, T, C], float32, from the hidden states [B, T, C] that attention gets."""
-        return hidden.float()
+        """What the logits are linear in [B, T, C], from the hidden states [B, T, C] that attention gets."""
+        return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Eviction logits [B, K or 1, T] in float32 from hidden states [B, T, C]."""
-        z = F.linear(self.features(hidden), self.weight.float())
+        z = F.linear(self.features(hidden).float(), self.weight.float())
         return self.scale * z.transpose(1, 2) - self.offset  # [B, T, K] -> [B, K, T]
 
     def decide(self, hidden: Tensor, positions: Tensor) -> Tensor:
@@ -94,6 +95,20 @@ class EvictionGate(nn.Module):
         evict = evict & self._may_evict(positions)
         self._remember("hard", evict)
         return evict
+
+    def decide_later(self, hidden: Tensor, positions: Tensor) -> GateInput:
+        """What a kernel needs to decide about one token a sequence [B, 1, C], or the decisions if it cannot."""
+        if not self.enabled or self.record is not None or "weight" not in self._parameters:
+            return Decided(self.decide(hidden, positions)[..., 0])
+        return LinearGate(
+            features=self.features(hidden)[:, 0],
+            weight=self.weight,
+            threshold=self.threshold,
+            positions=positions[:, 0],
+            scale=self.scale,
+            offset=self.offset,
+            protect=self.protect_first + self.shift,
+        )
 
     def relax(self, hidden: Tensor, positions: Tensor) -> Tensor:
         """Relaxed decisions as log(1 - alpha) [B, K, T] float32, differentiable (Gumbel-sigmoid)."""

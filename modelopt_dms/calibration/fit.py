@@ -30,7 +30,7 @@ class _Observer:
 
     def read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the layer runs: what its gate reads."""
-        self.features = self.gate.features(hidden_input(args, kwargs))
+        self.features = self.gate.features(hidden_input(args, kwargs)).float()
 
     def watch(self, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> None:
         """While it runs: who needs its keys."""

@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoding without asking the host: one step of fixed shapes, captured in a CUDA graph, and the loop around it.
+
+    model.generate(**inputs, custom_generate=dms.graphed)
+
+Between two checks the host only queues work. At a check it asks whether sequences have finished (their pages go back to
+the pool) and whether the pool will last until the next one.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers.generation import GenerateDecoderOnlyOutput, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from modelopt_dms.paged_cache import DMSCache
+
+# Steps between two checks; at most PAGE, so that a list takes at most one page between them.
+CHECK_EVERY = 16
+# Rotary embeddings that look at the positions' values: a graph cannot.
+_LOOKING_ROPE = ("dynamic", "longrope")
+
+
+class GenerationError(ValueError):
+    """What was asked of `generate` cannot be done by the graphed loop; the message says what can."""
+
+
+@dataclass
+class DecodeStep:
+    """One forward of one token a sequence, on buffers that stay where they are.
+
+    Attributes:
+        model: a DMS model.
+        cache: its cache, after the prompt.
+        token: next tokens [B, 1].
+        position: their positions [B, 1].
+        logits: of the last run [B, V].
+    """
+
+    model: PreTrainedModel
+    cache: DMSCache
+    token: Tensor
+    position: Tensor
+    logits: Tensor | None = None
+    _graph: Any = field(default=None, repr=False)
+
+    def __call__(self) -> Tensor:
+        """Run it, as a graph if there is one: logits [B, V], valid until the next run."""
+        if self._graph is None:
+            self._forward()
+        else:
+            self._graph.replay()
+            self.cache.advance(1)
+        assert self.logits is not None
+        return self.logits
+
+    def capture(self) -> None:
+        """Record a run in a CUDA graph, which later runs replay. Nothing is computed now.
+
+        Raises:
+            GenerationError: the model does something that a graph cannot.
+        """
+        # Kernels are loaded when they first run, which a capture does not allow: run once before.
+        graph = torch.cuda.CUDAGraph()
+        seen = self.cache.get_seq_length()
+        try:
+            with torch.cuda.graph(graph):
+                self._forward()
+        except RuntimeError as error:
+            raise GenerationError(
+                f"{type(self.model).__name__} cannot be captured in a CUDA graph ({str(error).splitlines()[0]}); "
+                "pass graph=False"
+            ) from error
+        finally:
+            self.cache.advance(seen - self.cache.get_seq_length())
+        self._graph = graph
+
+    def release(self) -> None:
+        """Forget the graph: addresses have changed."""
+        self._graph = None
+
+    def _forward(self) -> None:
+        outputs = self.model(
+            input_ids=self.token,
+            position_ids=self.position,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        self.logits = outputs.logits[:, -1]
+        self.position += 1
+
+
+def can_be_captured(model: PreTrainedModel, cache: DMSCache) -> bool:
+    """Whether a decode step is the same work at the same addresses every time."""
+    rope = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    kinds = [rope.get("rope_type"), *(x.get("rope_type") for x in rope.values() if isinstance(x, dict))]
+    return cache.is_all_paged and not any(x in _LOOKING_ROPE for x in kinds)
+
+
+@torch.no_grad()
+def graphed(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    synced_gpus: bool = False,
+    streamer: BaseStreamer | None = None,
+    max_cache_bytes: int | None = None,
+    graph: bool = True,
+    **model_kwargs: Any,
+) -> Tensor | GenerateDecoderOnlyOutput:
+    """The decoding loop for `generate(custom_generate=graphed)`: greedy or sampling, hundreds of ragged sequences.
+
+    On CUDA, decode steps are replays of one CUDA graph, where the model allows (all of its attention layers are DMS
+    layers, and its rotary embedding does not look at positions); elsewhere the same steps run one by one.
+
+    Args:
+        model: a DMS model.
+        input_ids: prompts [B, T].
+        logits_processor: prepared by `generate`.
+        stopping_criteria: prepared by `generate`.
+        generation_config: prepared by `generate`.
+        synced_gpus: refused.
+        streamer: gets every token as it comes, which makes the host wait for each.
+        max_cache_bytes: the KV cache's pool never grows beyond it; by default it grows as it must.
+        graph: False runs step by step on CUDA, too.
+        **model_kwargs: attention_mask and past_key_values; other inputs are refused.
+
+    Returns:
+        Prompts and continuations [B, T + new], padded; or with `return_dict_in_generate` an object with the cache.
+
+    Raises:
+        GenerationError: beams, scores or other inputs were asked for.
+        OutOfPagesError: the cache outgrew max_cache_bytes.
+    """
+    _check(generation_config, synced_gpus, model_kwargs)
+    cache = _cache(model, input_ids, generation_config, max_cache_bytes, model_kwargs)
+    mask = model_kwargs.get("attention_mask")
+    run = _Run(model, input_ids, logits_processor, stopping_criteria, generation_config, streamer)
+    step = run.prefill(cache, mask)
+    capture = graph and input_ids.device.type == "cuda" and can_be_captured(model, cache)
+    steps = 0
+    while not run.finished:
+        if capture and steps and step._graph is None:
+            step.capture()
+        run.choose(step(), step)
+        steps += 1
+        if run.full or steps % CHECK_EVERY == 0 or streamer is not None:
+            run.check(cache, step)
+    if streamer is not None:
+        streamer.end()
+    sequences = run.sequences()
+    if not generation_config.return_dict_in_generate:
+        return sequences
+    return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=cache)
+
+
+class _Run:
+    """The sequences of one `generate`: what was written, and which have finished. Asks the device only in `check`."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        streamer: BaseStreamer | None,
+    ) -> None:
+        B, self.length = input_ids.shape
+        device = input_ids.device
+        self.model, self.streamer = model, streamer
+        self.processor, self.criteria = logits_processor, stopping_criteria
+        self.samples = generation_config.do_sample
+        pad = generation_config._pad_token_tensor
+        self.pad = torch.zeros((), dtype=torch.long, device=device) if pad is None else pad.to(device)
+        self.ids = input_ids.new_zeros(B, generation_config.max_length)
+        self.ids[:, : self.length] = input_ids
+        self.unfinished = torch.ones(B, dtype=torch.bool, device=device)
+        self.ended = torch.zeros(B, dtype=torch.long, device=device)
+        self.finished = False
+
+    @property
+    def full(self) -> bool:
+        """Whether there is no room for another token."""
+        return self.length >= self.ids.shape[1]
+
+    def prefill(self, cache: DMSCache, mask: Tensor | None) -> DecodeStep:
+        """Read the prompts, choose their first tokens, and prepare the step for the next ones."""
+        past = cache.get_seq_length()
+        positions = torch.arange(self.length, device=self.ids.device)[None]
+        if mask is not None and bool(mask.all()):
+            mask = None
+        if mask is not None:
+            positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        outputs = self.model(
+            input_ids=self.ids[:, past : self.length],
+            attention_mask=mask,
+            position_ids=positions[:, past:],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        B = len(self.ids)
+        position = (positions[:, -1:] + 1).expand(B, 1).clone()
+        step = DecodeStep(self.model, cache, self.ids.new_zeros(B, 1), position)
+        self.choose(outputs.logits[:, -1], step)
+        self.check(cache, step)
+        return step
+
+    def choose(self, logits: Tensor, step: DecodeStep) -> None:
+        """The next token of every sequence, from logits [B, V]."""
+        written = self.ids[:, : self.length]
+        scores = self.processor(written, logits.to(torch.float32, copy=True))
+        if self.samples:
+            tokens = torch.multinomial(scores.softmax(-1), num_samples=1)[:, 0]
+        else:
+            tokens = scores.argmax(-1)
+        tokens = torch.where(self.unfinished, tokens, self.pad)
+        self.ids[:, self.length] = tokens
+        self.length += 1
+        ends = self.criteria(self.ids[:, : self.length], None) & self.unfinished
+        self.ended = torch.where(ends, self.length, self.ended)
+        self.unfinished &= ~ends
+        step.token.copy_(tokens[:, None])
+        if self.streamer is not None:
+            self.streamer.put(tokens.cpu())
+
+    def check(self, cache: DMSCache, step: DecodeStep) -> None:
+        """Ask the device: who has finished, and will the pages last?"""
+        gone = ~self.unfinished & cache.active
+        some_left, some_gone = torch.stack([self.unfinished.any(), gone.any()]).tolist()
+        self.finished = not some_left or self.full
+        if some_gone and not self.finished:
+            cache.release(~self.unfinished)
+        # At the end the cache stays as it is, for who wants to go on with it.
+        if not self.finished and cache.reserve(CHECK_EVERY):
+            step.release()
+
+    def sequences(self) -> Tensor:
+        """Prompts and continuations, as long as the longest."""
+        longest = int(torch.where(self.unfinished, self.length, self.ended).max())
+        return self.ids[:, :longest]
+
+
+def _check(config: GenerationConfig, synced_gpus: bool, model_kwargs: dict[str, Any]) -> None:
+    if config.num_beams > 1:
+        raise GenerationError(
+            f"num_beams={config.num_beams}: the graphed loop decodes greedily or samples; leave custom_generate unset"
+        )
+    asked = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+    wanted = [name for name in asked if getattr(config, name)]
+    if synced_gpus:
+        wanted.append("synced_gpus")
+    known = {"attention_mask", "past_key_values", "use_cache", "logits_to_keep", "position_ids"}
+    wanted += [name for name in model_kwargs if name not in known and model_kwargs[name] is not None]
+    if wanted:
+        raise GenerationError(
+            f"the graphed loop does not do {', '.join(wanted)}; leave custom_generate unset, or leave them out"
+        )
+
+
+def _cache(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    config: GenerationConfig,
+    max_cache_bytes: int | None,
+    model_kwargs: dict[str, Any],
+) -> DMSCache:
+    given = model_kwargs.get("past_key_values")
+    B, length = len(input_ids), config.max_length
+    if isinstance(given, DMSCache):
+        if max_cache_bytes is not None:
+            raise GenerationError("max_cache_bytes is for the cache made here; give it to DMSCache")
+        given.check_room(B, length)
+        return given
+    if given is not None and given.get_seq_length():
+        raise GenerationError(
+            f"past_key_values is a {type(given).__name__} with {given.get_seq_length()} tokens; the graphed loop goes "
+            "on only from a DMSCache"
+        )
+    return DMSCache(model, batch_size=B, max_length=length, max_cache_bytes=max_cache_bytes)

@@ -1,0 +1,574 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Taking tokens into paged lists with Triton; what it means stands in `ops.append_reference`.
+
+`append_token` is one launch: decision, ring, slot, page and encoded rows. `pack` finds its slots with PyTorch on the
+device and stores the rows with one kernel. Neither asks the host. Knows nothing about attention.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from modelopt_dms.ops.append_reference import Plan, claim, commit, plan_pack
+from modelopt_dms.ops.encoding import copy_rows, load_rows, store_rows
+from modelopt_dms.ops.gating import Decided, GateInput, LinearGate
+from modelopt_dms.ops.paged import PAGE, LayerLists, PagePool, RowLayout
+from modelopt_dms.ops.undo import UndoLog
+from modelopt_dms.ops.variants import Variant
+
+FEATURES = 2048  # at a time, of the gate's dot product
+NUMBERS = 4096  # of a tile of rows that a program stores
+
+
+@triton.jit
+def _decide(
+    features_ptr,
+    weight_ptr,
+    threshold_ptr,
+    positions_ptr,
+    sequence,
+    head,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ONE_ROW: tl.constexpr,
+    ONE_POSITION: tl.constexpr,
+    SCALE: tl.constexpr,
+    OFFSET: tl.constexpr,
+    PROTECT: tl.constexpr,
+):
+    """Whether scale * (w . x) - offset is above the threshold, and the position is not protected."""
+    row = 0 if ONE_ROW else head
+    position = tl.load(positions_ptr + (0 if ONE_POSITION else sequence))
+    threshold = tl.load(threshold_ptr + row)
+    summed = tl.zeros([BLOCK_C], tl.float32)
+    for start in tl.static_range(0, C, BLOCK_C):
+        at = start + tl.arange(0, BLOCK_C)
+        x = tl.load(features_ptr + sequence.to(tl.int64) * C + at, at < C, other=0.0)
+        w = tl.load(weight_ptr + row * C + at, at < C, other=0.0)
+        summed += x.to(tl.float32) * w
+    return (SCALE * tl.sum(summed) - OFFSET > threshold) & (position >= PROTECT)
+
+
+@triton.jit
+def _append_kernel(
+    k_ptr,
+    v_ptr,
+    evict_ptr,
+    features_ptr,
+    weight_ptr,
+    threshold_ptr,
+    positions_ptr,
+    active_ptr,
+    scales_ptr,
+    free_ptr,
+    pages,
+    keys_ptr,
+    values_ptr,
+    key_scales_ptr,
+    value_scales_ptr,
+    table_ptr,
+    live_ptr,
+    seen_ptr,
+    ring_slot_ptr,
+    ring_evict_ptr,
+    counters_ptr,
+    log_keys_ptr,
+    log_values_ptr,
+    log_key_scales_ptr,
+    log_value_scales_ptr,
+    log_expired_ptr,
+    log_marked_ptr,
+    log_live_ptr,
+    K: tl.constexpr,
+    RING: tl.constexpr,
+    SHIFT: tl.constexpr,
+    PAGE: tl.constexpr,
+    LOGGED: tl.constexpr,
+    KEY_NUMBER: tl.constexpr,
+    KEY_PER_ROW: tl.constexpr,
+    DK: tl.constexpr,
+    BLOCK_DK: tl.constexpr,
+    KEY_CODES: tl.constexpr,
+    KEY_SCALES: tl.constexpr,
+    VALUE_NUMBER: tl.constexpr,
+    VALUE_PER_ROW: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    VALUE_CODES: tl.constexpr,
+    VALUE_SCALES: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ONE_ROW: tl.constexpr,
+    ONE_POSITION: tl.constexpr,
+    SCALE: tl.constexpr,
+    OFFSET: tl.constexpr,
+    PROTECT: tl.constexpr,
+):
+    """One program per (sequence, KV head). C = 0: decided already. LOGGED: tokens of the undo log, 0 for none."""
+    index = tl.program_id(0)
+    lists = tl.num_programs(0)
+    sequence = index // K
+    head = index % K
+    one = tl.arange(0, 1).to(tl.int64)
+    wanted = one == 0
+
+    # All that is read before anything is written: other warps of the program may still be reading.
+    active = tl.load(active_ptr + sequence)
+    seen = tl.load(seen_ptr + index)
+    live = tl.load(live_ptr + index)
+    k = load_rows(k_ptr, one + index, wanted, KEY_NUMBER, DK, BLOCK_DK)
+    v = load_rows(v_ptr, one + index, wanted, VALUE_NUMBER, DV, BLOCK_DV)
+    ring = index * RING
+    column = seen % RING
+    expired = tl.load(ring_slot_ptr + ring + column)
+    marked = tl.load(ring_evict_ptr + ring + column).to(tl.int1)
+    if C == 0:
+        evict = tl.load(evict_ptr + index).to(tl.int1)
+    else:
+        evict = _decide(
+            features_ptr,
+            weight_ptr,
+            threshold_ptr,
+            positions_ptr,
+            sequence,
+            head,
+            C,
+            BLOCK_C,
+            ONE_ROW,
+            ONE_POSITION,
+            SCALE,
+            OFFSET,
+            PROTECT,
+        )
+    previous = (seen + RING - 1) % RING
+    if SHIFT == 1:
+        # With a window of 0, the token just decided about is the one that leaves.
+        marked = tl.where((previous == column) & (seen > 0), evict, marked)
+    reuse = marked & (expired >= 0)
+    slot = tl.where(reuse, expired, live)
+    fits = slot < pages * PAGE
+    entry = table_ptr + index.to(tl.int64) * pages + slot // PAGE
+    page = tl.load(entry, mask=fits, other=0)
+    tl.debug_barrier()
+    if active == 0:
+        return
+
+    if (page == 0) & (slot % PAGE == 0):
+        if fits:
+            left = tl.atomic_add(counters_ptr, -1, sem="relaxed") - 1
+            tl.atomic_min(counters_ptr + 1, left, sem="relaxed")
+            page = tl.load(free_ptr + left, mask=left >= 0, other=0)
+            tl.store(entry, page)
+        else:
+            tl.atomic_min(counters_ptr + 1, -1, sem="relaxed")
+    row = one + page.to(tl.int64) * PAGE + slot % PAGE
+    if LOGGED > 0:
+        logged = (seen % LOGGED).to(tl.int64) * lists + index
+        copy_rows(keys_ptr, row, log_keys_ptr, one + logged, KEY_CODES, BLOCK_DK)
+        copy_rows(values_ptr, row, log_values_ptr, one + logged, VALUE_CODES, BLOCK_DV)
+        if KEY_SCALES > 0:
+            copy_rows(key_scales_ptr, row, log_key_scales_ptr, one + logged, KEY_SCALES, BLOCK_DK)
+        if VALUE_SCALES > 0:
+            copy_rows(
+                value_scales_ptr, row, log_value_scales_ptr, one + logged, VALUE_SCALES, BLOCK_DV
+            )
+        tl.store(log_expired_ptr + logged, expired)
+        tl.store(log_marked_ptr + logged, marked.to(tl.int8))
+        tl.store(log_live_ptr + logged, live)
+        # The row that was logged is overwritten next, by other threads.
+        tl.debug_barrier()
+    store_rows(
+        k,
+        row,
+        wanted,
+        scales_ptr + head,
+        keys_ptr,
+        key_scales_ptr,
+        KEY_NUMBER,
+        KEY_PER_ROW,
+        DK,
+        BLOCK_DK,
+    )
+    store_rows(
+        v,
+        row,
+        wanted,
+        scales_ptr + 2 * K + head,
+        values_ptr,
+        value_scales_ptr,
+        VALUE_NUMBER,
+        VALUE_PER_ROW,
+        DV,
+        BLOCK_DV,
+    )
+    if SHIFT == 1:
+        if (previous != column) & (seen > 0):
+            tl.store(ring_evict_ptr + ring + previous, evict.to(tl.int8))
+        tl.store(ring_evict_ptr + ring + column, 0)
+    else:
+        tl.store(ring_evict_ptr + ring + column, evict.to(tl.int8))
+    tl.store(ring_slot_ptr + ring + column, tl.where(fits, slot, -1))
+    tl.store(live_ptr + index, tl.where(reuse | (slot >= pages * PAGE), live, live + 1))
+    tl.store(seen_ptr + index, seen + 1)
+
+
+@triton.jit
+def _pack_kernel(
+    k_ptr,
+    v_ptr,
+    slots_ptr,
+    table_ptr,
+    scales_ptr,
+    tokens,
+    pages,
+    keys_ptr,
+    values_ptr,
+    key_scales_ptr,
+    value_scales_ptr,
+    K: tl.constexpr,
+    PAGE: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEY_NUMBER: tl.constexpr,
+    KEY_PER_ROW: tl.constexpr,
+    DK: tl.constexpr,
+    BLOCK_DK: tl.constexpr,
+    VALUE_NUMBER: tl.constexpr,
+    VALUE_PER_ROW: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """One program stores ROWS tokens of one list, those that have slots."""
+    index = tl.program_id(1)
+    head = index % K
+    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    at = index.to(tl.int64) * tokens + token
+    slot = tl.load(slots_ptr + at, token < tokens, other=-1)
+    wanted = slot >= 0
+    page = tl.load(table_ptr + index.to(tl.int64) * pages + slot // PAGE, wanted, other=0)
+    row = page.to(tl.int64) * PAGE + slot % PAGE
+    k = load_rows(k_ptr, at, wanted, KEY_NUMBER, DK, BLOCK_DK)
+    store_rows(
+        k,
+        row,
+        wanted,
+        scales_ptr + head,
+        keys_ptr,
+        key_scales_ptr,
+        KEY_NUMBER,
+        KEY_PER_ROW,
+        DK,
+        BLOCK_DK,
+    )
+    v = load_rows(v_ptr, at, wanted, VALUE_NUMBER, DV, BLOCK_DV)
+    store_rows(
+        v,
+        row,
+        wanted,
+        scales_ptr + 2 * K + head,
+        values_ptr,
+        value_scales_ptr,
+        VALUE_NUMBER,
+        VALUE_PER_ROW,
+        DV,
+        BLOCK_DV,
+    )
+
+
+@triton.jit
+def _move_kernel(
+    sources_ptr,
+    targets_ptr,
+    count_ptr,
+    table_ptr,
+    pages,
+    keys_ptr,
+    values_ptr,
+    key_scales_ptr,
+    value_scales_ptr,
+    RING: tl.constexpr,
+    PAGE: tl.constexpr,
+    KEY_CODES: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    KEY_SCALES: tl.constexpr,
+    VALUE_CODES: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    VALUE_SCALES: tl.constexpr,
+):
+    """One program moves the rows of one list, as they are stored; no target is also a source."""
+    index = tl.program_id(0)
+    one = tl.arange(0, 1).to(tl.int64)
+    table = table_ptr + index.to(tl.int64) * pages
+    for i in range(tl.load(count_ptr + index)):
+        source = tl.load(sources_ptr + index * RING + i)
+        target = tl.load(targets_ptr + index * RING + i)
+        old = one + tl.load(table + source // PAGE).to(tl.int64) * PAGE + source % PAGE
+        new = one + tl.load(table + target // PAGE).to(tl.int64) * PAGE + target % PAGE
+        copy_rows(keys_ptr, old, keys_ptr, new, KEY_CODES, BLOCK_K)
+        copy_rows(values_ptr, old, values_ptr, new, VALUE_CODES, BLOCK_V)
+        if KEY_SCALES > 0:
+            copy_rows(key_scales_ptr, old, key_scales_ptr, new, KEY_SCALES, BLOCK_K)
+        if VALUE_SCALES > 0:
+            copy_rows(value_scales_ptr, old, value_scales_ptr, new, VALUE_SCALES, BLOCK_V)
+
+
+def append_token(
+    k: Tensor,
+    v: Tensor,
+    gate: GateInput,
+    pool: PagePool,
+    lists: LayerLists,
+    log: UndoLog | None = None,
+) -> None:
+    """As `append_reference.append_token`, in one launch that a CUDA graph can capture."""
+    _append_kernel[(lists.batch * lists.heads,)](
+        *_as_stored(k, v, pool),
+        *_gate_pointers(gate),
+        lists.active.view(torch.uint8),
+        lists.scales,
+        pool.free,
+        lists.table.shape[2],
+        pool.keys,
+        pool.values,
+        pool.key_scales,
+        pool.value_scales,
+        lists.table,
+        lists.live,
+        lists.seen,
+        lists.ring_slot,
+        lists.ring_evict.view(torch.uint8),
+        pool.counters,
+        *_log_pointers(log),
+        **_append_constants(
+            (pool.key_layout, pool.value_layout),
+            lists.heads,
+            lists.window,
+            lists.shift,
+            0 if log is None else log.tokens,
+        ),
+        **_gate_constants(gate),
+        num_warps=_append_warps(gate),
+    )
+
+
+def pack(
+    k: Tensor, v: Tensor, evict: Tensor, valid: Tensor | None, pool: PagePool, lists: LayerLists
+) -> None:
+    """As `append_reference.pack`."""
+    place(plan_pack(evict, valid, lists), k, v, pool, lists)
+
+
+def place(plan: Plan, k: Tensor, v: Tensor, pool: PagePool, lists: LayerLists) -> None:
+    """As `append_reference.place`."""
+    layouts = (pool.key_layout, pool.value_layout)
+    stored = (pool.keys, pool.values, pool.key_scales, pool.value_scales)
+    pages = lists.table.shape[2]
+    number = lists.batch * lists.heads
+    if plan.moves is not None:
+        moves = plan.moves
+        _move_kernel[(number,)](
+            moves.sources.contiguous(),
+            moves.targets.contiguous(),
+            moves.count.contiguous(),
+            lists.table,
+            pages,
+            *stored,
+            **_move_constants(layouts, lists.ring),
+        )
+    claim(plan, pool, lists)
+    T = plan.slots.shape[2]
+    constants = _pack_constants(layouts, lists.heads)
+    _pack_kernel[(triton.cdiv(T, constants["ROWS"]), number)](
+        *_as_stored(k, v, pool),
+        plan.slots.contiguous(),
+        lists.table,
+        lists.scales,
+        T,
+        pages,
+        *stored,
+        **constants,
+    )
+    commit(plan, lists)
+
+
+def _as_stored(k: Tensor, v: Tensor, pool: PagePool) -> list[Tensor]:
+    """Contiguous rows; in the store's dtype where they are stored as they are."""
+    pairs = ((k, pool.key_layout), (v, pool.value_layout))
+    return [(x.to(y.dtype) if y.number == "plain" else x).contiguous() for x, y in pairs]
+
+
+def _log_pointers(log: UndoLog | None) -> list[Tensor | None]:
+    if log is None:
+        return [None] * 7
+    rows = [log.keys, log.values, log.key_scales, log.value_scales]
+    return [*rows, log.expired, log.marked.view(torch.uint8), log.live]
+
+
+def _gate_pointers(gate: GateInput) -> list[Tensor | None]:
+    if isinstance(gate, Decided):
+        return [gate.evict.contiguous().view(torch.uint8), None, None, None, None]
+    tensors = (gate.features, gate.weight.float(), gate.threshold.float(), gate.positions)
+    return [None, *(x.contiguous() for x in tensors)]
+
+
+def _gate_constants(gate: GateInput) -> dict[str, Any]:
+    if isinstance(gate, Decided):
+        return _linear_constants(0, True, True, 0.0, 0.0, 0)
+    return _linear_constants(
+        gate.features.shape[1],
+        len(gate.weight) == 1,
+        len(gate.positions) == 1,
+        gate.scale,
+        gate.offset,
+        gate.protect,
+    )
+
+
+def _linear_constants(
+    width: int, one_row: bool, one_position: bool, scale: float, offset: float, protect: int
+) -> dict[str, Any]:
+    return {
+        "C": width,
+        "BLOCK_C": min(FEATURES, triton.next_power_of_2(max(1, width))),
+        "ONE_ROW": one_row,
+        "ONE_POSITION": one_position,
+        "SCALE": float(scale),
+        "OFFSET": float(offset),
+        "PROTECT": protect,
+    }
+
+
+def _append_warps(gate: GateInput) -> int:
+    return 4 if isinstance(gate, LinearGate) else 1
+
+
+def _row_constants(layouts: tuple[RowLayout, RowLayout]) -> dict[str, Any]:
+    """How keys and values are stored."""
+    found: dict[str, Any] = {}
+    for name, dim, layout in zip(("KEY", "VALUE"), ("DK", "DV"), layouts, strict=True):
+        found |= {
+            f"{name}_NUMBER": layout.number,
+            f"{name}_PER_ROW": layout.per_row,
+            dim: layout.dim,
+            f"BLOCK_{dim}": triton.next_power_of_2(layout.dim),
+        }
+    return found
+
+
+def _stored_widths(layouts: tuple[RowLayout, RowLayout]) -> dict[str, int]:
+    """Elements of codes and of scales of a stored row."""
+    keys, values = layouts
+    return {
+        "KEY_CODES": keys.codes,
+        "KEY_SCALES": 0 if keys.scales is None else keys.scales[0],
+        "VALUE_CODES": values.codes,
+        "VALUE_SCALES": 0 if values.scales is None else values.scales[0],
+    }
+
+
+def _append_constants(
+    layouts: tuple[RowLayout, RowLayout], heads: int, window: int, shift: int, logged: int
+) -> dict[str, Any]:
+    found = {"K": heads, "RING": window + 1, "SHIFT": shift, "PAGE": PAGE, "LOGGED": logged}
+    return found | _row_constants(layouts) | _stored_widths(layouts)
+
+
+def _pack_constants(layouts: tuple[RowLayout, RowLayout], heads: int) -> dict[str, Any]:
+    found = _row_constants(layouts)
+    rows = max(1, NUMBERS // max(found["BLOCK_DK"], found["BLOCK_DV"]))
+    return {"K": heads, "PAGE": PAGE, "ROWS": rows} | found
+
+
+def _move_constants(layouts: tuple[RowLayout, RowLayout], ring: int) -> dict[str, Any]:
+    widths = _stored_widths(layouts)
+    return {
+        "RING": ring,
+        "PAGE": PAGE,
+        "BLOCK_K": triton.next_power_of_2(widths["KEY_CODES"]),
+        "BLOCK_V": triton.next_power_of_2(widths["VALUE_CODES"]),
+        **widths,
+    }
+
+
+def variants() -> list[Variant]:
+    """What is compiled for Hopper: 8 KV heads, a window of 256, decisions that govern their own token."""
+    bf16 = torch.bfloat16
+    fp8, rows = RowLayout("fp8", 128, torch.uint8), RowLayout("fp8", 128, torch.uint8, True)
+    formats = {
+        "bf16": (RowLayout("plain", 128, bf16),) * 2,
+        "fp8": (fp8, fp8),
+        "fp8_rows": (rows, rows),
+        "int8": (RowLayout("int8", 128, torch.uint8),) * 2,
+        "nvfp4": (RowLayout("nvfp4", 128, torch.uint8),) * 2,
+    }
+    narrow = (RowLayout("plain", 64, bf16),) * 2
+    latent = (RowLayout("plain", 512, bf16), RowLayout("plain", 64, bf16))
+    found = [_append_variant(f"append_{name}", x, 8, 4096) for name, x in formats.items()]
+    found += [
+        _append_variant("append_bf16_decided", formats["bf16"], 8, 0),
+        _append_variant("append_bf16_logged", formats["bf16"], 8, 4096, logged=256),
+        _append_variant("append_bf16_d64", narrow, 8, 2048),
+        _append_variant("append_bf16_latent", latent, 1, 2048),
+    ]
+    found += [_pack_variant(f"pack_{name}", x, 8) for name, x in formats.items()]
+    found += [
+        _pack_variant("pack_bf16_d64", narrow, 8),
+        _pack_variant("pack_bf16_latent", latent, 1),
+        _move_variant("move_nvfp4", formats["nvfp4"]),
+    ]
+    return found
+
+
+def _append_variant(
+    name: str, layouts: tuple[RowLayout, RowLayout], heads: int, features: int, logged: int = 0
+) -> Variant:
+    types = {"k_ptr": "*bf16", "v_ptr": "*bf16", "active_ptr": "*u8", "scales_ptr": "*fp32"}
+    if features:
+        types |= {"features_ptr": "*bf16", "weight_ptr": "*fp32"}
+        types |= {"threshold_ptr": "*fp32", "positions_ptr": "*i64"}
+    else:
+        types["evict_ptr"] = "*u8"
+    types |= {"free_ptr": "*i32", "pages": "i32"} | _stored_types(layouts)
+    types |= {f"{x}_ptr": "*i32" for x in ("table", "live", "seen", "ring_slot", "counters")}
+    types["ring_evict_ptr"] = "*u8"
+    if logged:
+        types |= {f"log_{x}": kind for x, kind in _stored_types(layouts).items()}
+        types |= {"log_expired_ptr": "*i32", "log_marked_ptr": "*u8", "log_live_ptr": "*i32"}
+    constants = _append_constants(layouts, heads, 256, 0, logged)
+    constants |= _linear_constants(features, False, False, 100.0, 5.0, 0)
+    return _variant(name, _append_kernel, types, constants, 4 if features else 1)
+
+
+def _pack_variant(name: str, layouts: tuple[RowLayout, RowLayout], heads: int) -> Variant:
+    types = {"k_ptr": "*bf16", "v_ptr": "*bf16", "slots_ptr": "*i32", "table_ptr": "*i32"}
+    types |= {"scales_ptr": "*fp32", "tokens": "i32", "pages": "i32"} | _stored_types(layouts)
+    return _variant(name, _pack_kernel, types, _pack_constants(layouts, heads), 4)
+
+
+def _move_variant(name: str, layouts: tuple[RowLayout, RowLayout]) -> Variant:
+    types = {f"{x}_ptr": "*i32" for x in ("sources", "targets", "count", "table")}
+    types |= {"pages": "i32"} | _stored_types(layouts)
+    return _variant(name, _move_kernel, types, _move_constants(layouts, 257), 4)
+
+
+def _stored_types(layouts: tuple[RowLayout, RowLayout]) -> dict[str, str]:
+    """Triton types of the pool's tensors; those that do not exist are left out."""
+    names = {torch.bfloat16: "*bf16", torch.uint8: "*u8", torch.float32: "*fp32"}
+    found = {}
+    for name, scales, layout in zip(
+        ("keys_ptr", "values_ptr"), ("key_scales_ptr", "value_scales_ptr"), layouts, strict=True
+    ):
+        found[name] = names[layout.dtype]
+        if layout.scales is not None:
+            found[scales] = names[layout.scales[1]]
+    return found
+
+
+def _variant(
+    name: str, kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int
+) -> Variant:
+    """A variant in which pointers without a type are None."""
+    absent = {x: None for x in kernel.arg_names if x not in types and x not in constants}
+    return Variant(name, kernel, types, absent | constants, num_warps=warps)

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention of one layer over a paged cache: a decode step in a few launches, a long prompt in chunks.
+
+A prompt is read in chunks, each of which attends to what the chunks before it left: so its cost follows the compression
+ratio, as that of decoding does.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modelopt_dms.cache import LayerStep
+from modelopt_dms.ops import (
+    Scoring,
+    door,
+    merge_partials,
+    partial_attention,
+    prefill_partial,
+    shift_decisions,
+    with_sinks,
+)
+from modelopt_dms.paging import PagedSlots
+
+# Tokens of a prompt that attend to each other in full; what they evict is gone for the next chunk.
+CHUNK = 2048
+
+
+def attend_pages(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scoring: Scoring
+) -> Tensor:
+    """Attention [B, H, T, Dv] of T new tokens over what lives and among themselves, after which they are taken in.
+
+    Args:
+        module: the attention module, on which a `LayerStep` with a paged cache layer is staged.
+        q: queries [B, H, T, D].
+        k: keys [B, K, T, D] as they will be read from the cache; of all heads, where the cache holds latents (MLA).
+        v: values [B, K, T, Dv], likewise.
+        mask: bool [B or 1, 1, T, S], or None for causal.
+        scoring: how scores become weights.
+    """
+    step: LayerStep = module.dms_step
+    slots = _slots(step)
+    latent = hasattr(module, "expand_kv")
+    if step.undecided is None:
+        mask = None if mask is None else mask[..., -q.shape[2] :]
+        attend = _attend_latents if latent else _attend_chunks
+        return attend(module, q, k, v, mask, scoring)
+    assert step.layer is not None
+    valid = None if mask is None else mask[:, 0, 0, -1].expand(len(q))
+    k, v = step.layer.take_incoming()
+    slots.append_token(k[:, :, 0], v[:, :, 0], step.undecided, valid)
+    if latent:
+        return _absorbed(module, q[:, :, 0], slots, scoring)[:, :, None]
+    out = door.decode_attention(q[:, :, 0], slots.pool, slots.state, scoring, impl=slots.impl)
+    return out[:, :, None]
+
+
+def _attend_chunks(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scoring: Scoring
+) -> Tensor:
+    step: LayerStep = module.dms_step
+    slots = _slots(step)
+    assert step.layer is not None and step.evict is not None
+    evict = step.evict.expand(-1, k.shape[1], -1)
+    starts, valid = door.starts_of(mask), _valid(mask, len(q))
+    incoming = step.layer.take_incoming()
+    if starts is not None and q.shape[2] > CHUNK:
+        _check_documents(starts, valid)
+    outs = []
+    for start in range(0, q.shape[2], CHUNK):
+        part = slice(start, start + CHUNK)
+        decisions = evict[..., part]
+        slots.prepare(*(x[:, :, part] for x in incoming))
+        slots.decide_previous(decisions[..., 0])
+        outs.append(
+            door.attend_chunk(
+                q[:, :, part],
+                k[:, :, part],
+                v[:, :, part],
+                shift_decisions(decisions, slots.shift),
+                None if starts is None else (starts[:, part] - start).clamp(min=0),
+                slots.state.seen[:, 0].contiguous(),
+                slots.expiry(slots.seen) if slots.seen else None,
+                slots.pool,
+                slots.state,
+                scoring,
+                impl=slots.impl,
+            )
+        )
+        slots.append(
+            *(x[:, :, part] for x in incoming),
+            decisions,
+            None if valid is None else valid[:, part],
+        )
+    return torch.cat(outs, dim=2)
+
+
+def _check_documents(starts: Tensor, valid: Tensor | None) -> None:
+    """A chunk does not know which earlier tokens belong to another document."""
+    others = starts != starts[:, -1:]
+    if valid is not None:
+        others = others & valid
+    if bool(others.any()):
+        raise ValueError(
+            f"packed documents of more than {CHUNK} tokens in all cannot fill a KV cache on a CUDA device; pass "
+            "use_cache=False, or one document a row"
+        )
+
+
+def _attend_latents(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scoring: Scoring
+) -> Tensor:
+    """As `_attend_chunks` where the cache holds one latent a token (MLA), which is expanded to all heads."""
+    step: LayerStep = module.dms_step
+    slots = _slots(step)
+    assert step.layer is not None and step.evict is not None and step.log_keep is not None
+    log_keep = step.log_keep.expand(-1, k.shape[1], -1)
+    valid = _valid(mask, len(q))
+    incoming = step.layer.take_incoming()
+    slots.prepare(*incoming)
+    slots.decide_previous(step.evict[..., 0])
+    if not slots.seen:
+        out = door.prefill_attention(
+            q, k, v, log_keep, slots.window, mask, scoring, impl=slots.impl
+        )
+    else:
+        new = prefill_partial(q, k, v, log_keep, slots.window, mask, scoring)
+        past = _past_latents(module, q, slots, scoring)
+        out = with_sinks(*merge_partials(*new, *past), scoring.sinks)
+    slots.append(*incoming, step.evict, valid)
+    return out
+
+
+def _past_latents(
+    module: Any, q: Tensor, slots: PagedSlots, scoring: Scoring
+) -> tuple[Tensor, Tensor]:
+    """Attention of new tokens [B, H, T, D] over the latents that lived before them."""
+    longest = int(slots.state.live.max())
+    keys, values = module.expand_kv(*slots.read(longest, q.dtype))  # [B, H, L, .]
+    at = torch.arange(longest, device=q.device)
+    queries = slots.state.seen[:, 0, None] + torch.arange(q.shape[2], device=q.device)  # [B, T]
+    readable = queries[:, None, :, None] <= slots.expiry(longest)[:, :, None]
+    readable &= (at < slots.state.live[..., None])[:, :, None]
+    bias = torch.zeros(readable.shape, device=q.device).masked_fill(~readable, float("-inf"))
+    return partial_attention(q, keys, values, bias, scoring)
+
+
+def _absorbed(module: Any, q: Tensor, slots: PagedSlots, scoring: Scoring) -> Tensor:
+    """Attention [B, H, Dv] of queries [B, H, D] over latents, without expanding them: the projection moves to q and out.
+
+    Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1.2. Quantizers of the projection's input see nothing here.
+    """
+    projection, nope = module.kv_b_proj, module.qk_nope_head_dim
+    weight = projection.weight
+    if hasattr(projection, "weight_quantizer"):
+        weight = projection.weight_quantizer(weight)
+    weight = weight.unflatten(0, (q.shape[1], -1))  # [H * (nope + Dv), C] -> [H, nope + Dv, C]
+    latent = torch.einsum("bhn,hnc->bhc", q[..., :nope], weight[:, :nope])
+    query = torch.cat([latent, q[..., nope:]], dim=-1)
+    out = door.decode_latent(query, slots.pool, slots.state, scoring, impl=slots.impl)
+    return torch.einsum("bhc,hvc->bhv", out, weight[:, nope:])
+
+
+def _slots(step: LayerStep) -> PagedSlots:
+    assert step.layer is not None and isinstance(step.layer.slots, PagedSlots)
+    return step.layer.slots
+
+
+def _valid(mask: Tensor | None, batch: int) -> Tensor | None:
+    """Which of the new tokens [B, T] are not padding, from a mask [B or 1, 1, T, T]."""
+    return None if mask is None else mask[:, 0].diagonal(dim1=-2, dim2=-1).expand(batch, -1)

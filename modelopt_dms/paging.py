@@ -1,0 +1,511 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Slots for one layer's KV rows in pages on a device, which all layers of a cache share.
+
+`PagedSlots` keeps what `pages.SlotLists` keeps, and shows the same face; what it does with tokens stands in
+`ops.append` and `ops.append_reference`. Knows neither attention nor Hugging Face.
+
+Shapes: B sequences, K KV heads, T new tokens.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from modelopt_dms.kv_quant import RowFormat
+from modelopt_dms.ops import append_reference, regroup
+from modelopt_dms.ops.gating import Decided, GateInput
+from modelopt_dms.ops.paged import NO_PAGE, PAGE, LayerLists, PagePool, RowLayout
+from modelopt_dms.ops.undo import UndoLog, decide_previous, take_back
+
+Impl = Literal["triton", "reference"]
+
+NEVER = 2**31 - 1  # a position that no query has
+DRAFT = (
+    64  # tokens: while tokens can be taken back, a chunk up to this length can be taken back whole
+)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Sizes that a cache never changes, so that a CUDA graph finds everything where it was.
+
+    Attributes:
+        pages: of all layers together.
+        batch: B.
+        width: pages that one list can own.
+    """
+
+    pages: int
+    batch: int
+    width: int
+
+
+class SharedPool:
+    """The pages of all layers of a cache on one device, and which of its sequences are active.
+
+    With limits it never changes size, and whoever uses it calls `check` now and then. Without, it grows before it could
+    run out: the host knows an upper bound of what is in use, and asks the device only when that is not enough.
+
+    Attributes:
+        limits: None for a pool that grows.
+        layers: how many layers there will be, for a first guess at the size.
+        stores: the layers so far.
+        pool: the pages; replaced where they grow.
+        active: [B] bool, one tensor for all layers.
+    """
+
+    pool: PagePool
+    active: Tensor
+
+    def __init__(self, limits: Limits | None = None, layers: int = 1) -> None:
+        """Make a pool that takes its shapes from the first layer's first append."""
+        self.limits = limits
+        self.layers = layers
+        self.stores: list[PagedSlots] = []
+        self._free = 0  # pages, when the device was last asked
+        self._since: dict[PagedSlots, int] = {}  # tokens that each layer took in since
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of all pages, free ones included."""
+        return self.pool.pages * self.pool.page_bytes
+
+    def join(self, store: "PagedSlots", layouts: tuple[RowLayout, RowLayout], like: Tensor) -> None:
+        """Let a layer with rows like [B, K, T, D] in; the first one decides on shapes.
+
+        Raises:
+            ValueError: the layer's rows lie otherwise than those of the layers before it, or B is another.
+        """
+        batch = len(like)
+        if not self.stores:
+            pages = 0 if self.limits is None else self.limits.pages
+            self.pool = PagePool.make(pages, *layouts, like.device)
+            self.active = torch.ones(batch, dtype=torch.bool, device=like.device)
+            self._free = pages
+        held = (self.pool.key_layout, self.pool.value_layout)
+        if layouts != held:
+            raise ValueError(
+                f"layers that share pages must store rows alike: got {layouts}, the pages hold {held}"
+            )
+        allowed = len(self.active) if self.limits is None else self.limits.batch
+        if batch != allowed:
+            raise ValueError(f"this cache holds {allowed} sequences, got {batch}")
+        self.stores.append(store)
+
+    def leave(self, store: "PagedSlots") -> None:
+        """Forget a layer that owns no pages any more."""
+        self.stores.remove(store)
+        self._since.pop(store, None)
+
+    def with_batch(self, batch: int) -> Tensor:
+        """`active` of so many sequences, all of them active.
+
+        Raises:
+            ValueError: limits say otherwise.
+        """
+        if self.limits is not None and batch != self.limits.batch:
+            raise ValueError(
+                f"a cache of fixed size holds {self.limits.batch} sequences, got {batch}"
+            )
+        if batch == len(self.active):
+            self.active.fill_(True)
+        else:
+            self.active = torch.ones(batch, dtype=torch.bool, device=self.active.device)
+        return self.active
+
+    def release(self, sequences: Tensor) -> None:
+        """Finished sequences [B] bool give their pages back and take in nothing more; on the device."""
+        for store in self.stores:
+            store.release(sequences)
+
+    def check(self) -> int:
+        """The most pages ever in use. Waits for the device.
+
+        Raises:
+            OutOfPagesError: rows were lost, because the pool or a list's table was too small.
+        """
+        knob = "give the cache more pages (max_cache_bytes), or let fewer sequences in at a time"
+        full = [x for x in self.stores if int(x.state.live.max()) >= x.state.table.shape[2] * PAGE]
+        if full:
+            width = full[0].state.table.shape[2]
+            knob = (
+                f"a list is as long as its table allows ({width} pages, {width * PAGE} tokens held): give lists wider "
+                "tables"
+            )
+        return self.pool.check(knob)
+
+    def reserve(self, store: "PagedSlots", tokens: int, wanted: Callable[[], Tensor]) -> None:
+        """See to it that a layer can take in tokens; asks the device only if what it knows does not suffice.
+
+        Args:
+            store: the layer.
+            tokens: that every list of the layer may grow by.
+            wanted: tells pages, bool of any shape; those True are all that it can take now.
+        """
+        if self.limits is not None:
+            return
+        self._since[store] = self._since.get(store, 0) + tokens
+        # A list that grows by n slots takes at most ceil(n / PAGE) pages.
+        bound = sum(x.lists * -(-n // PAGE) for x, n in self._since.items())
+        if bound <= self._free:
+            return
+        needed, free = torch.stack([wanted().sum(), self.pool.counters[0]]).tolist()
+        self._since.clear()
+        self._free = free - needed
+        # With a page more for every list, the next PAGE tokens need no asking.
+        spare = max(self.layers, len(self.stores)) * store.lists
+        if self._free < spare:
+            if self.pool.pages == 0:
+                extra = needed * self.layers + spare
+            else:
+                extra = max(spare - self._free, self.pool.pages // 8)
+            self._grow(free, extra)
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError if a page has two owners, or none. Waits for the device."""
+        free = self.pool.free[: int(self.pool.counters[0])].tolist()
+        owned = [x.state.table.flatten() for x in self.stores]
+        pages = free + [page for page in torch.cat(owned).tolist() if page != NO_PAGE]
+        assert len(set(pages)) == len(pages), "two lists share a page"
+        assert sorted(pages) == list(range(1, self.pool.pages + 1)), "pages were lost"
+
+    def _grow(self, free: int, extra: int) -> None:
+        """Make the pool larger by `extra` pages, of which `free` are free now."""
+        old = self.pool
+        new = PagePool.make(old.pages + extra, old.key_layout, old.value_layout, old.free.device)
+        for name in ("keys", "values", "key_scales", "value_scales"):
+            if getattr(old, name) is not None:
+                getattr(new, name)[: old.pages + 1] = getattr(old, name)
+        # `free` of the new pool starts with the new ids, highest first.
+        new.free[extra : extra + free] = old.free[:free]
+        new.counters.copy_(old.counters + extra)
+        self.pool = new
+        self._free += extra
+
+
+@dataclass
+class PagedUsage:
+    """What a layer's cache holds, as `pages.Usage`. Waits for the device when it is read, not when it is made.
+
+    Attributes:
+        state: the layer's lists, without their rows.
+        padding: positions [B] that were padding.
+        page_bytes: of a page.
+        log_bytes: of the rows held for a rollback.
+        row_bytes: of one key and value row.
+        row_values: numbers in one key and value row.
+    """
+
+    state: LayerLists
+    padding: Tensor
+    page_bytes: int
+    log_bytes: int
+    row_bytes: int
+    row_values: int
+
+    @property
+    def live(self) -> Tensor:
+        """Slots in use [B, K]."""
+        return self.state.live.long()
+
+    @property
+    def tokens(self) -> Tensor:
+        """Tokens seen [B], padding not counted."""
+        return self.state.seen[:, 0] - self.padding
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the pages it owns, and of the rows held for a rollback."""
+        return int((self.state.table != NO_PAGE).sum()) * self.page_bytes + self.log_bytes
+
+    @property
+    def dense_rows(self) -> int:
+        """Rows of a cache that keeps every token."""
+        return int(self.tokens.sum()) * self.state.heads
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes that a cache which keeps every token would need."""
+        return self.dense_rows * self.row_bytes
+
+    @property
+    def bf16_bytes(self) -> int:
+        """Bytes that a cache which keeps every token in bfloat16 would need."""
+        return self.dense_rows * self.row_values * 2
+
+
+class PagedSlots:
+    """The slots of one layer for B sequences and K KV heads, in pages.
+
+    Attributes:
+        seen: positions, padding included, as the host knows; those of a sequence stand in `state`.
+        rollback: tokens that can be taken back; 0 until somebody wants more, since the log takes memory.
+        state: the lists, for kernels.
+        usage: what they hold.
+        padding: positions [B] that were padding.
+    """
+
+    state: LayerLists
+    usage: PagedUsage
+    padding: Tensor
+
+    def __init__(
+        self,
+        window: int,
+        shift: int,
+        shared: SharedPool,
+        formats: tuple[RowFormat | None, RowFormat | None] = (None, None),
+        impl: Impl = "reference",
+    ) -> None:
+        """Make an empty cache; shapes are taken from the first append.
+
+        Args:
+            window: tokens a marked token stays readable.
+            shift: 1 if a token's logit governs the token before it, else 0.
+            shared: the pages.
+            formats: number formats of the stored keys and values; None is the model's own dtype.
+            impl: what takes tokens in.
+        """
+        self.window = window
+        self.shift = shift
+        self.shared = shared
+        self.formats = formats
+        self.impl = impl
+        self.seen = 0
+        self.rollback = 0
+        self._ops = _implementation(impl)
+        self._log: UndoLog | None = None
+        self._recoverable = 0  # tokens in the log
+
+    @property
+    def pool(self) -> PagePool:
+        """The pages, as they are now."""
+        return self.shared.pool
+
+    @property
+    def B(self) -> int:
+        """Sequences."""
+        return self.state.batch
+
+    @property
+    def K(self) -> int:
+        """KV heads."""
+        return self.state.heads
+
+    @property
+    def lists(self) -> int:
+        """Number of lists, B * K."""
+        return self.B * self.K
+
+    @property
+    def live(self) -> Tensor:
+        """Slots in use [B, K]."""
+        return self.state.live
+
+    def decide_previous(self, decisions: Tensor) -> None:
+        """With shift 1: the first new token's decision [B, K] governs the last token held."""
+        decide_previous(self.state, decisions)
+
+    def expiry(self, length: int) -> Tensor:
+        """The last position [B, K, length] int32 of a query that may read what is in each slot; NEVER without end.
+
+        Of what is marked so far: with shift 1, call `decide_previous` first.
+        """
+        state = self.state
+        pending = state.ring_evict & (state.ring_slot >= 0) & (state.ring_slot < length)
+        slots = torch.where(pending, state.ring_slot, length).long()  # [B, K, R]
+        last = (state.ring_positions() + self.window).to(torch.int32)
+        found = torch.full(
+            (self.B, self.K, length + 1), NEVER, dtype=torch.int32, device=last.device
+        )
+        return found.scatter_(2, slots, last)[..., :length]
+
+    def append_token(self, k: Tensor, v: Tensor, gate: GateInput) -> None:
+        """Take in one token of every active sequence; no padding.
+
+        Args:
+            k: key rows [B, K, Dk], not encoded.
+            v: value rows [B, K, Dv].
+            gate: decisions [B, K], or what they are made from.
+        """
+        self._prepare(k[:, :, None], v[:, :, None])
+        state = self.state
+        self.shared.reserve(self, 1, lambda: append_reference.wanted_pages(state, state.live + 1))
+        self._ops.append_token(k, v, gate, self.pool, state, self._log)
+        self.seen += 1
+        if self._log is not None:
+            self._recoverable = min(self._recoverable + 1, self._log.tokens)
+
+    def append(self, k: Tensor, v: Tensor, decisions: Tensor, valid: Tensor | None) -> None:
+        """Take in T tokens of every active sequence, and drop what is marked and has left the window.
+
+        Args:
+            k: key rows [B, K, T, Dk], not encoded.
+            v: value rows [B, K, T, Dv].
+            decisions: eviction decisions [B, K, T] bool, as made by these tokens' hidden states.
+            valid: False [B, T] for padding, which is never kept; None if there is none.
+        """
+        if self.rollback and valid is not None and bool(valid.all()):
+            valid = None
+        self._prepare(k, v)
+        T = k.shape[2]
+        bulk = T - (self._single(T) if valid is None else 0)
+        if bulk:
+            self._append_many(k[:, :, :bulk], v[:, :, :bulk], decisions[..., :bulk], valid)
+        for t in range(bulk, T):
+            self.append_token(k[:, :, t], v[:, :, t], Decided(decisions[..., t]))
+
+    def advance(self, tokens: int) -> None:
+        """A captured graph took in so many tokens of every active sequence."""
+        self.seen += tokens
+        self._recoverable = 0
+
+    def crop(self, tokens: int) -> None:
+        """Take back the last `tokens` tokens, bringing back the rows they overwrote.
+
+        Raises:
+            ValueError: more tokens than can be taken back.
+        """
+        if tokens > self._recoverable:
+            raise ValueError(
+                f"cannot take back {tokens} tokens: the evicted rows of only the last {self._recoverable} are still "
+                f"held (delay window {self.window}, limit {self.rollback}); call activate_past_recording() on the "
+                "cache after its first forward to hold as many as the delay window"
+            )
+        for _ in range(tokens):
+            assert self._log is not None
+            take_back(self._log, self.pool, self.state)
+        self.seen -= tokens
+        self._recoverable -= tokens
+
+    def release(self, sequences: Tensor) -> None:
+        """Finished sequences [B] bool give their pages back and take in nothing more; on the device."""
+        regroup.release(self.state, self.pool, sequences)
+        self.padding.masked_fill_(sequences, 0)
+
+    def select(self, sequences: Tensor) -> None:
+        """Keep these sequences [B'], in this order; one may be named several times (beams). Waits for the device.
+
+        Raises:
+            ValueError: one of them is not active, or the cache is of fixed size and B' is not B.
+        """
+        state = self.state
+        sequences = sequences.to(state.live.device)
+        if not bool(state.active[sequences].all()):
+            raise ValueError(f"released sequences cannot be selected: got {sequences.tolist()}")
+        active = self.shared.with_batch(len(sequences))
+        regroup.drop(state, self.pool, regroup.unnamed(state, sequences))
+        width = state.table.shape[2] * PAGE
+        self.shared.reserve(self, width, lambda: regroup.copied_pages(state, sequences))
+        regroup.select(state, self.pool, sequences)
+        state.active = active
+        self.padding = self.padding[sequences]
+        self._log, self._recoverable = None, 0
+        self._count()
+
+    def clear(self) -> None:
+        """Give all pages back and forget everything; the next append starts anew."""
+        self.seen = self._recoverable = 0
+        if not hasattr(self, "state"):
+            return
+        if self.shared.limits is not None:
+            regroup.drop(self.state, self.pool, torch.ones_like(self.state.active))
+            self.padding.zero_()
+            self.state.active.fill_(True)
+            return
+        # Whoever holds `usage` goes on reading what there was.
+        self.pool.give_back(self.state.table.flatten())
+        self.shared.leave(self)
+        self._log = None
+        del self.state, self.padding
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError if a slot or a page is shared, out of range, or missing. Waits for the device."""
+        self.shared.check_integrity()
+        state = self.state
+        own = append_reference.spanned_pages(state, state.live)
+        assert bool((state.table[own] != NO_PAGE).all()), "a list lacks a page"
+        held = (state.ring_slot >= 0) & (state.ring_positions() >= 0)
+        for b in range(self.B):
+            assert len(state.seen[b].unique()) == 1, f"heads of sequence {b} saw different lengths"
+            for h in range(self.K):
+                slots, live = state.ring_slot[b, h][held[b, h]], int(state.live[b, h])
+                assert len(slots.unique()) == len(slots), f"list {b, h}: two tokens share a slot"
+                assert bool((slots < live).all()), f"list {b, h}: a pending token beyond the list"
+                assert live >= len(slots), f"list {b, h}: pending tokens are missing"
+
+    def _append_many(self, k: Tensor, v: Tensor, decisions: Tensor, valid: Tensor | None) -> None:
+        T = k.shape[2]
+        plan = append_reference.plan_pack(decisions, valid, self.state)
+        self.shared.reserve(self, T, lambda: append_reference.wanted_pages(self.state, plan.live))
+        self._ops.place(plan, k, v, self.pool, self.state)
+        self.seen += T
+        self._recoverable = 0
+        if valid is not None:
+            self.padding += torch.where(self.state.active, (~valid).sum(-1), 0)
+
+    def _single(self, tokens: int) -> int:
+        """How many of the last of these tokens go in one by one, so that they can be taken back one by one."""
+        if self._log is None:
+            return tokens if tokens == 1 else 0
+        return tokens if tokens <= self._log.tokens else self.rollback
+
+    def _prepare(self, k: Tensor, v: Tensor) -> None:
+        """Make what is not there yet: the lists, room in their tables, the log."""
+        T = k.shape[2]
+        limits = self.shared.limits
+        if not hasattr(self, "state"):
+            k_format, v_format = self.formats
+            layouts = (
+                RowLayout.of(k_format, k.shape[-1], k.dtype),
+                RowLayout.of(v_format, v.shape[-1], v.dtype),
+            )
+            self.shared.join(self, layouts, k)
+            width = -(-T // PAGE) if limits is None else limits.width
+            B, K = k.shape[:2]
+            active = self.shared.active
+            self.state = LayerLists.make(B, K, width, self.window, self.shift, active, self.formats)
+            self.padding = torch.zeros(B, dtype=torch.int32, device=k.device)
+            self._row_values = k.shape[-1] + v.shape[-1]
+            self._count()
+        pages = -(-(self.seen + T) // PAGE)
+        width = self.state.table.shape[2]
+        if limits is None and pages > width:
+            table = self.state.table.new_full((self.B, self.K, max(pages, 2 * width)), NO_PAGE)
+            table[..., :width] = self.state.table
+            self.state.table = table
+        if self.rollback and (self._log is None or self._log.tokens < self.rollback):
+            self._log = UndoLog.make(max(self.rollback, DRAFT), self.pool, self.state)
+            self._recoverable = 0
+            self._count()
+
+    def _count(self) -> None:
+        """Make `usage` anew."""
+        pool, log = self.pool, self._log
+        self.usage = PagedUsage(
+            self.state,
+            self.padding,
+            pool.page_bytes,
+            0 if log is None else log.row_bytes,
+            pool.key_layout.row_bytes + pool.value_layout.row_bytes,
+            self._row_values,
+        )
+
+
+def _implementation(impl: Impl) -> Any:
+    """The module that takes tokens in this way.
+
+    Raises:
+        ValueError: there is no such way.
+    """
+    if impl == "triton":
+        # Not above: a machine without Triton has the reference.
+        from modelopt_dms.ops import append
+
+        return append
+    if impl == "reference":
+        return append_reference
+    raise ValueError(f"impl must be 'triton' or 'reference', got {impl!r}")

@@ -1,0 +1,391 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Taking tokens into paged lists: kernels (interpreted) and their meaning in PyTorch, against the CPU's SlotLists."""
+
+import json
+import os
+import subprocess
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from paged_oracle import (
+    FORMATS,
+    Formats,
+    Sequences,
+    assert_every_page_has_one_owner,
+    assert_same,
+    held,
+    stored,
+)
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from modelopt_dms.config import DMSConfig
+from modelopt_dms.gate import EvictionGate
+from modelopt_dms.kv_quant import _to_e2m1
+from modelopt_dms.ops import append, append_reference, encoding
+from modelopt_dms.ops.gating import Decided, LinearGate
+from modelopt_dms.ops.paged import PAGE, LayerLists, OutOfPagesError, PagePool, RowLayout
+from modelopt_dms.ops.undo import UndoLog, take_back
+
+IMPLS = {"triton": append, "reference": append_reference}
+CPU = torch.device("cpu")
+B, K, D = 2, 2, 16
+
+
+@pytest.fixture(params=IMPLS)
+def ops(request: pytest.FixtureRequest) -> ModuleType:
+    return IMPLS[request.param]
+
+
+def made(
+    formats: Formats,
+    window: int = 3,
+    shift: int = 0,
+    dims: tuple[int, int] = (D, D),
+    pages: int = 40,
+    width: int = 4,
+    batch: int = B,
+    dtype: torch.dtype = torch.bfloat16,
+) -> tuple[PagePool, LayerLists]:
+    layouts = [RowLayout.of(form, dim, dtype) for form, dim in zip(formats, dims, strict=True)]
+    pool = PagePool.make(pages, layouts[0], layouts[1], CPU)
+    active = torch.ones(batch, dtype=torch.bool)
+    return pool, LayerLists.make(batch, K, width, window, shift, active, formats)
+
+
+def rows(seed: int, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def coin(seed: int, chance: float, *shape: int) -> Tensor:
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) < chance
+
+
+# Numbers
+
+
+@triton.jit
+def _encode(x_ptr, out_ptr, NUMBER: tl.constexpr, N: tl.constexpr):
+    at = tl.arange(0, N)
+    x = tl.load(x_ptr + at)
+    if NUMBER == "fp8":
+        code = encoding.to_e4m3(x).to(tl.int32)
+    elif NUMBER == "int8":
+        code = encoding.to_int8(x).to(tl.int32)
+    else:
+        code = encoding.to_e2m1(x)
+    tl.store(out_ptr + at, code)
+
+
+def codes(x: Tensor, number: str) -> Tensor:
+    """What the kernels make of float32 numbers [N]."""
+    size = triton.next_power_of_2(len(x))
+    padded = torch.nn.functional.pad(x, (0, size - len(x)))
+    out = torch.empty(size, dtype=torch.int32)
+    _encode[(1,)](padded, out, number, size)
+    return out[: len(x)]
+
+
+def awkward(grid: Tensor) -> Tensor:
+    """A grid of numbers, what lies halfway between them, and the nearest float32 numbers on both sides; any sign."""
+    ties = (grid[1:] + grid[:-1]) / 2
+    exact = torch.cat([grid, ties, torch.tensor([0.0, 1e-45, 1e-38, 2.0**-10, 3e38, torch.inf])])
+    up = torch.nextafter(exact, torch.tensor(torch.inf))
+    down = torch.nextafter(exact, torch.tensor(-torch.inf))
+    x = torch.cat([exact, up, down])
+    return torch.cat([x, -x])
+
+
+ALL_BF16 = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
+ALL_BF16 = ALL_BF16[~ALL_BF16.isnan()]
+
+
+def test_fp8_codes_are_pytorchs_for_ties_subnormals_and_too_large_numbers() -> None:
+    grid = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    for x in (awkward(grid), ALL_BF16):
+        expected = x.clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+        assert torch.equal(codes(x, "fp8"), expected.int())
+
+
+def test_int8_codes_are_pytorchs_for_ties_and_too_large_numbers() -> None:
+    for x in (awkward(torch.arange(130).float()), ALL_BF16):
+        expected = x.round().clamp(-128, 127).to(torch.int8).view(torch.uint8)
+        assert torch.equal(codes(x, "int8"), expected.int())
+
+
+def test_nvfp4_codes_are_those_of_the_row_format_for_ties_and_too_large_numbers() -> None:
+    grid = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    for x in (awkward(grid), ALL_BF16):
+        assert torch.equal(codes(x, "nvfp4"), _to_e2m1(x).int())
+
+
+@pytest.mark.parametrize("dims", [(16, 16), (80, 48), (32, 96)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", FORMATS)
+def test_stored_bytes_are_the_row_formats(
+    name: str, dtype: torch.dtype, dims: tuple[int, int], ops: ModuleType
+) -> None:
+    formats = FORMATS[name]
+    T = 6
+    k, v = (rows(i, B, K, T, dim, dtype=torch.float32) for i, dim in enumerate(dims))
+    # Zero rows, zero blocks, negative zeros, rows near the smallest numbers and beyond the calibrated range.
+    k[:, :, 0], v[:, :, 1, :16], v[:, :, 2] = 0, -0.0, 0
+    k[:, 0, 1] *= 1e-8
+    k[:, :, 2] *= 100
+    v[:, 1, 3] *= 1e-30
+    k[:, :, 3] = k[:, :, 3].round(decimals=1)
+    k, v = k.to(dtype), v.to(dtype)
+    pool, lists = made(formats, dims=dims, dtype=dtype)
+    evict = torch.zeros(B, K, T, dtype=torch.bool)
+    ops.pack(k[:, :, :-1], v[:, :, :-1], evict[..., :-1], None, pool, lists)
+    ops.append_token(k[:, :, -1], v[:, :, -1], Decided(evict[..., -1]), pool, lists)
+    for b in range(B):
+        for h in range(K):
+            for got, form, x in zip(held(pool, lists, b, h), formats, (k, v), strict=True):
+                assert torch.equal(got, stored(form, x)[b, h])
+
+
+# Decisions
+
+
+@pytest.mark.parametrize("granularity", ["head", "layer"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [5, 70])
+def test_decisions_are_the_gates(
+    granularity: str,
+    dtype: torch.dtype,
+    width: int,
+    ops: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(append, "FEATURES", 32)
+    batch = 6
+    config = DMSConfig(granularity=granularity, scale=0.5, offset=1.5, protect_first=3, window=2)
+    gate = EvictionGate(config, 0, K, width)
+    # Whole numbers: sums have no rounding, so that those equal to the threshold are equal for everybody.
+    x = torch.randint(-3, 4, (batch, 1, width), generator=torch.Generator().manual_seed(1)).to(
+        dtype
+    )
+    with torch.no_grad():
+        gate.weight.copy_(
+            torch.randint(-2, 3, gate.weight.shape, generator=torch.Generator().manual_seed(2))
+        )
+        logits = gate.logits(x)
+        gate.threshold.copy_(logits.amax(dim=(0, 2)).clamp(max=logits.median()))
+    for positions in (torch.tensor([0, 2, 3, 4, 5, 9]), torch.tensor([7])):
+        expected = gate.decide(x, positions[:, None])[..., 0]
+        pool, lists = made((None, None), window=2, batch=batch)
+        zeros = torch.zeros(batch, K, D, dtype=torch.bfloat16)
+        linear = LinearGate(
+            x[:, 0], gate.weight.detach(), gate.threshold, positions, gate.scale, gate.offset, 3
+        )
+        ops.append_token(zeros, zeros, linear, pool, lists)
+        assert expected.any() and not expected.all()
+        assert torch.equal(lists.ring_evict[..., 0], expected)
+
+
+# Histories
+
+
+@st.composite
+def histories(draw: st.DrawFn, chunk: int) -> list[tuple[int, float, float | None, int, bool]]:
+    """Steps: tokens, chance of eviction, chance of being valid (None: no padding), seed, both sequences active."""
+    return draw(
+        st.lists(
+            st.tuples(
+                st.one_of(st.just(1), st.integers(2, chunk)),
+                st.sampled_from([0.2, 0.8, 1.0]),
+                st.sampled_from([None, None, 0.5, 0.0]),
+                st.integers(0, 9999),
+                st.sampled_from([True, True, True, False]),
+            ),
+            min_size=2,
+            max_size=7,
+        )
+    )
+
+
+def follow(
+    ops: ModuleType,
+    steps: list[tuple[int, float, float | None, int, bool]],
+    window: int,
+    shift: int,
+    formats: Formats,
+) -> None:
+    """Drive paged lists and SlotLists alike; they must agree after every step."""
+    pool, lists = made(formats, window, shift)
+    sequences = Sequences(B, window, shift, formats)
+    for T, rate, valid_chance, seed, together in steps:
+        lists.active[1] = together
+        k, v = rows(seed, B, K, T, D), rows(seed + 1, B, K, T, D)
+        evict = coin(seed, rate, B, K, T)
+        valid = None if valid_chance is None else coin(seed + 1, valid_chance, B, T)
+        if T == 1 and valid is None:
+            ops.append_token(k[:, :, 0], v[:, :, 0], Decided(evict[..., 0]), pool, lists)
+        else:
+            ops.pack(k, v, evict, valid, pool, lists)
+        sequences.append(k, v, evict, valid, lists.active)
+        assert_same(sequences, pool, lists)
+        assert_every_page_has_one_owner(pool, lists)
+    pool.check("")
+
+
+windows = st.integers(0, 6)
+
+
+@given(histories(chunk=20), windows, st.integers(0, 1), st.sampled_from(sorted(FORMATS)))
+@settings(max_examples=60, derandomize=True, deadline=None)
+def test_the_references_lists_are_slot_lists(
+    steps: list[tuple[int, float, float | None, int, bool]], window: int, shift: int, name: str
+) -> None:
+    follow(append_reference, steps, window, shift, FORMATS[name])
+
+
+@given(histories(chunk=9), windows, st.integers(0, 1), st.sampled_from(sorted(FORMATS)))
+@settings(max_examples=15, derandomize=True, deadline=None)
+def test_the_kernels_lists_are_slot_lists(
+    steps: list[tuple[int, float, float | None, int, bool]], window: int, shift: int, name: str
+) -> None:
+    follow(append, steps, window, shift, FORMATS[name])
+
+
+@pytest.mark.parametrize("tokens", [PAGE - 1, PAGE, PAGE + 1, 2 * PAGE + 1])
+def test_lists_grow_over_page_borders(tokens: int, ops: ModuleType) -> None:
+    follow(
+        ops,
+        [(tokens, 0.3, None, 0, True), (1, 0.0, None, 1, True), (1, 0.0, None, 2, True)],
+        4,
+        0,
+        (None, None),
+    )
+
+
+def test_lists_that_shrink_move_their_last_rows_into_holes(ops: ModuleType) -> None:
+    steps = [(12, 0.8, None, 0, True), (5, 0.5, 0.0, 1, True), (3, 0.5, 0.3, 2, True)]
+    for shift in (0, 1):
+        follow(ops, steps, 6, shift, FORMATS["nvfp4"])
+        follow(ops, steps, 6, shift, FORMATS["fp8 rows"])
+
+
+# Going back
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("name", ["plain", "fp8 rows", "nvfp4"])
+def test_taking_back_brings_back_everything(name: str, shift: int, ops: ModuleType) -> None:
+    formats = FORMATS[name]
+    pool, lists = made(formats, 3, shift)
+    T, back = 14, 5
+    k, v, evict = rows(0, B, K, T, D), rows(1, B, K, T, D), coin(2, 0.7, B, K, T)
+    log = UndoLog.make(6, pool, lists)
+    sequences = Sequences(B, 3, shift, formats)
+
+    def take_in(start: int, end: int, active: list[bool]) -> None:
+        for t in range(start, end):
+            lists.active.copy_(torch.tensor(active))
+            gate = Decided(evict[..., t])
+            ops.append_token(k[:, :, t], v[:, :, t], gate, pool, lists, log)
+
+    take_in(0, T, [True, True])
+    # The sequence that is not active keeps what it has.
+    lists.active.copy_(torch.tensor([True, False]))
+    for _ in range(back):
+        take_back(log, pool, lists)
+    both, first = torch.tensor([True, True]), torch.tensor([True, False])
+    for t in range(T):
+        some = slice(t, t + 1)
+        active = both if t < T - back else ~first
+        sequences.append(k[:, :, some], v[:, :, some], evict[..., some], None, active)
+    if shift:  # what the token taken back said about the one before it is gone
+        ring_evict = sequences.each[0].ring_evict
+        ring_evict[..., (T - back - 1) % 4] = False
+    assert_same(sequences, pool, lists)
+    take_in(T - back, T, [True, False])
+    for t in range(T - back, T):
+        some = slice(t, t + 1)
+        sequences.append(k[:, :, some], v[:, :, some], evict[..., some], None, first)
+    assert_same(sequences, pool, lists)
+
+
+# Limits
+
+
+def test_a_pool_that_runs_out_says_so_and_harms_nobody(ops: ModuleType) -> None:
+    pool, lists = made((None, None), pages=3)
+    keep = torch.zeros(B, K, 1, dtype=torch.bool)
+    for t in range(3):
+        k = rows(t, B, K, 1, D)
+        ops.append_token(k[:, :, 0], k[:, :, 0], Decided(keep[..., 0]), pool, lists)
+    with pytest.raises(OutOfPagesError, match="3 of 64 slots.*at least 1 more.*turn the knob"):
+        pool.check("turn the knob")
+    owned = lists.table[lists.table > 0].tolist()
+    assert sorted(owned) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("chunk", [1, 40])
+def test_a_list_that_outgrows_its_table_loses_rows_and_harms_nobody(
+    chunk: int, ops: ModuleType
+) -> None:
+    pool, lists = made((None, None), width=1)
+    k = rows(0, B, K, PAGE + 8, D)
+    keep = torch.zeros(B, K, PAGE + 8, dtype=torch.bool)
+    ops.pack(k[:, :, :60], k[:, :, :60], keep[..., :60], None, pool, lists)
+    if chunk == 1:
+        for t in range(60, 66):
+            ops.append_token(k[:, :, t], k[:, :, t], Decided(keep[..., t]), pool, lists)
+    else:
+        ops.pack(k[:, :, 60:], k[:, :, 60:], keep[..., 60:], None, pool, lists)
+    assert lists.live.tolist() == [[PAGE] * K] * B
+    assert torch.equal(held(pool, lists, 1, 1)[0], k[1, 1, :PAGE])
+    with pytest.raises(OutOfPagesError):
+        pool.check("")
+
+
+class NoQuestions(TorchDispatchMode):
+    """Refuses ops that wait for a device, or whose shapes depend on numbers."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "item"), name
+        if name == "index":
+            assert all(x is None or x.dtype != torch.bool for x in args[1]), "index by a mask"
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_op_asks_the_device() -> None:
+    pool, lists = made((None, None), shift=1)
+    log = UndoLog.make(4, pool, lists)
+    k, evict = rows(0, B, K, 9, D), coin(0, 0.5, B, K, 9)
+    gate = Decided(evict[..., 0])
+    valid = coin(1, 0.5, B, 9)
+    with NoQuestions():
+        append_reference.pack(k, k, evict, None, pool, lists)
+        append_reference.pack(k, k, evict, valid, pool, lists)
+        append_reference.append_token(k[:, :, 0], k[:, :, 0], gate, pool, lists, log)
+        take_back(log, pool, lists)
+
+
+# Hopper
+
+COMPILE = """
+import json
+from modelopt_dms.ops import append
+from modelopt_dms.ops.variants import compile_variant
+print(json.dumps({x.name: compile_variant(x).spills for x in append.variants()}))
+"""
+
+
+def test_every_variant_compiles_for_hopper_without_spills() -> None:
+    environment = {x: y for x, y in os.environ.items() if x != "TRITON_INTERPRET"}
+    found = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=environment, check=True, capture_output=True, text=True
+    )
+    spills = json.loads(found.stdout)
+    assert len(spills) == len(append.variants())
+    assert set(spills.values()) == {0}
