@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import RESULTS, build, llama_config, machine, save
+from machine import RESULTS, machine, save
+from models import build, llama_config
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel

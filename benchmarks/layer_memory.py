@@ -58,7 +58,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048])
     for tokens in parser.parse_args().tokens:
-        print(json.dumps({"tokens": tokens, "MB_a_token": PART * saved_bytes(tokens) / tokens / 1e6}))
+        print(
+            json.dumps({"tokens": tokens, "MB_a_token": PART * saved_bytes(tokens) / tokens / 1e6})
+        )
 
 
 if __name__ == "__main__":

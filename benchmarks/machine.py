@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where and when figures were measured, random-weight models to measure them on, and files to keep them in."""
+"""Where and when figures were measured, and the files that keep them. Imports little: nothing that is measured."""
 
+import json
 import platform
 import subprocess
 from collections.abc import Callable
@@ -10,9 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel
-
-from modelopt_dms.report import write_json
 
 PACKAGES = ("torch", "transformers", "nvidia-modelopt")
 RESULTS = Path(__file__).parent / "results"
@@ -53,40 +51,16 @@ def save(path: Path, content: dict[str, Any], draw: Callable[[Any, dict[str, Any
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    write_json(path, content)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Completely or not at all: a time limit may strike.
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title(content["machine"]), fontsize=9)
     draw(figure, content)
     figure.savefig(path.with_suffix(".png"), format="png", dpi=110)
-
-
-def llama_config(
-    layers: int, hidden: int, heads: int, kv_heads: int, head_dim: int, vocabulary: int = 8192
-) -> LlamaConfig:
-    """A small Llama with PyTorch's own attention."""
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=3 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        max_position_embeddings=32768,
-    )
-    config._attn_implementation = "sdpa"
-    return config
-
-
-def build(
-    config: PreTrainedConfig, device: str = "cpu", dtype: torch.dtype = torch.float32
-) -> PreTrainedModel:
-    """A model with random weights, made on the device."""
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return model.eval()
 
 
 def _commit() -> str:

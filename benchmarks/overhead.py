@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import build, llama_config, machine
+from machine import machine
+from models import build, llama_config
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn

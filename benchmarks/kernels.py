@@ -1,0 +1,14 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels one by one; see `measure_kernels`.
+
+    python benchmarks/kernels.py --output benchmarks/results/kernels.json
+    python benchmarks/kernels.py --quick --output /tmp/kernels.json      # rehearsal on a CPU, seconds
+
+transformers looks for Hugging Face's package of this name, and imports this file where a benchmark is run: so it
+imports nothing itself.
+"""
+
+if __name__ == "__main__":
+    from measure_kernels import main
+
+    main()
