@@ -362,7 +362,7 @@ class Prompt:
         return Prompt(*(x.detach().requires_grad_() for x in self.tensors))
 
     @property
-    def tensors(self) -> tuple[Tensor, ...]:
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """All four."""
         return self.q, self.k, self.v, self.keep_logprob
 
