@@ -30,8 +30,10 @@ if TYPE_CHECKING:
     from modelopt_dms.exporters import export
     from modelopt_dms.flow import compress
     from modelopt_dms.gate import eviction_off
+    from modelopt_dms.generation import graphed
     from modelopt_dms.loading import load
     from modelopt_dms.mode import apply_dms
+    from modelopt_dms.paged_cache import DMSCache
     from modelopt_dms.previews import Preview, preview
     from modelopt_dms.quantization import quantize
     from modelopt_dms.recipe import Recipe, load_recipe
@@ -48,6 +50,7 @@ _HOME = {
     "Blend": "data",
     "CalibrateConfig": "config",
     "CalibrationResult": "calibration",
+    "DMSCache": "paged_cache",
     "DMSConfig": "config",
     "KVStats": "cache",
     "Preview": "previews",
@@ -62,6 +65,7 @@ _HOME = {
     "eviction_off": "gate",
     "export": "exporters",
     "generate_traces": "traces",
+    "graphed": "generation",
     "kv_stats": "cache",
     "load": "loading",
     "load_recipe": "recipe",
@@ -76,6 +80,7 @@ __all__ = [
     "Blend",
     "CalibrateConfig",
     "CalibrationResult",
+    "DMSCache",
     "DMSConfig",
     "KVStats",
     "Preview",
@@ -90,6 +95,7 @@ __all__ = [
     "eviction_off",
     "export",
     "generate_traces",
+    "graphed",
     "kv_stats",
     "load",
     "load_recipe",

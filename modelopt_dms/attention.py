@@ -23,6 +23,7 @@ from modelopt_dms.ops import (
     with_sinks,
 )
 from modelopt_dms.page_attention import attend_pages
+from modelopt_dms.pages import SlotLists
 from modelopt_dms.paging import PagedSlots
 
 ATTENTION_NAME = "dms"
@@ -101,6 +102,7 @@ def _cached_attention(
     step: LayerStep = module.dms_step
     layer, evict = step.layer, step.evict
     assert layer is not None and evict is not None and step.log_keep is not None
+    assert isinstance(layer.slots, SlotLists)
     # MLA caches one latent a token, and expands it to the keys and values of all heads for attention.
     expand = _expander(module) if hasattr(module, "expand_kv") else _as_one_head
     evict = evict.expand(-1, layer.heads, -1)
@@ -127,6 +129,7 @@ def _attend_past(
 ) -> tuple[Tensor, Tensor]:
     """Attention of new tokens [B, H, T, D] over the slots that lived before them, list by list."""
     slots = layer.slots
+    assert isinstance(slots, SlotLists)
     B, H, T, _ = q.shape
     queries = torch.arange(slots.seen, slots.seen + T, device=q.device)
     grouped = q.reshape(slots.lists, -1, T, q.shape[-1])  # [B, H, T, D] -> [B*K, H/K, T, D]

@@ -11,8 +11,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from modelopt_dms.kv_quant import RowFormat
 from modelopt_dms.ops.gating import GateInput
-from modelopt_dms.pages import SlotLists, Usage
-from modelopt_dms.paging import PagedSlots, SharedPool
+from modelopt_dms.pages import ROLLBACK, SlotLists, Usage
+from modelopt_dms.paging import PagedSlots, PagedUsage, SharedPool
 
 Formats = tuple[RowFormat | None, RowFormat | None]
 
@@ -213,20 +213,33 @@ def adopt(
             "empty DynamicCache or one that this model returned"
         )
     found = formats()
-    slots: SlotLists | PagedSlots = SlotLists(window, shift)
-    if device.type == "cuda":
-        slots = PagedSlots(window, shift, found, _pool_of(cache, device))
+    slots: SlotLists | PagedSlots
+    if uses_pages(device):
+        slots = PagedSlots(window, shift, _pool_of(cache, device, found), found, ROLLBACK)
+    else:
+        slots = SlotLists(window, shift)
     cache.layers[layer_idx] = adopted = DMSLayer(slots, found)
     return adopted
 
 
-def _pool_of(cache: Cache, device: torch.device) -> SharedPool:
-    """The pool of the layers on this device, or a new one."""
+def uses_pages(device: torch.device) -> bool:
+    """Whether layers on this device keep their rows in pages, for the kernels, or in lists of their own."""
+    return device.type == "cuda"
+
+
+def rows_alike(formats: Formats) -> tuple[Any, ...]:
+    """Equal for layers that can share pages, if their dims are equal."""
+    return tuple(None if x is None else (x.name, x.amax is None) for x in formats)
+
+
+def _pool_of(cache: Cache, device: torch.device, formats: Formats) -> SharedPool:
+    """The pool of the layers on this device that store rows alike, or a new one."""
     for layer in cache.layers:
         if isinstance(layer, DMSLayer) and isinstance(layer.slots, PagedSlots):
-            if layer.slots.shared.device == device:
+            alike = rows_alike(layer.formats) == rows_alike(formats)
+            if alike and layer.slots.shared.device == device:
                 return layer.slots.shared
-    return SharedPool(device)
+    return SharedPool(device, layers=len(cache.layers))
 
 
 @dataclass(frozen=True)
@@ -341,7 +354,7 @@ def kv_stats(source: nn.Module | Cache) -> KVStats:
     return KVStats([_layer_stats(index, usage) for index, usage in used])
 
 
-def _layer_stats(index: int, usage: Usage) -> LayerStats:
+def _layer_stats(index: int, usage: Usage | PagedUsage) -> LayerStats:
     return LayerStats(
         index,
         usage.live.clone(),

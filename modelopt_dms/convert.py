@@ -199,9 +199,7 @@ def _stage_step(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
             module.dms_step = LayerStep(None, shift_decisions(log_keep, gate.shift), None)
     elif cache is not None:
         formats = partial(kv_formats, module)
-        layer = adopt(
-            cache, module.layer_idx, gate.window, gate.shift, formats, hidden.device
-        )
+        layer = adopt(cache, module.layer_idx, gate.window, gate.shift, formats, hidden.device)
         positions = _positions(hidden, kwargs, layer.get_seq_length())
         if hidden.shape[1] == 1 and isinstance(layer.slots, PagedSlots):
             module.dms_step = LayerStep(layer, None, None, gate.decide_later(hidden, positions))

@@ -96,7 +96,10 @@ class DecodeStep:
 def can_be_captured(model: PreTrainedModel, cache: DMSCache) -> bool:
     """Whether a decode step is the same work at the same addresses every time."""
     rope = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
-    kinds = [rope.get("rope_type"), *(x.get("rope_type") for x in rope.values() if isinstance(x, dict))]
+    kinds = [
+        rope.get("rope_type"),
+        *(x.get("rope_type") for x in rope.values() if isinstance(x, dict)),
+    ]
     return cache.is_all_paged and not any(x in _LOOKING_ROPE for x in kinds)
 
 
@@ -177,7 +180,9 @@ class _Run:
         self.processor, self.criteria = logits_processor, stopping_criteria
         self.samples = generation_config.do_sample
         pad = generation_config._pad_token_tensor
-        self.pad = torch.zeros((), dtype=torch.long, device=device) if pad is None else pad.to(device)
+        self.pad = (
+            torch.zeros((), dtype=torch.long, device=device) if pad is None else pad.to(device)
+        )
         self.ids = input_ids.new_zeros(B, generation_config.max_length)
         self.ids[:, : self.length] = input_ids
         self.unfinished = torch.ones(B, dtype=torch.bool, device=device)
@@ -210,17 +215,17 @@ class _Run:
         step = DecodeStep(self.model, cache, self.ids.new_zeros(B, 1), position)
         self.choose(outputs.logits[:, -1], step)
         self.check(cache, step)
+        if not self.finished:
+            # The prompt's compression ratio is the best guess at that of what follows.
+            cache.make_room(CHECK_EVERY, self.ids.shape[1] / (self.length - 1))
         return step
 
     def choose(self, logits: Tensor, step: DecodeStep) -> None:
         """The next token of every sequence, from logits [B, V]."""
         written = self.ids[:, : self.length]
         scores = self.processor(written, logits.to(torch.float32, copy=True))
-        if self.samples:
-            tokens = torch.multinomial(scores.softmax(-1), num_samples=1)[:, 0]
-        else:
-            tokens = scores.argmax(-1)
-        tokens = torch.where(self.unfinished, tokens, self.pad)
+        drawn = scores.softmax(-1).multinomial(1)[:, 0] if self.samples else scores.argmax(-1)
+        tokens = torch.where(self.unfinished, drawn, self.pad)
         self.ids[:, self.length] = tokens
         self.length += 1
         ends = self.criteria(self.ids[:, : self.length], None) & self.unfinished
@@ -238,7 +243,7 @@ class _Run:
         if some_gone and not self.finished:
             cache.release(~self.unfinished)
         # At the end the cache stays as it is, for who wants to go on with it.
-        if not self.finished and cache.reserve(CHECK_EVERY):
+        if not self.finished and cache.make_room(CHECK_EVERY):
             step.release()
 
     def sequences(self) -> Tensor:
@@ -257,7 +262,9 @@ def _check(config: GenerationConfig, synced_gpus: bool, model_kwargs: dict[str, 
     if synced_gpus:
         wanted.append("synced_gpus")
     known = {"attention_mask", "past_key_values", "use_cache", "logits_to_keep", "position_ids"}
-    wanted += [name for name in model_kwargs if name not in known and model_kwargs[name] is not None]
+    wanted += [
+        name for name in model_kwargs if name not in known and model_kwargs[name] is not None
+    ]
     if wanted:
         raise GenerationError(
             f"the graphed loop does not do {', '.join(wanted)}; leave custom_generate unset, or leave them out"

@@ -43,7 +43,6 @@ def attend_pages(
     slots = _slots(step)
     latent = hasattr(module, "expand_kv")
     if step.undecided is None:
-        mask = None if mask is None else mask[..., -q.shape[2] :]
         attend = _attend_latents if latent else _attend_chunks
         return attend(module, q, k, v, mask, scoring)
     assert step.layer is not None
@@ -63,7 +62,7 @@ def _attend_chunks(
     slots = _slots(step)
     assert step.layer is not None and step.evict is not None
     evict = step.evict.expand(-1, k.shape[1], -1)
-    starts, valid = door.starts_of(mask), _valid(mask, len(q))
+    starts, valid = _starts(mask, q.shape[2]), _valid(mask, len(q), q.shape[2])
     incoming = step.layer.take_incoming()
     if starts is not None and q.shape[2] > CHUNK:
         _check_documents(starts, valid)
@@ -71,7 +70,8 @@ def _attend_chunks(
     for start in range(0, q.shape[2], CHUNK):
         part = slice(start, start + CHUNK)
         decisions = evict[..., part]
-        slots.prepare(*(x[:, :, part] for x in incoming))
+        new_k, new_v = (x[:, :, part] for x in incoming)
+        slots.prepare(new_k, new_v)
         slots.decide_previous(decisions[..., 0])
         outs.append(
             door.attend_chunk(
@@ -79,7 +79,7 @@ def _attend_chunks(
                 k[:, :, part],
                 v[:, :, part],
                 shift_decisions(decisions, slots.shift),
-                None if starts is None else (starts[:, part] - start).clamp(min=0),
+                None if starts is None else starts[:, part] - start,
                 slots.state.seen[:, 0].contiguous(),
                 slots.expiry(slots.seen) if slots.seen else None,
                 slots.pool,
@@ -88,12 +88,17 @@ def _attend_chunks(
                 impl=slots.impl,
             )
         )
-        slots.append(
-            *(x[:, :, part] for x in incoming),
-            decisions,
-            None if valid is None else valid[:, part],
-        )
+        slots.append(new_k, new_v, decisions, None if valid is None else valid[:, part])
     return torch.cat(outs, dim=2)
+
+
+def _starts(mask: Tensor | None, tokens: int) -> Tensor | None:
+    """First of the new tokens [B, T] that each of them sees; -1 where it sees older ones, too. None: it sees all."""
+    if mask is None:
+        return None
+    starts = door.starts_of(mask[..., -tokens:])
+    sees_older = mask[:, 0, :, :-tokens].any(-1)
+    return torch.where(sees_older, -1, starts)  # type: ignore[arg-type]
 
 
 def _check_documents(starts: Tensor, valid: Tensor | None) -> None:
@@ -116,7 +121,8 @@ def _attend_latents(
     slots = _slots(step)
     assert step.layer is not None and step.evict is not None and step.log_keep is not None
     log_keep = step.log_keep.expand(-1, k.shape[1], -1)
-    valid = _valid(mask, len(q))
+    mask = None if mask is None else mask[..., -q.shape[2] :]
+    valid = _valid(mask, len(q), q.shape[2])
     incoming = step.layer.take_incoming()
     slots.prepare(*incoming)
     slots.decide_previous(step.evict[..., 0])
@@ -147,7 +153,7 @@ def _past_latents(
 
 
 def _absorbed(module: Any, q: Tensor, slots: PagedSlots, scoring: Scoring) -> Tensor:
-    """Attention [B, H, Dv] of queries [B, H, D] over latents, without expanding them: the projection moves to q and out.
+    """Attention [B, H, Dv] of queries [B, H, D] over latents as they are: the projection moves to q and output.
 
     Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1.2. Quantizers of the projection's input see nothing here.
     """
@@ -167,6 +173,8 @@ def _slots(step: LayerStep) -> PagedSlots:
     return step.layer.slots
 
 
-def _valid(mask: Tensor | None, batch: int) -> Tensor | None:
-    """Which of the new tokens [B, T] are not padding, from a mask [B or 1, 1, T, T]."""
-    return None if mask is None else mask[:, 0].diagonal(dim1=-2, dim2=-1).expand(batch, -1)
+def _valid(mask: Tensor | None, batch: int, tokens: int) -> Tensor | None:
+    """Which of the new tokens [B, T] are not padding, from a mask [B or 1, 1, T, S]."""
+    if mask is None:
+        return None
+    return mask[:, 0, :, -tokens:].diagonal(dim1=-2, dim2=-1).expand(batch, -1)

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """A KV cache whose DMS layers draw their pages from one pool, with limits known to the user."""
 
-import torch
+from typing import Any
+
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from modelopt_dms.cache import DMSLayer
+from modelopt_dms.cache import DMSLayer, rows_alike
 from modelopt_dms.convert import dms_modules
 from modelopt_dms.kv_format import kv_formats
 from modelopt_dms.ops.paged import PAGE
@@ -34,28 +35,98 @@ class DMSCache(DynamicCache):
             model: a DMS model.
             batch_size: sequences.
             max_length: tokens of a sequence, prompt included.
-            max_cache_bytes: size of the pool on each device, taken at the first forward; None lets it grow as it must.
+            max_cache_bytes: bytes of all pages, taken at the first forward; None lets the pool grow as it must.
             impl: "triton" (kernels), "reference" (plain PyTorch) or "auto" (kernels on CUDA).
 
         Raises:
-            ValueError: the model is not converted, or a number is not positive.
+            ValueError: the model is not converted, a number is not positive, or `impl` cannot run.
         """
         super().__init__(config=model.config)
-        modules = dms_modules(model)
+        modules = list(dms_modules(model).values())
         if not modules:
-            raise ValueError(f"{type(model).__name__} has no gates; call apply_dms (or compress) first")
-        sizes = {"batch_size": batch_size, "max_length": max_length, "max_cache_bytes": max_cache_bytes}
-        for name, size in sizes.items():
-            if size is not None and size < 1:
-                raise ValueError(f"{name}={size} must be at least 1")
-        self.batch_size, self.max_length = batch_size, max_length
-        self.pools: dict[torch.device, SharedPool] = {}
-        for module in modules.values():
-            device = next(module.parameters()).device
-            if device not in self.pools:
-                self.pools[device] = SharedPool(
-                    device, impl, batch_size, -(-max_length // PAGE), max_cache_bytes
-                )
-            gate, formats = module.dms_gate, kv_formats(module)
-            slots = PagedSlots(gate.window, gate.shift, self.pools[device], formats)
-            self.layers[module.layer_idx] = DMSLayer(slots, formats)
+            raise ValueError(
+                f"{type(model).__name__} has no gates; call apply_dms (or compress) first"
+            )
+        _check_sizes(batch_size=batch_size, max_length=max_length, max_cache_bytes=max_cache_bytes)
+        self._sequences, self._longest = batch_size, max_length
+        self.pools: list[SharedPool] = []
+        groups: dict[Any, list[Any]] = {}
+        for module in modules:
+            key = (next(module.parameters()).device, rows_alike(kv_formats(module)))
+            groups.setdefault(key, []).append(module)
+        for (device, _), members in groups.items():
+            share = None
+            if max_cache_bytes is not None:
+                share = max_cache_bytes * len(members) // len(modules)
+            pool = SharedPool(
+                device,
+                impl,
+                batch=batch_size,
+                width=-(-max_length // PAGE),
+                max_bytes=share,
+                layers=len(members),
+            )
+            self.pools.append(pool)
+            for module in members:
+                gate, formats = module.dms_gate, kv_formats(module)
+                slots = PagedSlots(gate.window, gate.shift, pool, formats)
+                self.layers[module.layer_idx] = DMSLayer(slots, formats)
+
+    @property
+    def is_all_paged(self) -> bool:
+        """Whether every layer is a DMS layer."""
+        return all(isinstance(layer, DMSLayer) for layer in self.layers)
+
+    @property
+    def active(self) -> Tensor:
+        """Sequences [B] bool that still take in tokens."""
+        return self.pools[0].active
+
+    def check_room(self, batch_size: int, length: int) -> None:
+        """Refuse more than was asked for at construction.
+
+        Raises:
+            ValueError: another batch size, or longer sequences.
+        """
+        if batch_size != self._sequences:
+            raise ValueError(f"this cache holds {self._sequences} sequences, got {batch_size}")
+        if length > self._longest:
+            raise ValueError(
+                f"sequences may become {length} tokens long, but this cache was made for max_length={self._longest}"
+            )
+
+    def advance(self, tokens: int) -> None:
+        """A captured graph took in so many tokens of every active sequence (negative: it did not, after all)."""
+        for slots in self._slots():
+            slots.advance(tokens)
+
+    def release(self, sequences: Tensor) -> None:
+        """Finished sequences [B] bool give their pages back and take in nothing more."""
+        for pool in self.pools:
+            pool.release(sequences.to(pool.device))
+
+    def make_room(self, tokens: int, expected: float = 1.0) -> bool:
+        """See to it that tokens (at most PAGE) of every list fit; whether anything moved. Waits for the device.
+
+        Args:
+            tokens: of every sequence.
+            expected: how many times as many pages as now will be in use at the end.
+
+        Raises:
+            OutOfPagesError: max_cache_bytes was not enough, and rows are lost.
+        """
+        return any([pool.make_room(tokens, expected) for pool in self.pools])
+
+    def check_integrity(self) -> None:
+        """Raise AssertionError if pages or slots are shared or lost."""
+        for slots in self._slots():
+            slots.check_integrity()
+
+    def _slots(self) -> list[PagedSlots]:
+        return [x.slots for x in self.layers if isinstance(x, DMSLayer)]  # type: ignore[misc]
+
+
+def _check_sizes(**sizes: int | None) -> None:
+    for name, size in sizes.items():
+        if size is not None and size < 1:
+            raise ValueError(f"{name}={size} must be at least 1")

@@ -81,6 +81,10 @@ class SlotLists:
         self.values: list[Tensor] = []
         self._undo: deque[_Undo] = deque()
 
+    def emptied(self) -> "SlotLists":
+        """Empty slots like these."""
+        return SlotLists(self.window, self.shift)
+
     @property
     def ring(self) -> int:
         """Tokens whose slots are remembered: those in the window and the one that is about to leave it."""

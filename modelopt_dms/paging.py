@@ -8,19 +8,17 @@ Shapes: B sequences, K KV heads, T new tokens.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from modelopt_dms.kv_quant import RowFormat
-from modelopt_dms.ops import append_reference, regroup
+from modelopt_dms.ops import append_reference, door, regroup
 from modelopt_dms.ops.gating import Decided, GateInput
 from modelopt_dms.ops.paged import NO_PAGE, PAGE, LayerLists, PagePool, RowLayout
+from modelopt_dms.ops.rows import read_rows
 from modelopt_dms.ops.undo import UndoLog, decide_previous, take_back
-
-Impl = Literal["triton", "reference"]
 
 NEVER = 2**31 - 1  # a position that no query has
 DRAFT = (
@@ -28,29 +26,19 @@ DRAFT = (
 )
 
 
-@dataclass(frozen=True)
-class Limits:
-    """Sizes that a cache never changes, so that a CUDA graph finds everything where it was.
-
-    Attributes:
-        pages: of all layers together.
-        batch: B.
-        width: pages that one list can own.
-    """
-
-    pages: int
-    batch: int
-    width: int
-
-
 class SharedPool:
-    """The pages of all layers of a cache on one device, and which of its sequences are active.
+    """The pages of layers of a cache that store rows alike on one device, and which of its sequences are active.
 
-    With limits it never changes size, and whoever uses it calls `check` now and then. Without, it grows before it could
-    run out: the host knows an upper bound of what is in use, and asks the device only when that is not enough.
+    A pool with a limit has its size from the start, and whoever uses it calls `check` now and then. One without grows
+    before it could run out: the host knows an upper bound of what is in use, and asks the device only where that is not
+    enough.
 
     Attributes:
-        limits: None for a pool that grows.
+        device: where the pages are.
+        impl: "triton" or "reference".
+        batch: sequences, or None to take their number from the first append.
+        width: pages that a list can own at first; tables with a limit keep it.
+        max_bytes: of all pages; None is no limit.
         layers: how many layers there will be, for a first guess at the size.
         stores: the layers so far.
         pool: the pages; replaced where they grow.
@@ -60,9 +48,26 @@ class SharedPool:
     pool: PagePool
     active: Tensor
 
-    def __init__(self, limits: Limits | None = None, layers: int = 1) -> None:
-        """Make a pool that takes its shapes from the first layer's first append."""
-        self.limits = limits
+    def __init__(
+        self,
+        device: torch.device,
+        impl: str = "auto",
+        *,
+        batch: int | None = None,
+        width: int = 1,
+        max_bytes: int | None = None,
+        layers: int = 1,
+    ) -> None:
+        """Make a pool that takes the shapes of rows from the first layer's first append.
+
+        Raises:
+            ValueError: `impl` cannot run on this device.
+        """
+        self.device = device
+        self.impl = door.choose(impl, device)
+        self.batch = batch
+        self.width = width
+        self.max_bytes = max_bytes
         self.layers = layers
         self.stores: list[PagedSlots] = []
         self._free = 0  # pages, when the device was last asked
@@ -80,8 +85,11 @@ class SharedPool:
             ValueError: the layer's rows lie otherwise than those of the layers before it, or B is another.
         """
         batch = len(like)
+        allowed = self.batch if self.batch is not None or not self.stores else len(self.active)
+        if allowed is not None and batch != allowed:
+            raise ValueError(f"this cache holds {allowed} sequences, got {batch}")
         if not self.stores:
-            pages = 0 if self.limits is None else self.limits.pages
+            pages = self._limit(layouts, batch * like.shape[1])
             self.pool = PagePool.make(pages, *layouts, like.device)
             self.active = torch.ones(batch, dtype=torch.bool, device=like.device)
             self._free = pages
@@ -90,9 +98,6 @@ class SharedPool:
             raise ValueError(
                 f"layers that share pages must store rows alike: got {layouts}, the pages hold {held}"
             )
-        allowed = len(self.active) if self.limits is None else self.limits.batch
-        if batch != allowed:
-            raise ValueError(f"this cache holds {allowed} sequences, got {batch}")
         self.stores.append(store)
 
     def leave(self, store: "PagedSlots") -> None:
@@ -104,12 +109,10 @@ class SharedPool:
         """`active` of so many sequences, all of them active.
 
         Raises:
-            ValueError: limits say otherwise.
+            ValueError: the cache is for another number.
         """
-        if self.limits is not None and batch != self.limits.batch:
-            raise ValueError(
-                f"a cache of fixed size holds {self.limits.batch} sequences, got {batch}"
-            )
+        if self.batch is not None and batch != self.batch:
+            raise ValueError(f"this cache holds {self.batch} sequences, got {batch}")
         if batch == len(self.active):
             self.active.fill_(True)
         else:
@@ -125,16 +128,9 @@ class SharedPool:
         """The most pages ever in use. Waits for the device.
 
         Raises:
-            OutOfPagesError: rows were lost, because the pool or a list's table was too small.
+            OutOfPagesError: rows were lost, because the pool was too small.
         """
-        knob = "give the cache more pages (max_cache_bytes), or let fewer sequences in at a time"
-        full = [x for x in self.stores if int(x.state.live.max()) >= x.state.table.shape[2] * PAGE]
-        if full:
-            width = full[0].state.table.shape[2]
-            knob = (
-                f"a list is as long as its table allows ({width} pages, {width * PAGE} tokens held): give lists wider "
-                "tables"
-            )
+        knob = "raise max_cache_bytes, or let fewer sequences in at a time"
         return self.pool.check(knob)
 
     def reserve(self, store: "PagedSlots", tokens: int, wanted: Callable[[], Tensor]) -> None:
@@ -143,16 +139,21 @@ class SharedPool:
         Args:
             store: the layer.
             tokens: that every list of the layer may grow by.
-            wanted: tells pages, bool of any shape; those True are all that it can take now.
+            wanted: gives pages, bool of any shape; those True are all that it can take now.
         """
-        if self.limits is not None:
+        if self.max_bytes is not None:
             return
         self._since[store] = self._since.get(store, 0) + tokens
         # A list that grows by n slots takes at most ceil(n / PAGE) pages.
         bound = sum(x.lists * -(-n // PAGE) for x, n in self._since.items())
-        if bound <= self._free:
+        if bound > self._free:
+            self.reserve_exactly(store, wanted())
+
+    def reserve_exactly(self, store: "PagedSlots", wanted: Tensor) -> None:
+        """See to it that a layer can take these pages, bool of any shape; asks the device."""
+        if self.max_bytes is not None:
             return
-        needed, free = torch.stack([wanted().sum(), self.pool.counters[0]]).tolist()
+        needed, free = torch.stack([wanted.sum(), self.pool.counters[0]]).tolist()
         self._since.clear()
         self._free = free - needed
         # With a page more for every list, the next PAGE tokens need no asking.
@@ -164,6 +165,30 @@ class SharedPool:
                 extra = max(spare - self._free, self.pool.pages // 8)
             self._grow(free, extra)
 
+    def make_room(self, tokens: int, expected: float = 1.0) -> bool:
+        """Make room for tokens (at most PAGE) of every list, and check; whether pages moved. Waits for the device.
+
+        Args:
+            tokens: that a captured graph will take in without a word to the host.
+            expected: how many times as many pages as now will be in use at the end, as far as anybody knows.
+
+        Raises:
+            OutOfPagesError: see `check`.
+        """
+        assert tokens <= PAGE
+        self.check()
+        if self.max_bytes is not None:
+            return False
+        free = int(self.pool.counters[0])
+        self._since.clear()
+        self._free = free
+        spare = sum(x.lists for x in self.stores)  # a list takes at most one page
+        wanted = max(spare, int((expected - 1.0) * (self.pool.pages - free)) + spare)
+        if free >= (spare if expected == 1.0 else wanted):
+            return False
+        self._grow(free, max(wanted - free, 0 if expected > 1.0 else self.pool.pages // 8))
+        return True
+
     def check_integrity(self) -> None:
         """Raise AssertionError if a page has two owners, or none. Waits for the device."""
         free = self.pool.free[: int(self.pool.counters[0])].tolist()
@@ -171,6 +196,23 @@ class SharedPool:
         pages = free + [page for page in torch.cat(owned).tolist() if page != NO_PAGE]
         assert len(set(pages)) == len(pages), "two lists share a page"
         assert sorted(pages) == list(range(1, self.pool.pages + 1)), "pages were lost"
+
+    def _limit(self, layouts: tuple[RowLayout, RowLayout], lists: int) -> int:
+        """Pages of a pool with a limit; 0 without.
+
+        Raises:
+            ValueError: not a page for every list.
+        """
+        if self.max_bytes is None:
+            return 0
+        page = PAGE * sum(x.row_bytes for x in layouts)
+        pages, needed = self.max_bytes // page, self.layers * lists
+        if pages < needed:
+            raise ValueError(
+                f"max_cache_bytes={self.max_bytes} is {pages} pages of {page} bytes, but {needed} lists ({self.layers} "
+                f"layers x {lists} of sequences and KV heads) need one each: at least {needed * page} bytes"
+            )
+        return pages
 
     def _grow(self, free: int, extra: int) -> None:
         """Make the pool larger by `extra` pages, of which `free` are free now."""
@@ -258,7 +300,7 @@ class PagedSlots:
         shift: int,
         shared: SharedPool,
         formats: tuple[RowFormat | None, RowFormat | None] = (None, None),
-        impl: Impl = "reference",
+        rollback: int = 0,
     ) -> None:
         """Make an empty cache; shapes are taken from the first append.
 
@@ -267,16 +309,14 @@ class PagedSlots:
             shift: 1 if a token's logit governs the token before it, else 0.
             shared: the pages.
             formats: number formats of the stored keys and values; None is the model's own dtype.
-            impl: what takes tokens in.
+            rollback: tokens that can be taken back.
         """
         self.window = window
         self.shift = shift
         self.shared = shared
         self.formats = formats
-        self.impl = impl
         self.seen = 0
-        self.rollback = 0
-        self._ops = _implementation(impl)
+        self.rollback = rollback
         self._log: UndoLog | None = None
         self._recoverable = 0  # tokens in the log
 
@@ -284,6 +324,11 @@ class PagedSlots:
     def pool(self) -> PagePool:
         """The pages, as they are now."""
         return self.shared.pool
+
+    @property
+    def impl(self) -> str:
+        """What computes: "triton" or "reference"."""
+        return self.shared.impl
 
     @property
     def B(self) -> int:
@@ -323,18 +368,28 @@ class PagedSlots:
         )
         return found.scatter_(2, slots, last)[..., :length]
 
-    def append_token(self, k: Tensor, v: Tensor, gate: GateInput) -> None:
-        """Take in one token of every active sequence; no padding.
+    def read(self, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Rows [B, K, length, D] of keys and values in this dtype; those behind a list's end mean nothing."""
+        slots = torch.arange(length, device=self.live.device).expand(self.B, self.K, -1)
+        return read_rows(self.pool, self.state, slots, dtype)
+
+    def append_token(
+        self, k: Tensor, v: Tensor, gate: GateInput, valid: Tensor | None = None
+    ) -> None:
+        """Take in one token of every active sequence.
 
         Args:
             k: key rows [B, K, Dk], not encoded.
             v: value rows [B, K, Dv].
             gate: decisions [B, K], or what they are made from.
+            valid: False [B] for padding, at which a sequence stands still; None if there is none.
         """
-        self._prepare(k[:, :, None], v[:, :, None])
+        self.prepare(k[:, :, None], v[:, :, None])
         state = self.state
         self.shared.reserve(self, 1, lambda: append_reference.wanted_pages(state, state.live + 1))
-        self._ops.append_token(k, v, gate, self.pool, state, self._log)
+        if valid is not None:
+            state = replace(state, active=state.active & valid)
+        door.append_token(k, v, gate, self.pool, state, impl=self.impl, log=self._log)
         self.seen += 1
         if self._log is not None:
             self._recoverable = min(self._recoverable + 1, self._log.tokens)
@@ -350,7 +405,7 @@ class PagedSlots:
         """
         if self.rollback and valid is not None and bool(valid.all()):
             valid = None
-        self._prepare(k, v)
+        self.prepare(k, v)
         T = k.shape[2]
         bulk = T - (self._single(T) if valid is None else 0)
         if bulk:
@@ -393,25 +448,29 @@ class PagedSlots:
             ValueError: one of them is not active, or the cache is of fixed size and B' is not B.
         """
         state = self.state
-        sequences = sequences.to(state.live.device)
+        sequences = sequences.to(state.live.device).long()
         if not bool(state.active[sequences].all()):
             raise ValueError(f"released sequences cannot be selected: got {sequences.tolist()}")
         active = self.shared.with_batch(len(sequences))
         regroup.drop(state, self.pool, regroup.unnamed(state, sequences))
-        width = state.table.shape[2] * PAGE
-        self.shared.reserve(self, width, lambda: regroup.copied_pages(state, sequences))
+        self.shared.reserve_exactly(self, regroup.copied_pages(state, sequences))
         regroup.select(state, self.pool, sequences)
         state.active = active
         self.padding = self.padding[sequences]
         self._log, self._recoverable = None, 0
         self._count()
 
+    def emptied(self) -> "PagedSlots":
+        """These, after they have given their pages back."""
+        self.clear()
+        return self
+
     def clear(self) -> None:
         """Give all pages back and forget everything; the next append starts anew."""
         self.seen = self._recoverable = 0
         if not hasattr(self, "state"):
             return
-        if self.shared.limits is not None:
+        if self.shared.max_bytes is not None:
             regroup.drop(self.state, self.pool, torch.ones_like(self.state.active))
             self.padding.zero_()
             self.state.active.fill_(True)
@@ -441,7 +500,7 @@ class PagedSlots:
         T = k.shape[2]
         plan = append_reference.plan_pack(decisions, valid, self.state)
         self.shared.reserve(self, T, lambda: append_reference.wanted_pages(self.state, plan.live))
-        self._ops.place(plan, k, v, self.pool, self.state)
+        door.place(plan, k, v, self.pool, self.state, impl=self.impl)
         self.seen += T
         self._recoverable = 0
         if valid is not None:
@@ -453,10 +512,9 @@ class PagedSlots:
             return tokens if tokens == 1 else 0
         return tokens if tokens <= self._log.tokens else self.rollback
 
-    def _prepare(self, k: Tensor, v: Tensor) -> None:
+    def prepare(self, k: Tensor, v: Tensor) -> None:
         """Make what is not there yet: the lists, room in their tables, the log."""
         T = k.shape[2]
-        limits = self.shared.limits
         if not hasattr(self, "state"):
             k_format, v_format = self.formats
             layouts = (
@@ -464,7 +522,7 @@ class PagedSlots:
                 RowLayout.of(v_format, v.shape[-1], v.dtype),
             )
             self.shared.join(self, layouts, k)
-            width = -(-T // PAGE) if limits is None else limits.width
+            width = max(self.shared.width, -(-T // PAGE))
             B, K = k.shape[:2]
             active = self.shared.active
             self.state = LayerLists.make(B, K, width, self.window, self.shift, active, self.formats)
@@ -473,10 +531,11 @@ class PagedSlots:
             self._count()
         pages = -(-(self.seen + T) // PAGE)
         width = self.state.table.shape[2]
-        if limits is None and pages > width:
+        if pages > width:
             table = self.state.table.new_full((self.B, self.K, max(pages, 2 * width)), NO_PAGE)
             table[..., :width] = self.state.table
             self.state.table = table
+            self._count()
         if self.rollback and (self._log is None or self._log.tokens < self.rollback):
             self._log = UndoLog.make(max(self.rollback, DRAFT), self.pool, self.state)
             self._recoverable = 0
@@ -493,19 +552,3 @@ class PagedSlots:
             pool.key_layout.row_bytes + pool.value_layout.row_bytes,
             self._row_values,
         )
-
-
-def _implementation(impl: Impl) -> Any:
-    """The module that takes tokens in this way.
-
-    Raises:
-        ValueError: there is no such way.
-    """
-    if impl == "triton":
-        # Not above: a machine without Triton has the reference.
-        from modelopt_dms.ops import append
-
-        return append
-    if impl == "reference":
-        return append_reference
-    raise ValueError(f"impl must be 'triton' or 'reference', got {impl!r}")

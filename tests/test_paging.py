@@ -12,8 +12,9 @@ from torch import Tensor
 from modelopt_dms.ops.gating import Decided
 from modelopt_dms.ops.paged import PAGE, OutOfPagesError
 from modelopt_dms.pages import SlotLists
-from modelopt_dms.paging import NEVER, Limits, PagedSlots, SharedPool
+from modelopt_dms.paging import NEVER, PagedSlots, SharedPool
 
+CPU = torch.device("cpu")
 K, D = 2, 16
 LAYERS = 2
 
@@ -63,9 +64,9 @@ class Layers(RuleBasedStateMachine):
         self, window: int, shift: int, name: str, batch: int, T: int, recording: bool, seed: int
     ) -> None:
         self.formats: Formats = FORMATS[name]
-        self.shared = SharedPool(layers=LAYERS)
+        self.shared = SharedPool(CPU, self.impl, layers=LAYERS)
         self.paged = [
-            PagedSlots(window, shift, self.shared, self.formats, self.impl)  # type: ignore[arg-type]
+            PagedSlots(window, shift, self.shared, self.formats)
             for _ in range(LAYERS)
         ]
         self.plain = [SlotLists(window, shift) for _ in range(LAYERS)]
@@ -150,7 +151,12 @@ test_with_kernels_too = Kernels.TestCase
 
 
 def fixed(pages: int, batch: int = 2, width: int = 3, window: int = 2) -> PagedSlots:
-    return PagedSlots(window, 0, SharedPool(Limits(pages, batch, width)))
+    return PagedSlots(window, 0, limited(pages, batch, width))
+
+
+def limited(pages: int, batch: int, width: int) -> SharedPool:
+    """A pool of so many pages of bfloat16 rows."""
+    return SharedPool(CPU, batch=batch, width=width, max_bytes=pages * PAGE * 2 * D * 2)
 
 
 def append(slots: PagedSlots, T: int, rate: float, seed: int = 0, batch: int = 2) -> None:
@@ -160,7 +166,7 @@ def append(slots: PagedSlots, T: int, rate: float, seed: int = 0, batch: int = 2
 def test_a_pool_that_grows_asks_the_device_once_in_a_page_of_tokens(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    shared = SharedPool(layers=3)
+    shared = SharedPool(CPU, layers=3)
     layers = [PagedSlots(2, 0, shared) for _ in range(3)]
     asked = 0
     tolist = Tensor.tolist
@@ -211,15 +217,8 @@ def test_a_fixed_pool_that_runs_out_names_its_size_and_what_to_change() -> None:
         slots.shared.check()
 
 
-def test_a_table_that_is_too_narrow_is_named() -> None:
-    slots = fixed(pages=20, width=1)
-    append(slots, PAGE + 1, 0.0)
-    with pytest.raises(OutOfPagesError, match=r"table allows \(1 pages, 64 tokens held\)"):
-        slots.shared.check()
-
-
 def test_finished_sequences_give_their_pages_back_and_take_in_nothing() -> None:
-    shared = SharedPool(Limits(20, 2, 3))
+    shared = limited(20, 2, 3)
     layers = [PagedSlots(2, 0, shared) for _ in range(2)]
     for slots in layers:
         append(slots, 70, 0.0)
@@ -237,7 +236,7 @@ def test_finished_sequences_give_their_pages_back_and_take_in_nothing() -> None:
 
 
 def test_released_sequences_cannot_be_selected() -> None:
-    slots = PagedSlots(2, 0, SharedPool())
+    slots = PagedSlots(2, 0, SharedPool(CPU))
     append(slots, 3, 0.0)
     slots.release(torch.tensor([False, True]))
     with pytest.raises(ValueError, match=r"released sequences cannot be selected: got \[0, 1\]"):
@@ -248,7 +247,7 @@ def test_released_sequences_cannot_be_selected() -> None:
 
 
 def test_a_cleared_cache_starts_anew_and_its_numbers_stay() -> None:
-    shared = SharedPool()
+    shared = SharedPool(CPU)
     slots = PagedSlots(2, 0, shared)
     append(slots, 70, 0.0)
     usage = slots.usage
@@ -262,7 +261,7 @@ def test_a_cleared_cache_starts_anew_and_its_numbers_stay() -> None:
 
 
 def test_usage_counts_pages_in_use_and_what_a_dense_cache_would_take() -> None:
-    slots = PagedSlots(2, 0, SharedPool(layers=4), FORMATS["fp8"])
+    slots = PagedSlots(2, 0, SharedPool(CPU, layers=4), FORMATS["fp8"])
     append(slots, 100, 0.9)
     row = 2 * D
     pages = sum(-(-x // PAGE) for x in slots.live.flatten().tolist())
@@ -279,7 +278,7 @@ def test_usage_counts_pages_in_use_and_what_a_dense_cache_would_take() -> None:
 @pytest.mark.parametrize("shift", [0, 1])
 def test_expiry_tells_until_when_marked_slots_are_read(shift: int) -> None:
     window = 5
-    slots = PagedSlots(window, shift, SharedPool())
+    slots = PagedSlots(window, shift, SharedPool(CPU))
     append(slots, 30, 0.6)
     slots.decide_previous(torch.tensor([[True, False], [False, True]]))
     expiry = slots.expiry(40)
@@ -294,7 +293,7 @@ def test_expiry_tells_until_when_marked_slots_are_read(shift: int) -> None:
 
 
 def test_layers_must_store_alike_and_hold_as_many_sequences() -> None:
-    shared = SharedPool()
+    shared = SharedPool(CPU)
     append(PagedSlots(2, 0, shared), 3, 0.0)
     with pytest.raises(ValueError, match="must store rows alike"):
         append(PagedSlots(2, 0, shared, FORMATS["fp8"]), 3, 0.0)
@@ -302,8 +301,10 @@ def test_layers_must_store_alike_and_hold_as_many_sequences() -> None:
         append(PagedSlots(2, 0, shared), 3, 0.0, batch=3)
     with pytest.raises(ValueError, match="holds 2 sequences, got 3"):
         append(fixed(pages=9), 3, 0.0, batch=3)
-    with pytest.raises(ValueError, match="impl must be 'triton' or 'reference', got 'cuda'"):
-        PagedSlots(2, 0, shared, impl="cuda")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="impl='cuda' must be 'auto', 'triton' or 'reference'"):
+        SharedPool(CPU, "cuda")
+    with pytest.raises(ValueError, match="max_cache_bytes=.* is 3 pages of .* 4 lists .* need one each"):
+        append(fixed(pages=3), 3, 0.0)
 
 
 def test_a_captured_graphs_tokens_are_counted() -> None:

@@ -21,12 +21,12 @@ import triton.language as tl
 from torch import Tensor
 
 from modelopt_dms.ops.decoding import (
-    WORD_CODES,
     code_order,
     from_e2m1,
     from_e4m3,
     from_int8,
     number_factor,
+    word_codes,
 )
 from modelopt_dms.ops.paged import PAGE, LayerLists, PagePool, RowLayout
 from modelopt_dms.ops.reference import Scoring
@@ -42,49 +42,35 @@ _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32
 
 
 @triton.jit
-def _numbers(codes, scales, ok, START: tl.constexpr, WIDTH: tl.constexpr, CODES: tl.constexpr, NUMBER: tl.constexpr,
-             WORD: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
-    """Dims START to START + WIDTH, in `code_order`, of the rows [TILE] at `codes` that are ok, else 0: [TILE, WIDTH]."""
-    TILE: tl.constexpr = ok.shape[0]
-    rows = tl.arange(0, TILE)
-    cols = START // WORD + tl.arange(0, WIDTH // WORD)
+def _part(codes, scales, row, ok, START: tl.constexpr, WIDTH: tl.constexpr, DIM: tl.constexpr, NUMBER: tl.constexpr,
+          DOT: tl.constexpr):  # fmt: skip
+    """Dims START to START + WIDTH, in `code_order`, of rows [TILE] of DIM from `row` on; 0 where not ok."""
+    WORD: tl.constexpr = word_codes(NUMBER)
+    rows = tl.arange(0, ok.shape[0])
+    words = START // WORD + tl.arange(0, WIDTH // WORD)
     mask = ok[:, None]
-    if START + WIDTH > CODES * WORD:
-        mask = mask & (cols < CODES)[None, :]
-    x = tl.load(codes + rows[:, None] * CODES + cols[None, :], mask=mask, other=0)
+    if START + WIDTH > DIM:
+        mask = mask & (words < DIM // WORD)[None, :]
+    at = codes + row * (DIM // WORD) + rows[:, None] * (DIM // WORD) + words[None, :]
+    x = tl.load(at, mask=mask, other=0)
     if NUMBER == "nvfp4":
         blocks = START // 16 + tl.arange(0, WIDTH // 16)
         mask = ok[:, None]
-        if START + WIDTH > CODES * WORD:
-            mask = mask & (blocks < CODES // 2)[None, :]
-        scale = tl.load(scales + rows[:, None] * (CODES // 2) + blocks[None, :], mask=mask, other=0)
-        x = from_e2m1(x, scale, DOT)
+        if START + WIDTH > DIM:
+            mask = mask & (blocks < DIM // 16)[None, :]
+        at = scales + row * (DIM // 16) + rows[:, None] * (DIM // 16) + blocks[None, :]
+        x = from_e2m1(x, tl.load(at, mask=mask, other=0), DOT)
     elif NUMBER == "fp8":
         x = from_e4m3(x, DOT)
     elif NUMBER == "int8":
         x = from_int8(x, DOT)
-    else:
-        x = x.to(DOT)
-    return x
+    return x.to(DOT)
 
 
 @triton.jit
-def _rows(codes, scales, page, first, ok, PAGE: tl.constexpr, A: tl.constexpr, B: tl.constexpr, CODES: tl.constexpr,
-          NUMBER: tl.constexpr, WORD: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
-    """Parts a and b (a again if there is none) of the rows of a page from `first` on, and the rows' own factors."""
-    TILE: tl.constexpr = ok.shape[0]
-    row = page.to(tl.int64) * PAGE + first
-    codes += row * CODES
-    factor = tl.full([TILE], 1.0, tl.float32)
-    if NUMBER == "nvfp4":
-        scales += row * (CODES // 2)
-    elif scales is not None:
-        factor = 1.0 / tl.load(scales + row + tl.arange(0, TILE), mask=ok, other=1.0)
-    a = _numbers(codes, scales, ok, 0, A, CODES, NUMBER, WORD, DOT)
-    b = a
-    if B > 0:
-        b = _numbers(codes, scales, ok, A, B, CODES, NUMBER, WORD, DOT)
-    return a, b, factor
+def _row_factors(scales, row, ok):
+    """What rows [TILE] from `row` on, encoded with scales of their own, are multiplied by."""
+    return 1.0 / tl.load(scales + row + tl.arange(0, ok.shape[0]), mask=ok, other=1.0)
 
 
 @triton.jit
@@ -146,10 +132,17 @@ def _sink_share(lse, sink):
 
 
 @triton.jit
-def _queries(q, rows, ok, dims, D: tl.constexpr, DOT: tl.constexpr):
+def _queries(q, rows, ok, dims, D: tl.constexpr):
     """Query rows on end: these dims of them [dims, ROWS]."""
     mask = (dims < D)[:, None] & ok[None, :]
-    return tl.load(q + rows[None, :] * D + dims[:, None], mask=mask, other=0.0).to(DOT)
+    return tl.load(q + rows[None, :] * D + dims[:, None], mask=mask, other=0.0)
+
+
+@triton.jit
+def _power_of_two(x):
+    """The largest power of two up to each of these positive numbers, and its inverse."""
+    bits = x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7F800000
+    return bits.to(tl.float32, bitcast=True), (0x7F000000 - bits).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -166,41 +159,24 @@ def _decode(
     out, partial, partial_lse, spans,
     HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
     D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, KEY: tl.constexpr,
-    KEY_CODES: tl.constexpr, KEY_WORD: tl.constexpr,
-    DV: tl.constexpr, VA: tl.constexpr, VB: tl.constexpr, VALUE: tl.constexpr,
-    VALUE_CODES: tl.constexpr, VALUE_WORD: tl.constexpr,
-    LATENT: tl.constexpr, SCORE_GAIN: tl.constexpr, CAP: tl.constexpr, WEIGHT_GAIN: tl.constexpr,
-    OUT_GAIN: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr, LISTS: tl.constexpr, DOT: tl.constexpr,
+    DV: tl.constexpr, VA: tl.constexpr, VB: tl.constexpr, VALUE: tl.constexpr, LATENT: tl.constexpr,
+    SCORE_GAIN: tl.constexpr, CAP: tl.constexpr, WEIGHT_GAIN: tl.constexpr, OUT_GAIN: tl.constexpr,
+    PAGE: tl.constexpr, TILE: tl.constexpr, LISTS: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Output of whole lists, partial results of others, and which programs have which list.
 
-    Args:
-        q: [lists * GROUP, D].
-        keys, key_scales, values, value_scales: of the pool; scales are None where it has none.
-        table, live, scales: of the layer's lists.
-        sinks: [HEADS * GROUP], or None.
-        items: lists * BLOCKS.
-        pages: a list's places for pages.
-        out: [lists * GROUP, DV].
-        partial: [programs, 2, min(GROUP, ROWS), DV] float32: of a list that a program does not begin, and of one that it
-            begins but does not end.
-        partial_lse: log-sum-exp of its rows, in base 2.
-        spans: [items, 2] int32: the first and the last program of an item; those of empty lists are not written.
-        HEADS: KV heads.
-        GROUP: query heads of a KV head.
-        ROWS: of them in an item, padded.
-        BLOCKS: items of a list.
-        D, A, B, KEY, KEY_CODES: of keys: dims, those of the two parts, format, codes of a row.
-        DV, VA, VB, VALUE, VALUE_CODES: of values.
-        LATENT: part a of the keys is also the value, and part b lies where values do.
-        SCORE_GAIN: makes scores base 2 logits, or without a cap 2 log2(e) times what tanh takes.
-        CAP: softcap in base 2; 0 is none.
-        WEIGHT_GAIN: keeps weights times row scales in the range of DOT.
-        OUT_GAIN: undoes that, and what decoding left undone.
-        PAGE: slots of a page.
-        TILE: slots of a tile.
-        LISTS: lengths that a program looks at together.
-        DOT: dtype that tensor cores take.
+    q [lists * GROUP, D]; keys to value_scales of the pool, scales None where it has none; table [lists, pages], live and
+    scales of the layer's lists; sinks [HEADS * GROUP] or None; items is lists * BLOCKS.
+
+    out [lists * GROUP, DV]. partial [programs, 2, min(GROUP, ROWS), DV] float32 is of the list that a program ends but
+    does not begin, and of the one that it begins but does not end; partial_lse is likewise, in base 2. spans [items, 2]
+    int32: the first and the last program of every item that is not empty.
+
+    HEADS KV heads have GROUP query heads each, in BLOCKS items of ROWS. Keys of D dims have parts of A and B, padded, and
+    number format KEY; values have DV, VA, VB, VALUE. LATENT: part a of keys is also the value, part b lies where values
+    do. SCORE_GAIN makes scores logits in base 2 or, with a CAP (in base 2; 0 is none), 2 log2(e) times what tanh takes.
+    WEIGHT_GAIN keeps weights times row factors in the range of DOT, the dtype that tensor cores take; OUT_GAIN undoes
+    that and what decoding left undone. LISTS: lengths that a program looks at together.
     """
     STORED: tl.constexpr = min(GROUP, ROWS)
     program = tl.program_id(0)
@@ -208,7 +184,7 @@ def _decode(
     slots = tl.arange(0, TILE)
     rows = tl.arange(0, ROWS)
     while left > 0:
-        item = _next_item(live, item, items, BLOCKS, LISTS)
+        item = _next_item(live, item, items, BLOCKS, min(LISTS, 128))
         lane = item // BLOCKS
         head = lane % HEADS
         n = tl.load(live + lane)
@@ -217,12 +193,25 @@ def _decode(
         block = item % BLOCKS * ROWS
         ok_rows = block + rows < GROUP
         first_row = lane.to(tl.int64) * GROUP + block
-        q_a = _queries(q + first_row * D, rows, ok_rows, code_order(0, A, KEY_WORD), D, DOT)
-        if B > 0:
-            q_b = _queries(q + first_row * D, rows, ok_rows, code_order(A, B, KEY_WORD), D, DOT)
-        gain = SCORE_GAIN * tl.load(scales + HEADS + head)
         own = table + lane.to(tl.int64) * pages
         page = tl.load(own + tile * TILE // PAGE)
+        q_a = _queries(q + first_row * D, rows, ok_rows, code_order(0, A, KEY), D)
+        if B > 0:
+            q_b = _queries(q + first_row * D, rows, ok_rows, code_order(A, B, KEY), D)
+        gain = tl.full([ROWS], SCORE_GAIN, tl.float32) * tl.load(scales + HEADS + head)
+        if KEY != "plain":
+            # DOT may be float16 where q is bfloat16: powers of two keep q in range, exactly.
+            largest = tl.max(tl.abs(q_a), 0)
+            if B > 0:
+                largest = tl.maximum(largest, tl.max(tl.abs(q_b), 0))
+            power, inverse = _power_of_two(largest)
+            gain *= power
+            q_a *= inverse[None, :]
+            if B > 0:
+                q_b *= inverse[None, :]
+        q_a = q_a.to(DOT)
+        if B > 0:
+            q_b = q_b.to(DOT)
 
         top = tl.full([ROWS], float("-inf"), tl.float32)
         weight = tl.zeros([TILE, ROWS], tl.float32)
@@ -232,46 +221,25 @@ def _decode(
         for t in range(tile, stop):
             # The next page's id is on its way while this page's rows are.
             following = tl.load(own + tl.minimum(t + 1, stop - 1) * TILE // PAGE)
-            ok = t * TILE + slots < n
-            first = t * TILE % PAGE
-            if LATENT:
-                k_a, _, k_factor = _rows(
-                    keys, None, page, first, ok, PAGE, A, 0, KEY_CODES, KEY, KEY_WORD, DOT
-                )
-                k_b, _, _ = _rows(
-                    values, None, page, first, ok, PAGE, B, 0, VALUE_CODES, VALUE, VALUE_WORD, DOT
-                )
-                v_a = k_a
-            else:
-                k_a, k_b, k_factor = _rows(
-                    keys, key_scales, page, first, ok, PAGE, A, B, KEY_CODES, KEY, KEY_WORD, DOT
-                )
-                v_a, v_b, v_factor = _rows(
-                    values,
-                    value_scales,
-                    page,
-                    first,
-                    ok,
-                    PAGE,
-                    VA,
-                    VB,
-                    VALUE_CODES,
-                    VALUE,
-                    VALUE_WORD,
-                    DOT,
-                )
+            row = page.to(tl.int64) * PAGE + t * TILE % PAGE
             page = following
+            ok = t * TILE + slots < n
 
+            k_a = _part(keys, key_scales, row, ok, 0, A, A if LATENT else D, KEY, DOT)
             scores = tl.dot(k_a, q_a, input_precision="ieee")
-            if B > 0:
+            if LATENT:
+                k_b = _part(values, None, row, ok, 0, B, D - A, VALUE, DOT)
                 scores = tl.dot(k_b, q_b, scores, input_precision="ieee")
-            scores *= gain
+            elif B > 0:
+                k_b = _part(keys, key_scales, row, ok, A, B, D, KEY, DOT)
+                scores = tl.dot(k_b, q_b, scores, input_precision="ieee")
+            scores *= gain[None, :]
             if key_scales is not None and KEY != "nvfp4":
-                scores *= k_factor[:, None]
+                scores *= _row_factors(key_scales, row, ok)[:, None]
             if CAP > 0:
-                # tanh(x) = 1 - 2 / (e^2x + 1)
-                scores = CAP * (1.0 - 2.0 / (tl.exp2(scores) + 1.0))
+                scores = CAP * (1.0 - 2.0 / (tl.exp2(scores) + 1.0))  # tanh(x) = 1 - 2 / (e^2x + 1)
             scores = tl.where(ok[:, None], scores, float("-inf"))
+
             # Every tile has a live slot, so that the maximum is finite.
             new_top = tl.maximum(top, tl.max(scores, 0))
             fade = tl.exp2(top - new_top)
@@ -279,16 +247,18 @@ def _decode(
             p = tl.exp2(scores - top[None, :])
             weight = weight * fade[None, :] + p
             if value_scales is not None and VALUE != "nvfp4":
-                p *= (v_factor * WEIGHT_GAIN)[:, None]
+                p *= (_row_factors(value_scales, row, ok) * WEIGHT_GAIN)[:, None]
             p = p.to(DOT)
+            v_a = k_a if LATENT else _part(values, value_scales, row, ok, 0, VA, DV, VALUE, DOT)
             acc_a = tl.dot(tl.trans(v_a), p, acc_a * fade[None, :], input_precision="ieee")
             if VB > 0:
+                v_b = _part(values, value_scales, row, ok, VA, VB, DV, VALUE, DOT)
                 acc_b = tl.dot(tl.trans(v_b), p, acc_b * fade[None, :], input_precision="ieee")
 
         total = tl.sum(weight, 0)
         lse = top + tl.log2(total)
         share = OUT_GAIN * tl.load(scales + 3 * HEADS + head) / total
-        dims_a = code_order(0, VA, VALUE_WORD)
+        dims_a = code_order(0, VA, VALUE)
         if tile == 0 and stop == tiles:
             if sinks is not None:
                 sink = tl.load(sinks + head * GROUP + block + rows, mask=ok_rows, other=0.0)
@@ -300,7 +270,7 @@ def _decode(
                     acc_b * share[None, :],
                     rows,
                     ok_rows,
-                    code_order(VA, VB, VALUE_WORD),
+                    code_order(VA, VB, VALUE),
                     DV,
                 )
         else:
@@ -312,7 +282,7 @@ def _decode(
                     acc_b * share[None, :],
                     rows,
                     ok_rows,
-                    code_order(VA, VB, VALUE_WORD),
+                    code_order(VA, VB, VALUE),
                     DV,
                 )
             tl.store(partial_lse + place + rows, lse, mask=ok_rows)
@@ -426,7 +396,7 @@ def _launch(
     latent: bool,
 ) -> Tensor:
     q = q.contiguous()
-    dot = _DTYPES[q.dtype] if q.is_cuda else tl.float32
+    dot = _dot(_DTYPES[q.dtype], pool.key_layout, pool.value_layout) if q.is_cuda else tl.float32
     heads, group = lists.heads, q.shape[1] // lists.heads
     shape = _shape(pool.key_layout, pool.value_layout, heads, group, scoring, dot, latent)
     rows, blocks, dv = shape["ROWS"], shape["BLOCKS"], shape["DV"]
@@ -482,7 +452,7 @@ def _shape(
         dim, dv = keys.dim + values.dim, keys.dim
     rows = min(ROWS, max(MIN_ROWS, triton.next_power_of_2(group)))
     gain = scoring.scale * number_factor(keys.number, dot) * LOG2E
-    # In float16, weights times row scales would lose what is small.
+    # In float16, weights times row factors would lose what is small.
     weight_gain = 256.0 if dot == tl.float16 else 1.0
     return {
         "HEADS": heads,
@@ -493,14 +463,10 @@ def _shape(
         "A": a,
         "B": b,
         "KEY": keys.number,
-        "KEY_CODES": keys.dim // WORD_CODES[keys.number],
-        "KEY_WORD": WORD_CODES[keys.number],
         "DV": dv,
         "VA": va,
         "VB": vb,
         "VALUE": values.number,
-        "VALUE_CODES": values.dim // WORD_CODES[values.number],
-        "VALUE_WORD": WORD_CODES[values.number],
         "LATENT": latent,
         "SCORE_GAIN": gain if scoring.softcap is None else 2 * gain / scoring.softcap,
         "CAP": 0.0 if scoring.softcap is None else scoring.softcap * LOG2E,
@@ -510,6 +476,16 @@ def _shape(
         "TILE": PAGE,
         "DOT": dot,
     }
+
+
+def _dot(model: tl.dtype, keys: RowLayout, values: RowLayout) -> tl.dtype:
+    """What tensor cores take: eight bits become float16 in a third of the instructions of bfloat16, and as exactly.
+
+    Weights times the factors of value rows need bfloat16's range.
+    """
+    if model == tl.bfloat16 and "plain" not in (keys.number, values.number) and not values.per_row:
+        return tl.float16
+    return model
 
 
 def _parts(layout: RowLayout) -> tuple[int, int]:
@@ -528,14 +504,27 @@ def _options(keys: RowLayout, latent: bool) -> dict[str, int]:
 
 def variants() -> list[Variant]:
     """What we ship for sm_90a."""
-    bf16 = RowLayout("plain", 128, torch.bfloat16)
-    fp8 = RowLayout("fp8", 128, torch.uint8)
-    nvfp4 = RowLayout("nvfp4", 128, torch.uint8)
-    plain = Scoring(128**-0.5)
+
+    def plain(dim: int, dtype: torch.dtype = torch.bfloat16) -> RowLayout:
+        return RowLayout("plain", dim, dtype)
+
+    fp8, nvfp4 = (RowLayout(number, 128, torch.uint8) for number in ("fp8", "nvfp4"))
+    int8 = RowLayout("int8", 128, torch.uint8, per_row=True)
+    simple = Scoring(128**-0.5)
+    capped = Scoring(256**-0.5, 50.0)
+    sinks = Scoring(64**-0.5, None, torch.zeros(64))
     return [
-        _variant("decode_bf16_d128_g4", bf16, bf16, 8, 4, plain),
-        _variant("decode_fp8_d128_g4", fp8, fp8, 8, 4, plain),
-        _variant("decode_nvfp4_d128_g4", nvfp4, nvfp4, 8, 4, plain),
+        _variant("decode_bf16_d128_g4", plain(128), plain(128), 8, 4, simple),
+        _variant("decode_fp8_d128_g4", fp8, fp8, 8, 4, simple),
+        _variant("decode_nvfp4_d128_g4", nvfp4, nvfp4, 8, 4, simple),
+        _variant("decode_fp8_nvfp4_d128_g16", fp8, nvfp4, 2, 16, simple),
+        _variant("decode_int8_rows_d128_g4", int8, int8, 8, 4, simple),
+        _variant("decode_bf16_d64_g8_sinks", plain(64), plain(64), 8, 8, sinks),
+        _variant("decode_bf16_d96_g1", plain(96), plain(96), 32, 1, simple),
+        _variant("decode_bf16_d192_g1", plain(192), plain(128), 16, 1, simple),
+        _variant("decode_bf16_d256_g2_capped", plain(256), plain(256), 8, 2, capped),
+        _variant("decode_latent_h16", plain(512), plain(64), 1, 16, simple, latent=True),
+        _variant("decode_latent_h128", plain(512), plain(64), 1, 128, simple, latent=True),
     ]
 
 
@@ -551,7 +540,7 @@ def _variant(
     latent: bool = False,
 ) -> Variant:
     """A model's `_decode` by the dtype of its queries."""
-    dot = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}[dtype]
+    dot = _dot({"bf16": tl.bfloat16, "fp16": tl.float16}[dtype], keys, values)
     signature = {
         "q": f"*{dtype}",
         "keys": _pointer(keys.dtype),

@@ -12,9 +12,6 @@ import triton.language as tl
 
 from modelopt_dms.ops.paged import Number
 
-# Words hold so many codes.
-WORD_CODES = {"plain": 1, "fp8": 4, "int8": 4, "nvfp4": 8}
-
 
 def number_factor(number: Number, dot: tl.dtype) -> float:
     """What numbers decoded to this dtype must still be multiplied by."""
@@ -24,11 +21,18 @@ def number_factor(number: Number, dot: tl.dtype) -> float:
     return 2.0**7 if dot == tl.float16 else 2.0**26
 
 
+@triton.constexpr_function
+def word_codes(number: str) -> int:
+    """Codes that an element holds: a word of 32 bits, or a plain number."""
+    return {"plain": 1, "fp8": 4, "int8": 4, "nvfp4": 8}[number]
+
+
 @triton.jit
-def code_order(START: tl.constexpr, WIDTH: tl.constexpr, WORD: tl.constexpr):
-    """The dims START .. START + WIDTH of a row, in the order in which decoding words of WORD codes leaves them."""
-    at = tl.arange(0, WIDTH)
+def code_order(START: tl.constexpr, WIDTH: tl.constexpr, NUMBER: tl.constexpr):
+    """The dims START to START + WIDTH of a row, in the order in which decoding leaves them: [WIDTH]."""
+    WORD: tl.constexpr = word_codes(NUMBER)
     words: tl.constexpr = WIDTH // WORD
+    at = tl.arange(0, WIDTH)
     return START + at % words * WORD + at // words
 
 
@@ -96,111 +100,101 @@ E2M1_BF16 = _e2m1("bf16x2", 6)
 E2M1_FP16 = _e2m1("f16x2", 9)
 
 
+# What such PTX leaves.
+FOUR_BF16, FOUR_FP16 = tl.constexpr((tl.bfloat16,) * 4), tl.constexpr((tl.float16,) * 4)
+EIGHT_BF16, EIGHT_FP16 = tl.constexpr((tl.bfloat16,) * 8), tl.constexpr((tl.float16,) * 8)
+
+
 @triton.jit
 def _four(a, b, c, d):
     """Parts [n, m] one after the other, [n, 4 * m]."""
-    x = tl.join(tl.join(a, b), tl.join(c, d))  # [n, m, 2, 2]: parts a c, b d
+    x = tl.join(tl.join(a, b), tl.join(c, d))  # [n, m, 2, 2], of parts [[a, c], [b, d]]
     return x.permute(0, 3, 2, 1).reshape([a.shape[0], 4 * a.shape[1]])
 
 
 @triton.jit
+def _eight(a, b, c, d, e, f, g, h):
+    """Parts [n, m] one after the other, [n, 8 * m]."""
+    x = tl.join(tl.join(tl.join(a, b), tl.join(c, d)), tl.join(tl.join(e, f), tl.join(g, h)))
+    return x.permute(0, 4, 3, 2, 1).reshape([a.shape[0], 8 * a.shape[1]])
+
+
+@triton.jit
 def from_e4m3(words, DOT: tl.constexpr):
-    """Numbers [n, 4 * m] in DOT of FP8 codes, words [n, m] int32. NaN becomes 480 in some DOTs."""
-    if DOT == tl.float32:
-        a, b, c, d = (
-            _e4m3_float32(words, 0),
-            _e4m3_float32(words, 8),
-            _e4m3_float32(words, 16),
-            _e4m3_float32(words, 24),
-        )
-    elif DOT == tl.bfloat16:
-        kinds: tl.constexpr = (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16)
+    """Numbers [n, 4 * m] in DOT of FP8 codes, words [n, m] int32. The codes of NaN are 480, or NaN in float16."""
+    if DOT.is_bf16():
         a, b, c, d = tl.inline_asm_elementwise(
-            E4M3_BF16, "=r,=r,=r,=r,r,r", [words], kinds, True, 2
+            E4M3_BF16, "=r,=r,=r,=r,r,r", [words], FOUR_BF16.value, is_pure=True, pack=2
+        )
+    elif DOT.is_fp16():
+        a, b, c, d = tl.inline_asm_elementwise(
+            E4M3_FP16, "=r,=r,=r,=r,r,r", [words], FOUR_FP16.value, is_pure=True, pack=2
         )
     else:
-        kinds: tl.constexpr = (tl.float16, tl.float16, tl.float16, tl.float16)
-        a, b, c, d = tl.inline_asm_elementwise(
-            E4M3_FP16, "=r,=r,=r,=r,r,r", [words], kinds, True, 2
-        )
+        a, b = _e4m3_float32(words), _e4m3_float32(words >> 8)
+        c, d = _e4m3_float32(words >> 16), _e4m3_float32(words >> 24)
     return _four(a, b, c, d)
 
 
 @triton.jit
-def _e4m3_float32(words, AT: tl.constexpr):
-    """The number of the eight bits from AT on."""
-    code = words >> AT
-    bits = ((code & 0x7F) << 20) | ((code & 0x80) << 24)
+def _e4m3_float32(x):
+    """The number of the lower eight bits."""
+    bits = ((x & 0x7F) << 20) | ((x & 0x80) << 24)
     return bits.to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
 
 
 @triton.jit
 def from_int8(words, DOT: tl.constexpr):
     """Numbers [n, 4 * m] in DOT of int8 codes, words [n, m] int32."""
-    if DOT == tl.float32:
-        a, b = (words << 24) >> 24, (words << 16) >> 24
-        c, d = (words << 8) >> 24, words >> 24
-        a, b, c, d = a.to(DOT), b.to(DOT), c.to(DOT), d.to(DOT)
-    elif DOT == tl.bfloat16:
-        kinds: tl.constexpr = (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16)
+    if DOT.is_bf16():
         a, b, c, d = tl.inline_asm_elementwise(
-            INT8_BF16, "=r,=r,=r,=r,r,r", [words], kinds, True, 2
+            INT8_BF16, "=r,=r,=r,=r,r,r", [words], FOUR_BF16.value, is_pure=True, pack=2
+        )
+    elif DOT.is_fp16():
+        a, b, c, d = tl.inline_asm_elementwise(
+            INT8_FP16, "=r,=r,=r,=r,r,r", [words], FOUR_FP16.value, is_pure=True, pack=2
         )
     else:
-        kinds: tl.constexpr = (tl.float16, tl.float16, tl.float16, tl.float16)
-        a, b, c, d = tl.inline_asm_elementwise(
-            INT8_FP16, "=r,=r,=r,=r,r,r", [words], kinds, True, 2
-        )
+        a, b = ((words << 24) >> 24).to(DOT), ((words << 16) >> 24).to(DOT)
+        c, d = ((words << 8) >> 24).to(DOT), (words >> 24).to(DOT)
     return _four(a, b, c, d)
 
 
 @triton.jit
 def from_e2m1(words, scales, DOT: tl.constexpr):
     """Numbers over `number_factor` [n, 8 * m] in DOT of NVFP4 codes, words [n, m] int32, scales [n, m / 2] uint8."""
-    scale = scales.to(tl.float8e4nv, bitcast=True).to(tl.float32)
-    # As large as lets no product overflow; smaller ones would lose bits.
-    scale = (scale * (128.0 if DOT == tl.float16 else 1.2676506002282294e30)).to(DOT)  # 2^7, 2^100
-    scale = tl.join(scale, scale).reshape(words.shape)
-    if DOT == tl.float32:
+    # As large as lets no product overflow; smaller ones would lose bits: 2^7 and 2^100.
+    gain: tl.constexpr = 128.0 if DOT.is_fp16() else 1.2676506002282294e30
+    scale = (scales.to(tl.float8e4nv, bitcast=True).to(tl.float32) * gain).to(DOT)
+    scale = tl.join(scale, scale).reshape(words.shape)  # a block is two words
+    if DOT.is_bf16():
+        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+            E2M1_BF16,
+            "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r",
+            [words, scale],
+            EIGHT_BF16.value,
+            is_pure=True,
+            pack=2,
+        )
+    elif DOT.is_fp16():
+        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+            E2M1_FP16,
+            "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r",
+            [words, scale],
+            EIGHT_FP16.value,
+            is_pure=True,
+            pack=2,
+        )
+    else:
         a, b = _e2m1_float32(words << 28, scale), _e2m1_float32(words << 24, scale)
         c, d = _e2m1_float32(words << 20, scale), _e2m1_float32(words << 16, scale)
         e, f = _e2m1_float32(words << 12, scale), _e2m1_float32(words << 8, scale)
         g, h = _e2m1_float32(words << 4, scale), _e2m1_float32(words, scale)
-    elif DOT == tl.bfloat16:
-        kinds: tl.constexpr = (
-            tl.bfloat16,
-            tl.bfloat16,
-            tl.bfloat16,
-            tl.bfloat16,
-            tl.bfloat16,
-            tl.bfloat16,
-            tl.bfloat16,
-            tl.bfloat16,
-        )
-        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
-            E2M1_BF16, "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r", [words, scale], kinds, True, 2
-        )
-    else:
-        kinds: tl.constexpr = (
-            tl.float16,
-            tl.float16,
-            tl.float16,
-            tl.float16,
-            tl.float16,
-            tl.float16,
-            tl.float16,
-            tl.float16,
-        )
-        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
-            E2M1_FP16, "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r", [words, scale], kinds, True, 2
-        )
-    n: tl.constexpr = words.shape[0]
-    x = tl.join(tl.join(tl.join(a, b), tl.join(c, d)), tl.join(tl.join(e, f), tl.join(g, h)))
-    return x.permute(0, 4, 3, 2, 1).reshape([n, 8 * words.shape[1]])
+    return _eight(a, b, c, d, e, f, g, h)
 
 
 @triton.jit
-def _e2m1_float32(top, scale):
-    """The number, times scale and 2^-126, of the four uppermost bits."""
-    bits = ((top >> 6) & 0x01C00000) | (top & -0x80000000)
+def _e2m1_float32(x, scale):
+    """The number, times scale and 2^-126, of the upper four bits."""
+    bits = ((x >> 6) & 0x01C00000) | (x & -0x80000000)
     return bits.to(tl.float32, bitcast=True) * scale

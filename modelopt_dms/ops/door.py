@@ -15,6 +15,7 @@ from modelopt_dms.ops import append_reference, decode_reference, prefill_referen
 from modelopt_dms.ops.gating import GateInput
 from modelopt_dms.ops.paged import LayerLists, PagePool
 from modelopt_dms.ops.reference import Scoring
+from modelopt_dms.ops.undo import UndoLog
 
 Impl = Literal["auto", "triton", "reference"]
 
@@ -49,14 +50,18 @@ def append_token(
     lists: LayerLists,
     *,
     impl: str = "auto",
+    log: UndoLog | None = None,
 ) -> None:
     """Decide about one token of every active sequence and take it in; see `append_reference.append_token`."""
     if choose(impl, k.device) == "reference":
-        append_reference.append_token(k, v, gate, pool, lists)
+        append_reference.append_token(k, v, gate, pool, lists, log)
         return
-    from modelopt_dms.ops import library
+    from modelopt_dms.ops import append, library
 
-    library.append_token(k, v, gate, pool, lists)
+    if log is None:
+        library.append_token(k, v, gate, pool, lists)
+    else:
+        append.append_token(k, v, gate, pool, lists, log)
 
 
 def pack(
@@ -76,6 +81,24 @@ def pack(
     from modelopt_dms.ops import library
 
     library.pack(k, v, evict, valid, pool, lists)
+
+
+def place(
+    plan: append_reference.Plan,
+    k: Tensor,
+    v: Tensor,
+    pool: PagePool,
+    lists: LayerLists,
+    *,
+    impl: str = "auto",
+) -> None:
+    """Carry out a plan of `append_reference.plan_pack`; it and this are `pack`."""
+    if choose(impl, k.device) == "reference":
+        append_reference.place(plan, k, v, pool, lists)
+        return
+    from modelopt_dms.ops import append
+
+    append.place(plan, k, v, pool, lists)
 
 
 def decode_attention(

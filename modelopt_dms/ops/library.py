@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modelopt_dms.ops import append, decode, prefill, prefill_backward
+from modelopt_dms.ops import append, decode, prefill, prefill_backward, prefill_chunk
 from modelopt_dms.ops.gating import Decided, GateInput, LinearGate
 from modelopt_dms.ops.paged import LayerLists, PagePool, RowLayout
 from modelopt_dms.ops.reference import Scoring
@@ -131,8 +131,13 @@ def _run_append(k: Tensor, v: Tensor, **given: Any) -> None:
     if given["evict"] is not None:
         gate = Decided(given["evict"])
     else:
-        tensors = (given[name] for name in ("features", "weight", "threshold", "positions"))
-        gate = LinearGate(*tensors, given["gate_scale"], given["offset"], given["protect"])
+        names = ("features", "weight", "threshold", "positions")
+        gate = LinearGate(
+            **{name: given[name] for name in names},
+            scale=given["gate_scale"],
+            offset=given["offset"],
+            protect=given["protect"],
+        )
     append.append_token(k, v, gate, *_together(given))
 
 
@@ -189,7 +194,9 @@ def pack(
 def _run_chunk(q: Tensor, k: Tensor, v: Tensor, evict: Tensor, **given: Any) -> Tensor:
     starts, first, expiry = (given[name] for name in ("starts", "first", "expiry"))
     state = _together(given)
-    return prefill.attend_chunk(q, k, v, evict, starts, first, expiry, *state, _scoring(given))
+    return prefill_chunk.attend_chunk(
+        q, k, v, evict, starts, first, expiry, *state, _scoring(given)
+    )
 
 
 def _like_chunk(q: Tensor, k: Tensor, v: Tensor, *args: Any, **given: Any) -> Tensor:
@@ -216,7 +223,7 @@ def attend_chunk(
     lists: LayerLists,
     scoring: Scoring,
 ) -> Tensor:
-    """See `prefill.attend_chunk`."""
+    """See `prefill_chunk.attend_chunk`."""
     others = {"starts": starts, "first": first, "expiry": expiry}
     return _attend_chunk(q, k, v, evict, **others, **_state(pool, lists), **_scored(scoring))
 

@@ -10,7 +10,7 @@ from multiprocessing import get_context
 
 from modelopt_dms.ops.variants import Variant, compile_variant
 
-KERNEL_FILES = ("append", "decode", "prefill", "prefill_backward")
+KERNEL_FILES = ("append", "decode", "prefill", "prefill_backward", "prefill_chunk")
 HEAD = "| kernel variant | registers | spilled bytes | shared bytes | HMMA | HGMMA | async copies |"
 
 

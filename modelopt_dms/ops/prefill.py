@@ -1,0 +1,241 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention among T tokens under the delayed-eviction mask, forward and backward, in Triton. Knows no cache.
+
+The meaning is `ops.reference.prefill_attention`. Keys fall into blocks that are older than the window for a whole block
+of queries (one addition a score), within it, or on a border (everything is checked); only the last are few.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from modelopt_dms.ops.prefill_backward import prefill_backward
+from modelopt_dms.ops.prefill_blocks import (
+    FLOOR,
+    Tile,
+    attend_own,
+    dot_type,
+    head_constants,
+    load_rows,
+    log2_bias,
+    own_starts,
+    padded,
+    scoring_constants,
+    store_rows,
+    with_sink,
+)
+from modelopt_dms.ops.reference import Scoring
+from modelopt_dms.ops.variants import Variant
+
+
+def forward_tile(D: int, DV: int, dtype: torch.dtype) -> Tile:
+    """Block sizes for these head dims."""
+    wide = max(D, DV)
+    if dtype == torch.float32:
+        return Tile(64, 32, 4, 2)
+    if wide <= 64:
+        return Tile(128, 64, 8, 3)
+    if wide <= 128:
+        return Tile(128, 64, 8, 3)
+    return Tile(128, 64, 8, 2)
+
+
+@triton.jit
+def _forward_kernel(
+    q,
+    k,
+    v,
+    bias,
+    starts,
+    sinks,
+    T,
+    window,
+    out,
+    lse,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    V1: tl.constexpr,
+    V2: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """One block of queries of one head; log-sum-exp in units of log 2."""
+    # The last queries have the most keys: they go first.
+    m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
+    index = tl.program_id(1)
+    batch = index // H
+    kv = (index // G).to(tl.int64)  # = batch * K + KV head
+    q += index.to(tl.int64) * T * D
+    k += kv * T * D
+    v += kv * T * DV
+    queries = m0 + tl.arange(0, M)
+    q1 = load_rows(q, m0, T, M, D, 0, D1, True, DOT)
+    q2 = q1
+    if D2 > 0:
+        q2 = load_rows(q, m0, T, M, D, D1, D2, True, DOT)
+    acc1 = tl.zeros([M, V1], tl.float32)
+    acc2 = tl.zeros([M, V2 if V2 > 0 else 16], tl.float32)
+    total = tl.zeros([M], tl.float32)
+    top = tl.full([M], FLOOR, tl.float32)
+    acc1, acc2, total, top = attend_own(
+        acc1, acc2, total, top, q1, q2, k, v, bias + kv * padded(T), starts + batch * T, m0, T, window,
+        SCALE, SOFTCAP, D, DV, D1, D2, V1, V2, M, N, HAS_STARTS, DOT,
+    )  # fmt: skip
+    if HAS_SINKS:
+        sink = tl.load(sinks + index % H).to(tl.float32)
+        acc1, acc2, total, top = with_sink(acc1, acc2, total, top, sink, V2)
+    out += index.to(tl.int64) * T * DV
+    store_rows(out, m0, T, acc1 / total[:, None], M, DV, 0, V1)
+    if V2 > 0:
+        store_rows(out, m0, T, acc2 / total[:, None], M, DV, V1, V2)
+    tl.store(lse + index.to(tl.int64) * T + queries, top + tl.log2(total), mask=queries < T)
+
+
+def prefill_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep_logprob: Tensor,
+    window: int,
+    starts: Tensor | None,
+    scoring: Scoring,
+    tile: Tile | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `prefill_attention`, not differentiable: output [B, H, T, Dv] and log2-sum-exp2 [B, H, T] for the backward."""
+    q, k, v, bias = (x.contiguous() for x in (q, k, v, log2_bias(keep_logprob)))
+    B, H, T, D = q.shape
+    K, DV = k.shape[1], v.shape[-1]
+    tile = tile or forward_tile(D, DV, q.dtype)
+    starts, sinks = own_starts(starts), scoring.sinks
+    out = torch.empty(B, H, T, DV, dtype=v.dtype, device=q.device)
+    lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
+    _forward_kernel[(triton.cdiv(T, tile.queries), B * H)](
+        q,
+        k,
+        v,
+        bias,
+        bias if starts is None else starts,
+        bias if sinks is None else sinks.float().contiguous(),
+        T,
+        min(window, T),
+        out,
+        lse,
+        **scoring_constants(scoring),
+        H=H,
+        G=H // K,
+        **head_constants(D, DV),
+        M=tile.queries,
+        N=tile.keys,
+        HAS_STARTS=starts is not None,
+        HAS_SINKS=sinks is not None,
+        DOT=dot_type(q.dtype),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return out, lse
+
+
+class _Prefill(torch.autograd.Function):
+    """Attention and its gradients in q, k, v and keep_logprob."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        keep_logprob: Tensor,
+        window: int,
+        starts: Tensor | None,
+        scoring: Scoring,
+    ) -> Tensor:
+        out, lse = prefill_forward(q, k, v, keep_logprob, window, starts, scoring)
+        ctx.save_for_backward(q, k, v, keep_logprob, starts, out, lse)
+        ctx.window, ctx.scoring = window, scoring
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, keep_logprob, starts, out, lse = ctx.saved_tensors
+        found = prefill_backward(
+            gradients[0], q, k, v, keep_logprob, ctx.window, starts, out, lse, ctx.scoring
+        )
+        return *found, None, None, None
+
+
+def prefill_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep_logprob: Tensor,
+    window: int,
+    starts: Tensor | None,
+    scoring: Scoring,
+) -> Tensor:
+    """Attention among T tokens, differentiable in q, k, v and keep_logprob.
+
+    Args:
+        q: queries [B, H, T, D].
+        k: keys [B, K, T, D].
+        v: values [B, K, T, Dv].
+        keep_logprob: log(1 - alpha) [B, K, T] float32, of the token each value governs.
+        window: tokens a marked key stays readable.
+        starts: the first position [B, T] int32 that each query may see: the start of its document; of padding, its own
+            position. None: 0 for all.
+        scoring: scale, softcap and sinks.
+
+    Returns:
+        Output [B, H, T, Dv].
+
+    Raises:
+        ValueError: the sinks want a gradient, which is not computed.
+    """
+    if torch.is_grad_enabled() and scoring.sinks is not None and scoring.sinks.requires_grad:
+        raise ValueError(
+            "the prefill kernel has no gradient of sinks; freeze them or use impl='reference'"
+        )
+    return _Prefill.apply(q, k, v, keep_logprob, window, starts, scoring)
+
+
+def variants() -> list[Variant]:
+    """What we ship for sm_90a."""
+    shapes = [(64, 64, 4), (96, 96, 4), (128, 128, 4), (256, 256, 2), (192, 128, 1)]
+    return [_variant(D, DV, G, False) for D, DV, G in shapes] + [_variant(128, 128, 4, True)]
+
+
+def _variant(D: int, DV: int, G: int, full: bool) -> Variant:
+    """The forward kernel for these shapes; `full` has documents, softcap and sinks."""
+    tile = forward_tile(D, DV, torch.bfloat16)
+    pointers = {name: "*bf16" for name in ("q", "k", "v", "out")}
+    pointers |= {name: "*fp32" for name in ("bias", "sinks", "lse")}
+    constants = {
+        **scoring_constants(Scoring(D**-0.5, 50.0 if full else None)),
+        **head_constants(D, DV),
+        "H": 8 * G,
+        "G": G,
+        "M": tile.queries,
+        "N": tile.keys,
+        "HAS_STARTS": full,
+        "HAS_SINKS": full,
+        "DOT": tl.bfloat16,
+    }
+    return Variant(
+        f"prefill_d{D}_{DV}" + ("_full" if full else ""),
+        _forward_kernel,
+        {**pointers, "starts": "*i32", "T": "i32", "window": "i32"},
+        constants,
+        tile.warps,
+        tile.stages,
+    )

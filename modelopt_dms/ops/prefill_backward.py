@@ -1,0 +1,563 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gradients of attention among T tokens under the delayed-eviction mask, in Triton. Knows no cache.
+
+Three kernels, no atomics: every gradient is summed by one program in one order, so two runs agree to the last bit.
+One goes over blocks of keys (dk, dv, and d keep_logprob as a column sum; the heads of a group in a loop), one over
+blocks of queries (dq), one prepares a number a query. The weights are computed anew from the log-sum-exp.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from modelopt_dms.ops.prefill_blocks import (
+    Tile,
+    delayed,
+    dot_type,
+    head_constants,
+    key_ranges,
+    load_numbers,
+    load_rows,
+    log2_bias,
+    own_starts,
+    padded,
+    padded_length,
+    scored,
+    scoring_constants,
+    store_rows,
+    uncapped,
+)
+from modelopt_dms.ops.reference import Scoring
+from modelopt_dms.ops.variants import Variant
+
+DELTA_ROWS = 32
+# Above this many columns of dk and dv together, a program cannot hold both: two launches, one for each.
+HELD_COLUMNS = 320
+
+
+def key_tile(D: int, DV: int, dtype: torch.dtype) -> Tile:
+    """Block sizes of the kernel over blocks of keys."""
+    if dtype == torch.float32:
+        return Tile(32, 32, 4, 1)
+    if max(D, DV) <= 64:
+        return Tile(64, 128, 8, 3)
+    if max(D, DV) <= 128:
+        return Tile(64, 128, 8, 2)
+    return Tile(32, 128, 8, 2)
+
+
+def query_tile(D: int, DV: int, dtype: torch.dtype) -> Tile:
+    """Block sizes of the kernel over blocks of queries."""
+    if dtype == torch.float32:
+        return Tile(32, 32, 4, 1)
+    if max(D, DV) <= 128:
+        return Tile(128, 64, 8, 2)
+    return Tile(128, 32, 8, 2)
+
+
+@triton.jit
+def _delta_kernel(
+    out,
+    gradient,
+    lse,
+    T,
+    delta,
+    padded_lse,
+    DV: tl.constexpr,
+    WIDTH: tl.constexpr,
+    R: tl.constexpr,
+):
+    """Dot products of the rows of out and of its gradient, and the log-sum-exps, both padded with zeros."""
+    index = tl.program_id(1).to(tl.int64)
+    first = tl.program_id(0) * R
+    x = load_rows(out + index * T * DV, first, T, R, DV, 0, WIDTH, True, tl.float32)
+    y = load_rows(gradient + index * T * DV, first, T, R, DV, 0, WIDTH, True, tl.float32)
+    rows = first + tl.arange(0, R)
+    at = index * padded(T) + rows
+    tl.store(delta + at, tl.sum(x * y, 1))
+    tl.store(padded_lse + at, tl.load(lse + index * T + rows, mask=rows < T, other=0.0))
+
+
+@triton.jit
+def _query_block(
+    dq1, dq2, column, q1, q2, do1, do2, lse, delta, k, v, bias, n0, queries, start, T, window, old,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    V1: tl.constexpr,
+    V2: tl.constexpr,
+    N: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
+    CHECK: tl.constexpr,
+    DOT: tl.constexpr,
+):  # fmt: skip
+    """Add to dq of a block of queries what keys n0 .. n0 + N - 1 contribute; see `attend_block`."""
+    k1 = load_rows(k, n0, T, N, D, 0, D1, CHECK, DOT)
+    products = tl.dot(q1, tl.trans(k1), input_precision="ieee")
+    k2 = k1
+    if D2 > 0:
+        k2 = load_rows(k, n0, T, N, D, D1, D2, CHECK, DOT)
+        products = tl.dot(q2, tl.trans(k2), products, input_precision="ieee")
+    v1 = load_rows(v, n0, T, N, DV, 0, V1, CHECK, DOT)
+    dp = tl.dot(do1, tl.trans(v1), input_precision="ieee")
+    if V2 > 0:
+        v2 = load_rows(v, n0, T, N, DV, V1, V2, CHECK, DOT)
+        dp = tl.dot(do2, tl.trans(v2), dp, input_precision="ieee")
+    capped = scored(products, 1.0, SCALE, SOFTCAP)
+    if CHECK:
+        scores = delayed(
+            capped,
+            (queries - n0)[:, None],
+            tl.arange(0, N)[None, :],
+            column[None, :],
+            (start - n0)[:, None],
+            window,
+            HAS_STARTS,
+        )
+    else:
+        scores = capped + column[None, :]
+    ds = tl.exp2(scores - lse[:, None]) * (dp - delta[:, None])
+    ds = uncapped(ds, capped, SCALE, SOFTCAP).to(DOT)
+    column = load_numbers(bias, n0 + N, old, N)  # for the next block; see `attend_block`
+    dq1 = tl.dot(ds, k1, dq1, input_precision="ieee")
+    if D2 > 0:
+        dq2 = tl.dot(ds, k2, dq2, input_precision="ieee")
+    return dq1, dq2, column
+
+
+@triton.jit
+def _query_kernel(
+    q,
+    k,
+    v,
+    bias,
+    starts,
+    gradient,
+    lse,
+    delta,
+    T,
+    window,
+    dq,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    V1: tl.constexpr,
+    V2: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """Gradient of one block of queries of one head."""
+    m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
+    index = tl.program_id(1).to(tl.int64)
+    kv = index // G
+    q += index * T * D
+    dq += index * T * D
+    gradient += index * T * DV
+    k += kv * T * D
+    v += kv * T * DV
+    bias += kv * padded(T)
+    lse += index * padded(T)
+    delta += index * padded(T)
+    queries = m0 + tl.arange(0, M)
+    here = queries < T
+    q1 = load_rows(q, m0, T, M, D, 0, D1, True, DOT)
+    do1 = load_rows(gradient, m0, T, M, DV, 0, V1, True, DOT)
+    q2 = q1
+    if D2 > 0:
+        q2 = load_rows(q, m0, T, M, D, D1, D2, True, DOT)
+    do2 = do1
+    if V2 > 0:
+        do2 = load_rows(gradient, m0, T, M, DV, V1, V2, True, DOT)
+    lses = load_numbers(lse, m0, True, M)
+    deltas = load_numbers(delta, m0, True, M)
+    start = queries
+    lowest = 0
+    highest = 0
+    if HAS_STARTS:
+        start = tl.load(starts + index // H * T + queries, mask=here, other=0)
+        lowest = tl.maximum(tl.min(tl.where(here, start, T), 0), 0)
+        highest = tl.max(start, 0)
+    a, b, c, d, e, f = key_ranges(m0, lowest, highest, T, window, M, N, HAS_STARTS)
+    dq1 = tl.zeros([M, D1], tl.float32)
+    dq2 = tl.zeros([M, D2 if D2 > 0 else 16], tl.float32)
+    for phase in range(3):
+        low = tl.where(phase == 0, a, tl.where(phase == 1, c, e))
+        middle = tl.where(phase == 0, b, tl.where(phase == 1, d, f))
+        high = tl.where(phase == 0, c, tl.where(phase == 1, e, f))
+        column = load_numbers(bias, low, True, N)
+        for n0 in tl.range(low, middle, N):
+            dq1, dq2, column = _query_block(
+                dq1, dq2, column, q1, q2, do1, do2, lses, deltas, k, v, bias, n0, queries, start, T, window, True,
+                SCALE, SOFTCAP, D, DV, D1, D2, V1, V2, N, HAS_STARTS, True, DOT,
+            )  # fmt: skip
+        old = phase == 0
+        column = load_numbers(bias, middle, old, N)
+        for n0 in tl.range(middle, high, N):
+            dq1, dq2, column = _query_block(
+                dq1, dq2, column, q1, q2, do1, do2, lses, deltas, k, v, bias, n0, queries, start, T, window, old,
+                SCALE, SOFTCAP, D, DV, D1, D2, V1, V2, N, HAS_STARTS, False, DOT,
+            )  # fmt: skip
+    store_rows(dq, m0, T, dq1 * SCALE, M, D, 0, D1)
+    if D2 > 0:
+        store_rows(dq, m0, T, dq2 * SCALE, M, D, D1, D2)
+
+
+@triton.jit
+def _key_block(
+    dk1, dk2, dv1, dv2, dbias, lses, deltas, k1, k2, v1, v2, column, keys, q, gradient, lse, delta, starts, m0, T,
+    window, old,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    V1: tl.constexpr,
+    V2: tl.constexpr,
+    M: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
+    WITH_K: tl.constexpr,
+    WITH_V: tl.constexpr,
+    CHECK: tl.constexpr,
+    DOT: tl.constexpr,
+):  # fmt: skip
+    """Add to the gradients of a block of keys what queries m0 .. m0 + M - 1 contribute. All is transposed: [N, M]."""
+    q1 = load_rows(q, m0, T, M, D, 0, D1, CHECK, DOT)
+    products = tl.dot(k1, tl.trans(q1), input_precision="ieee")
+    q2 = q1
+    if D2 > 0:
+        q2 = load_rows(q, m0, T, M, D, D1, D2, CHECK, DOT)
+        products = tl.dot(k2, tl.trans(q2), products, input_precision="ieee")
+    capped = scored(products, 1.0, SCALE, SOFTCAP)
+    # Rows behind the end have q = 0, gradient = 0, lse = 0 and delta = 0: they add 0 to everything.
+    queries = tl.arange(0, M)
+    if CHECK:
+        start = queries
+        if HAS_STARTS:
+            start = tl.load(starts + m0 + queries, mask=queries < T - m0, other=0) - m0
+        scores = delayed(
+            capped,
+            queries[None, :],
+            (keys - m0)[:, None],
+            column[:, None],
+            start[None, :],
+            window,
+            HAS_STARTS,
+        )
+    else:
+        scores = capped + tl.where(old, column, 0.0)[:, None]
+    weights = tl.exp2(scores - lses[None, :])
+    # For the next block; see `attend_block`.
+    lses = load_numbers(lse, m0 + M, True, M)
+    do1 = load_rows(gradient, m0, T, M, DV, 0, V1, CHECK, DOT)
+    if WITH_V:
+        dv1 = tl.dot(weights.to(DOT), do1, dv1, input_precision="ieee")
+    do2 = do1
+    if V2 > 0:
+        do2 = load_rows(gradient, m0, T, M, DV, V1, V2, CHECK, DOT)
+        if WITH_V:
+            dv2 = tl.dot(weights.to(DOT), do2, dv2, input_precision="ieee")
+    if WITH_K:
+        dp = tl.dot(v1, tl.trans(do1), input_precision="ieee")
+        if V2 > 0:
+            dp = tl.dot(v2, tl.trans(do2), dp, input_precision="ieee")
+        ds = weights * (dp - deltas[None, :])
+        deltas = load_numbers(delta, m0 + M, True, M)
+        if CHECK:
+            dbias += tl.sum(tl.where((keys - m0)[:, None] < queries[None, :] - window, ds, 0.0), 1)
+        else:
+            dbias += tl.where(old, tl.sum(ds, 1), 0.0)
+        ds = uncapped(ds, capped, SCALE, SOFTCAP).to(DOT)
+        dk1 = tl.dot(ds, q1, dk1, input_precision="ieee")
+        if D2 > 0:
+            dk2 = tl.dot(ds, q2, dk2, input_precision="ieee")
+    return dk1, dk2, dv1, dv2, dbias, lses, deltas
+
+
+@triton.jit
+def _query_ranges(n0, end, whole, T, window, M: tl.constexpr, N: tl.constexpr):
+    """Ranges of queries that read keys n0 .. n0 + N - 1, in whole blocks of M.
+
+    Checked from `a` to `b`: the diagonal. To `c`: all keys within the window. Checked to `d`: the window's border. To
+    `e`: all keys older than the window. Checked to `f`: documents or the sequence end. Queries from `end` on see none
+    of the keys; some query from `whole` on does not see them all.
+    """
+    a = n0 // M * M
+    f = tl.cdiv(tl.minimum(end, T), M) * M
+    whole = tl.minimum(whole, T) // M * M
+    b = tl.minimum(tl.cdiv(n0 + N - 1, M) * M, f)
+    # n0 + W - M + 1 is the last start of a block that lies wholly within the window of all keys.
+    c = tl.maximum(b, tl.minimum((n0 + window + 1) // M * M, whole))
+    d = tl.maximum(c, tl.minimum(tl.cdiv(n0 + N + window, M) * M, f))
+    e = tl.maximum(d, whole)
+    return a, b, c, d, e, f
+
+
+@triton.jit
+def _key_kernel(
+    q,
+    k,
+    v,
+    bias,
+    starts,
+    ends,
+    gradient,
+    lse,
+    delta,
+    T,
+    window,
+    dk,
+    dv,
+    dbias,
+    SCALE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    V1: tl.constexpr,
+    V2: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    HAS_STARTS: tl.constexpr,
+    WITH_K: tl.constexpr,
+    WITH_V: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """Gradients of one block of keys of one KV head: of its keys and bias (WITH_K), of its values (WITH_V)."""
+    block = tl.program_id(0)  # the first keys have the most queries: they go first
+    n0 = block * N
+    kv = tl.program_id(1).to(tl.int64)
+    batch = kv // K
+    k += kv * T * D
+    v += kv * T * DV
+    keys = n0 + tl.arange(0, N)
+    k1 = load_rows(k, n0, T, N, D, 0, D1, True, DOT)
+    k2 = k1
+    if D2 > 0:
+        k2 = load_rows(k, n0, T, N, D, D1, D2, True, DOT)
+    v1 = load_rows(v, n0, T, N, DV, 0, V1, True, DOT)
+    v2 = v1
+    if V2 > 0:
+        v2 = load_rows(v, n0, T, N, DV, V1, V2, True, DOT)
+    column = load_numbers(bias + kv * padded(T), n0, True, N)
+    end = T
+    whole = T
+    if HAS_STARTS:
+        ends += batch * 2 * tl.num_programs(0) + block
+        end = tl.load(ends)
+        whole = tl.load(ends + tl.num_programs(0))
+    a, b, c, d, e, f = _query_ranges(n0, end, whole, T, window, M, N)
+    dk1 = tl.zeros([N, D1], tl.float32)
+    dk2 = tl.zeros([N, D2 if D2 > 0 else 16], tl.float32)
+    dv1 = tl.zeros([N, V1], tl.float32)
+    dv2 = tl.zeros([N, V2 if V2 > 0 else 16], tl.float32)
+    sums = tl.zeros([N], tl.float32)
+    for step in range(3 * G):
+        phase = step % 3
+        head = kv * G + step // 3
+        low = tl.where(phase == 0, a, tl.where(phase == 1, c, e))
+        middle = tl.where(phase == 0, b, tl.where(phase == 1, d, f))
+        high = tl.where(phase == 0, c, tl.where(phase == 1, e, f))
+        q_head = q + head * T * D
+        gradient_head = gradient + head * T * DV
+        lse_head = lse + head * padded(T)
+        delta_head = delta + head * padded(T)
+        lses = load_numbers(lse_head, low, True, M)
+        deltas = load_numbers(delta_head, low, True, M)
+        for m0 in tl.range(low, middle, M):
+            dk1, dk2, dv1, dv2, sums, lses, deltas = _key_block(
+                dk1, dk2, dv1, dv2, sums, lses, deltas, k1, k2, v1, v2, column, keys, q_head, gradient_head, lse_head,
+                delta_head, starts + batch * T, m0, T, window, True,
+                SCALE, SOFTCAP, D, DV, D1, D2, V1, V2, M, HAS_STARTS, WITH_K, WITH_V, True, DOT,
+            )  # fmt: skip
+        lses = load_numbers(lse_head, middle, True, M)
+        deltas = load_numbers(delta_head, middle, True, M)
+        for m0 in tl.range(middle, high, M):
+            dk1, dk2, dv1, dv2, sums, lses, deltas = _key_block(
+                dk1, dk2, dv1, dv2, sums, lses, deltas, k1, k2, v1, v2, column, keys, q_head, gradient_head, lse_head,
+                delta_head, starts + batch * T, m0, T, window, phase == 1,
+                SCALE, SOFTCAP, D, DV, D1, D2, V1, V2, M, HAS_STARTS, WITH_K, WITH_V, False, DOT,
+            )  # fmt: skip
+    if WITH_K:
+        dk += kv * T * D
+        store_rows(dk, n0, T, dk1 * SCALE, N, D, 0, D1)
+        if D2 > 0:
+            store_rows(dk, n0, T, dk2 * SCALE, N, D, D1, D2)
+        tl.store(dbias + kv * T + keys, sums, mask=keys < T)
+    if WITH_V:
+        dv += kv * T * DV
+        store_rows(dv, n0, T, dv1, N, DV, 0, V1)
+        if V2 > 0:
+            store_rows(dv, n0, T, dv2, N, DV, V1, V2)
+
+
+def _last_readers(starts: Tensor, T: int, keys: int) -> Tensor:
+    """For blocks of keys [B, 2, blocks] int32: where their readers end, and where readers of all of them end.
+
+    Exact where starts never decrease; where they do, safe bounds.
+    """
+    first = torch.arange(0, T, keys, device=starts.device, dtype=torch.int32)
+    last = (first + keys - 1).clamp(max=T - 1)
+    later = starts.flip(1).cummin(1).values.flip(1).contiguous()
+    sofar = starts.cummax(1).values
+    B = len(starts)
+    ends = torch.searchsorted(later, last.expand(B, -1).contiguous(), right=True)
+    whole = torch.searchsorted(sofar, first.expand(B, -1).contiguous(), right=True)
+    return torch.stack([ends, whole], dim=1).to(torch.int32)
+
+
+def prefill_backward(
+    gradient: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep_logprob: Tensor,
+    window: int,
+    starts: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scoring: Scoring,
+    tiles: tuple[Tile, Tile] | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `ops.prefill.prefill_attention`.
+
+    Args:
+        gradient: of the output [B, H, T, Dv].
+        q: queries [B, H, T, D].
+        k: keys [B, K, T, D].
+        v: values [B, K, T, Dv].
+        keep_logprob: log(1 - alpha) [B, K, T] float32.
+        window: tokens a marked key stays readable.
+        starts: first visible positions [B, T], or None.
+        out: output [B, H, T, Dv].
+        lse: log2-sum-exp2 [B, H, T] float32, sinks included.
+        scoring: scale and softcap.
+        tiles: block sizes of the kernels over keys and over queries, None for our choice.
+
+    Returns:
+        Gradients of q, k, v and keep_logprob, in their shapes and dtypes.
+    """
+    q, k, v, keep_logprob, gradient, out = (
+        x.contiguous() for x in (q, k, v, keep_logprob, gradient, out)
+    )
+    B, H, T, D = q.shape
+    K, DV = k.shape[1], v.shape[-1]
+    by_key, by_query = tiles or (key_tile(D, DV, q.dtype), query_tile(D, DV, q.dtype))
+    starts = own_starts(starts)
+    ends = None if starts is None else _last_readers(starts, T, by_key.keys)
+    dq, dk, dv, dbias = (torch.empty_like(x) for x in (q, k, v, keep_logprob))
+    window, length = min(window, T), padded_length(T)
+    delta, padded_lse = torch.empty(2, B, H, length, dtype=torch.float32, device=q.device)
+    _delta_kernel[(length // DELTA_ROWS, B * H)](
+        out,
+        gradient,
+        lse,
+        T,
+        delta,
+        padded_lse,
+        DV=DV,
+        WIDTH=triton.next_power_of_2(DV),
+        R=DELTA_ROWS,
+    )
+    bias = log2_bias(keep_logprob)
+    inputs = (q, k, v, bias, bias if starts is None else starts)
+    constants = {
+        **scoring_constants(scoring),
+        **head_constants(D, DV),
+        "G": H // K,
+        "HAS_STARTS": starts is not None,
+        "DOT": dot_type(q.dtype),
+    }
+    for with_k, with_v in key_passes(D, DV):
+        _key_kernel[(triton.cdiv(T, by_key.keys), B * K)](
+            *inputs,
+            bias if ends is None else ends,
+            gradient,
+            padded_lse,
+            delta,
+            T,
+            window,
+            dk,
+            dv,
+            dbias,
+            **constants,
+            K=K,
+            M=by_key.queries,
+            N=by_key.keys,
+            WITH_K=with_k,
+            WITH_V=with_v,
+            num_warps=by_key.warps,
+            num_stages=by_key.stages,
+        )
+    _query_kernel[(triton.cdiv(T, by_query.queries), B * H)](
+        *inputs,
+        gradient,
+        padded_lse,
+        delta,
+        T,
+        window,
+        dq,
+        **constants,
+        H=H,
+        M=by_query.queries,
+        N=by_query.keys,
+        num_warps=by_query.warps,
+        num_stages=by_query.stages,
+    )
+    return dq, dk, dv, dbias
+
+
+def key_passes(D: int, DV: int) -> list[tuple[bool, bool]]:
+    """Launches of the kernel over blocks of keys: whether each computes dk, and whether dv."""
+    return [(True, True)] if D + DV <= HELD_COLUMNS else [(True, False), (False, True)]
+
+
+def variants() -> list[Variant]:
+    """What we ship for sm_90a."""
+    found = []
+    for D, DV, G in [(64, 64, 4), (128, 128, 4), (256, 256, 2), (192, 128, 1)]:
+        found.append(
+            _variant(D, DV, G, _query_kernel, query_tile(D, DV, torch.bfloat16), "dq", {"H": 8 * G})
+        )
+        for with_k, with_v in key_passes(D, DV):
+            name = "d" + "k" * with_k + "v" * with_v
+            flags = {"K": 8, "WITH_K": with_k, "WITH_V": with_v}
+            tile = key_tile(D, DV, torch.bfloat16)
+            found.append(_variant(D, DV, G, _key_kernel, tile, name, flags))
+    return found
+
+
+def _variant(
+    D: int, DV: int, G: int, kernel: Any, tile: Tile, name: str, more: dict[str, Any]
+) -> Variant:
+    pointers = {x: "*bf16" for x in ("q", "k", "v", "gradient", "dq", "dk", "dv")}
+    pointers |= {x: "*fp32" for x in ("bias", "lse", "delta", "dbias")}
+    types = pointers | {"starts": "*i32", "ends": "*i32", "T": "i32", "window": "i32"}
+    constants = {
+        **scoring_constants(Scoring(D**-0.5)),
+        **head_constants(D, DV),
+        "G": G,
+        "M": tile.queries,
+        "N": tile.keys,
+        "HAS_STARTS": False,
+        "DOT": tl.bfloat16,
+        **more,
+    }
+    names = {x: kind for x, kind in types.items() if x in kernel.arg_names}
+    return Variant(f"prefill_{name}_d{D}_{DV}", kernel, names, constants, tile.warps, tile.stages)

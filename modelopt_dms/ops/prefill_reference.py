@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What attention of a chunk onto a paged cache means, in plain PyTorch. For whole prompts see `ops.reference`."""
+
+import torch
+from torch import Tensor
+
+from modelopt_dms.ops.paged import PAGE, LayerLists, PagePool
+from modelopt_dms.ops.reference import (
+    Scoring,
+    merge_partials,
+    partial_attention,
+    prefill_partial,
+    with_sinks,
+)
+from modelopt_dms.ops.rows import read_rows
+
+
+def attend_chunk(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    evict: Tensor,
+    starts: Tensor | None,
+    first: Tensor,
+    expiry: Tensor | None,
+    pool: PagePool,
+    lists: LayerLists,
+    scoring: Scoring,
+) -> Tensor:
+    """Attention of T new tokens over a layer's lists and over themselves, under the delayed-eviction mask.
+
+    Args:
+        q: queries [B, H, T, D].
+        k: the chunk's own keys [B, K, T, D], not in the lists yet.
+        v: their values [B, K, T, Dv].
+        evict: decisions [B, K, T] bool of the token each governs.
+        starts: the first key [B, T] int32 that each query may see, counted from the chunk's first token; the lists
+            hold what was before the chunk, so a query reads them if its start is negative. None: it sees all.
+        first: position [B] int32 of the chunk's first token.
+        expiry: last position [B, K, S] int32 whose query may read a slot, S >= live; None: they never expire.
+        pool: pages.
+        lists: which of them hold the layer's slots.
+        scoring: scale, softcap and sinks.
+
+    Returns:
+        Output [B, H, T, Dv].
+    """
+    T, K = q.shape[2], k.shape[1]
+    slots = torch.arange(lists.table.shape[2] * PAGE, dtype=torch.int32, device=q.device)
+    if expiry is not None:
+        slots = slots[: expiry.shape[2]]
+    slots = torch.where(slots < lists.live[..., None], slots, -1)  # [B, K, S]
+    past_k, past_v = read_rows(pool, lists, slots, q.dtype)
+    visible = (slots >= 0)[:, :, None].expand(-1, -1, T, -1)  # [B, K, T, S]
+    if expiry is not None:
+        positions = first[:, None] + torch.arange(T, device=q.device)
+        visible = visible & (positions[:, None, :, None] <= expiry[:, :, None])
+    mask = None
+    if starts is not None:
+        visible = visible & (starts < 0)[:, None, :, None]
+        keys = torch.arange(T, device=q.device)
+        mask = ((keys >= starts[..., None]) & (keys <= keys[:, None]))[:, None]
+    bias = torch.zeros(visible.shape, device=q.device).masked_fill(~visible, float("-inf"))
+    grouped = q.unflatten(1, (K, -1))  # [B, H, T, D] -> [B, K, G, T, D]
+    old, old_lse = partial_attention(
+        grouped, past_k[:, :, None], past_v[:, :, None], bias[:, :, None], scoring
+    )
+    keep_logprob = torch.zeros(evict.shape, device=q.device).masked_fill(evict, float("-inf"))
+    new, new_lse = prefill_partial(q, k, v, keep_logprob, lists.window, mask, scoring)
+    out, lse = merge_partials(old.flatten(1, 2), old_lse.flatten(1, 2), new, new_lse)
+    return with_sinks(out, lse, scoring.sinks)

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoding with steps of fixed shapes on a cache of pages: the same tokens as plain `generate`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from families import build_dms, feed, tokens
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+import modelopt_dms as dms
+from modelopt_dms import generation, page_attention
+from modelopt_dms.cache import DMSLayer, kv_stats
+from modelopt_dms.ops.paged import PAGE, OutOfPagesError
+
+NEW, PROMPT = 40, 17
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma2", "deepseek_v3"])
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return build_dms(request.param)
+
+
+@pytest.fixture(scope="module")
+def llama() -> PreTrainedModel:
+    return build_dms("llama")
+
+
+def generate(model: PreTrainedModel, ids: Tensor, **options: Any) -> Any:
+    options = {"max_new_tokens": NEW, "attention_mask": torch.ones_like(ids)} | options
+    return model.generate(ids, **options)
+
+
+def left_padded() -> tuple[Tensor, Tensor]:
+    ids, mask = tokens(3, PROMPT), torch.ones(3, PROMPT, dtype=torch.long)
+    ids[1, :5] = mask[1, :5] = 0
+    return ids, mask
+
+
+def live(model: PreTrainedModel) -> Tensor:
+    return torch.stack([x.live for x in kv_stats(model).layers])
+
+
+def test_greedy_tokens_and_live_lengths_are_those_of_generate(model: PreTrainedModel) -> None:
+    ids, mask = left_padded()
+    plain = generate(model, ids, attention_mask=mask)
+    held = live(model)
+    assert torch.equal(generate(model, ids, attention_mask=mask, custom_generate=dms.graphed), plain)
+    assert torch.equal(live(model), held)
+
+
+def test_samples_are_those_of_generate_for_the_same_seed(llama: PreTrainedModel) -> None:
+    ids, mask = left_padded()
+    found = []
+    for options in ({}, {"custom_generate": dms.graphed}):
+        torch.manual_seed(3)
+        sampling = {"do_sample": True, "top_p": 0.9, "temperature": 0.8, "repetition_penalty": 1.2}
+        found.append(generate(llama, ids, attention_mask=mask, **sampling, **options))
+    assert torch.equal(*found)
+
+
+def test_finished_sequences_are_padded_and_give_their_pages_back(llama: PreTrainedModel) -> None:
+    ids = tokens(4, PROMPT)
+    end = int(generate(llama, ids)[0, PROMPT + 6])
+    options = {"eos_token_id": end, "max_new_tokens": 60}
+    plain = generate(llama, ids, **options)
+    assert (plain[0] == 0).any() and not (plain[:, PROMPT:] == 0).all(0).any()
+    out = generate(
+        llama, ids, **options, custom_generate=dms.graphed, return_dict_in_generate=True
+    )
+    assert torch.equal(out.sequences, plain)
+    cache = out.past_key_values
+    cache.check_integrity()
+    released = ~cache.active
+    assert released.any()
+    for layer in cache.layers:
+        assert not layer.slots.state.live[released].any()
+        assert not layer.slots.state.table[released].any()
+
+
+def test_it_ends_with_the_longest_sequence(llama: PreTrainedModel) -> None:
+    ids = tokens(1, PROMPT)
+    end = int(generate(llama, ids)[0, PROMPT + 3])
+    out = generate(llama, ids, eos_token_id=end, custom_generate=dms.graphed)
+    assert torch.equal(out, generate(llama, ids, eos_token_id=end))
+    assert out.shape[1] <= PROMPT + 4
+
+
+def test_a_streamer_gets_every_token(llama: PreTrainedModel) -> None:
+    class Collect(BaseStreamer):
+        def __init__(self) -> None:
+            self.tokens: list[int] = []
+
+        def put(self, value: Tensor) -> None:
+            self.tokens += value.flatten().tolist()
+
+        def end(self) -> None:
+            self.tokens.append(-1)
+
+    streamer = Collect()
+    out = generate(llama, tokens(1, PROMPT), custom_generate=dms.graphed, streamer=streamer)
+    assert streamer.tokens == [*out[0].tolist(), -1]
+
+
+def test_turns_go_on_from_the_cache_that_came_back(llama: PreTrainedModel) -> None:
+    cache = dms.DMSCache(llama, batch_size=2, max_length=120)
+    plain = DynamicCache(config=llama.config)
+    ids = tokens(2, PROMPT)
+    for turn in range(3):
+        options = {"return_dict_in_generate": True, "max_new_tokens": 12}
+        out = generate(llama, ids, past_key_values=cache, custom_generate=dms.graphed, **options)
+        expected = generate(llama, ids, past_key_values=plain, **options)
+        assert torch.equal(out.sequences, expected.sequences)
+        ids = torch.cat([out.sequences, tokens(2, 7, seed=turn)], dim=1)
+
+
+def test_a_cache_of_pages_works_in_plain_generate_and_can_be_reset(model: PreTrainedModel) -> None:
+    ids, mask = left_padded()
+    plain = generate(model, ids, attention_mask=mask)
+    cache = dms.DMSCache(model, batch_size=3, max_length=64, max_cache_bytes=1 << 20)
+    for _ in range(2):
+        out = generate(model, ids, attention_mask=mask, past_key_values=cache)
+        assert torch.equal(out, plain)
+        cache.check_integrity()
+        cache.reset()
+
+
+def test_a_long_prompt_is_read_in_chunks(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, mask = tokens(2, 60), torch.ones(2, 60, dtype=torch.long)
+    ids[1, :9] = mask[1, :9] = 0
+    expected = generate(model, ids, attention_mask=mask)
+    monkeypatch.setattr(page_attention, "CHUNK", 16)
+    out = generate(model, ids, attention_mask=mask, custom_generate=dms.graphed)
+    assert torch.equal(out, expected)
+
+
+def test_packed_documents_longer_than_a_chunk_are_refused(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids, positions = tokens(1, 40), torch.arange(20).repeat(2)[None]
+    mask = torch.block_diag(*[torch.ones(20, 20)] * 2).tril().bool()[None, None]
+    options = {"attention_mask": mask, "position_ids": positions}
+    with torch.no_grad():
+        full = llama(ids, use_cache=False, **options).logits
+        cache = dms.DMSCache(llama, batch_size=1, max_length=64)
+        found = llama(ids, past_key_values=cache, **options).logits
+        torch.testing.assert_close(found, full, rtol=1e-5, atol=1e-5)
+        monkeypatch.setattr(page_attention, "CHUNK", 16)
+        cache = dms.DMSCache(llama, batch_size=1, max_length=64)
+        with pytest.raises(ValueError, match="packed documents of more than 16 tokens"):
+            llama(ids, past_key_values=cache, **options)
+
+
+def pages(model: PreTrainedModel, count: int) -> int:
+    """Bytes of so many pages of the tiny model."""
+    return count * PAGE * 2 * 8 * 4
+
+
+def test_a_pool_that_is_too_small_names_the_limit_and_the_knob(llama: PreTrainedModel) -> None:
+    ids = tokens(4, PROMPT)
+    options = {"custom_generate": dms.graphed, "max_new_tokens": 300}
+    with pytest.raises(OutOfPagesError, match="it has 16 of 64 slots.*raise max_cache_bytes"):
+        generate(llama, ids, max_cache_bytes=pages(llama, 16), **options)
+    with pytest.raises(ValueError, match="15 pages .* but 16 lists .* need one each"):
+        generate(llama, ids, max_cache_bytes=pages(llama, 15), **options)
+    assert generate(llama, ids, max_cache_bytes=pages(llama, 96), **options).shape[1] == 317
+
+
+def test_a_pool_without_a_limit_grows_by_what_the_prompt_tells(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved: list[int] = []
+    monkeypatch.setattr(
+        generation.DecodeStep, "release", lambda self: moved.append(self.cache.get_seq_length())
+    )
+    ids = tokens(2, 150)
+    options = {"max_new_tokens": 400, "custom_generate": dms.graphed}
+    out = generate(llama, ids, return_dict_in_generate=True, **options)
+    used = out.past_key_values.pools[0]
+    assert len(moved) <= 2
+    assert used.kv_bytes < 2 * kv_stats(llama).kv_bytes
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_beams": 2}, "num_beams=2"),
+        ({"output_scores": True, "return_dict_in_generate": True}, "output_scores"),
+    ],
+)
+def test_what_the_loop_does_not_do_is_refused(
+    llama: PreTrainedModel, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(generation.GenerationError, match=message):
+        generate(llama, tokens(1, 5), custom_generate=dms.graphed, **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda model: {"batch_size": 0, "max_length": 9}, "batch_size=0 must be at least 1"),
+        (lambda model: {"batch_size": 1, "max_length": 9, "impl": "cuda"}, "impl='cuda' must be"),
+        (lambda model: {"batch_size": 1, "max_length": -1}, "max_length=-1 must be at least 1"),
+    ],
+)
+def test_a_cache_that_cannot_be_made_is_refused(
+    llama: PreTrainedModel, make: Callable[[Any], dict[str, Any]], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        dms.DMSCache(llama, **make(llama))
+
+
+def test_a_cache_for_other_sequences_is_refused(llama: PreTrainedModel) -> None:
+    cache = dms.DMSCache(llama, batch_size=2, max_length=30)
+    with pytest.raises(ValueError, match="holds 2 sequences, got 3"):
+        generate(llama, tokens(3, 5), past_key_values=cache, custom_generate=dms.graphed)
+    with pytest.raises(ValueError, match="max_length=30"):
+        generate(llama, tokens(2, 5), past_key_values=cache, custom_generate=dms.graphed)
+
+
+def test_the_kernels_write_and_read_what_the_reference_does(llama: PreTrainedModel) -> None:
+    """Interpreted, from the prompt's chunk to decoding; tokens and what is held."""
+    ids, found = tokens(2, 12), []
+    for impl in ("reference", "triton"):
+        cache = dms.DMSCache(llama, batch_size=2, max_length=64, impl=impl)
+        with torch.no_grad():
+            logits, _ = feed(llama, ids, [9, 1, 1, 1], cache)
+        assert all(isinstance(x, DMSLayer) for x in cache.layers)
+        found.append((logits, live(llama)))
+    (logits, held), (other, other_held) = found
+    assert torch.equal(held, other_held)
+    torch.testing.assert_close(other, logits, rtol=1e-4, atol=1e-4)
