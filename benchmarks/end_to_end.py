@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from fill import fill_dms, fill_static, force_ratio
-from machine import RESULTS, machine, save
+from machine import RESULTS, machine, save, write
 from models import build
 from rich.console import Console
 from rich.table import Table
@@ -39,7 +39,6 @@ from modelopt_dms.ops.paged import PAGE, OutOfPagesError
 
 Row = dict[str, Any]
 WINDOW = 256
-FEW, MANY = 8, 40  # new tokens of the two runs whose difference is timed
 # Left free on the device: activations, logits, graphs, tables.
 RESERVE = 5 << 30
 # What a CPU pretends to have free.
@@ -163,6 +162,7 @@ class Bench:
         dtype: of its weights.
         window: delay window.
         copy: bytes a second that a copy moves.
+        new: tokens that the two runs generate whose difference is timed.
     """
 
     config: PreTrainedConfig
@@ -170,6 +170,12 @@ class Bench:
     dtype: torch.dtype
     window: int
     copy: float
+    new: tuple[int, int]
+
+    @property
+    def room(self) -> int:
+        """Tokens that all runs of a point generate, and a little more."""
+        return 3 * sum(self.new)
 
     def model(self, point: Point) -> PreTrainedModel:
         """The model that a point needs; the same weights always (one seed)."""
@@ -234,12 +240,12 @@ def largest_batch(bench: Bench, point: Point) -> int:
 
 def sequence_bytes(bench: Bench, point: Point) -> float:
     """Bytes of one sequence's KV rows at the end of the run; those of a static cache, or of pages."""
-    length = point.context + FEW + 2 * MANY
+    length = point.context + bench.room
     if point.impl == "generate":
         return length * bench.row_bytes
     width = 1 if point.format == "fp8" else bench.dtype.itemsize
     # Random eviction: lists of a cache differ by a few slots, and each has half a page to spare.
-    live = 1.01 * point.context / point.cr + FEW + 2 * MANY + PAGE / 2
+    live = 1.01 * point.context / point.cr + bench.room + PAGE / 2
     return min(live, length + PAGE) * bench.row_bytes * width / bench.dtype.itemsize
 
 
@@ -250,7 +256,8 @@ def measure(bench: Bench, model: PreTrainedModel, point: Point) -> Row:
     if bench.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     B, T = point.batch, point.context
-    length = T + 1 + FEW + 2 * MANY
+    length = T + 1 + bench.room
+    few, many = bench.new
     begin = time.perf_counter()
     options: dict[str, Any] = {}
     if point.impl == "generate":
@@ -268,11 +275,11 @@ def measure(bench: Bench, model: PreTrainedModel, point: Point) -> Row:
         kv_bytes = stats.dense_bytes * live / T
     filled = time.perf_counter()
     ids = torch.randint(model.config.vocab_size, (B, T + 1), device=bench.device)
-    ids, _ = _generate(bench, model, ids, cache, FEW, options)  # compiles, or captures
+    ids, _ = _generate(bench, model, ids, cache, few, options)  # compiles, or captures
     warm = time.perf_counter()
-    ids, short = _generate(bench, model, ids, cache, FEW, options)
-    ids, long = _generate(bench, model, ids, cache, MANY, options)
-    ms = 1e3 * (long - short) / (MANY - FEW)
+    ids, short = _generate(bench, model, ids, cache, few, options)
+    ids, long = _generate(bench, model, ids, cache, many, options)
+    ms = 1e3 * (long - short) / (many - few)
     limit = bench.limit_ms(model, B, kv_bytes)
     return {
         **asdict(point),
@@ -388,7 +395,8 @@ def draw(figure: Any, content: dict[str, Any]) -> None:
     right.set_xlabel("context")
     right.set_ylabel("ms a step")
     for axes in (left, right):
-        axes.legend(fontsize=7)
+        if axes.lines:
+            axes.legend(fontsize=7)
 
 
 def tables(content: dict[str, Any]) -> Iterator[Table]:
@@ -436,19 +444,24 @@ def main(argv: list[str] | None = None) -> None:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     shape, points = ("tiny", QUICK) if args.quick else (args.shape, FULL[args.shape])
     window = 16 if args.quick else WINDOW
-    bench = Bench(SHAPES[shape](), device, dtype, window, copy_bandwidth(device))
+    new = (2, 6) if args.quick else (8, 40)
+    bench = Bench(SHAPES[shape](), device, dtype, window, copy_bandwidth(device), new)
     content: dict[str, Any] = {
         "machine": machine(),
-        "settings": {"shape": shape, "window": window, "dtype": str(dtype), "new": [FEW, MANY]},
+        "settings": {"shape": shape, "window": window, "dtype": str(dtype), "new": bench.new},
         "copy_bytes_per_s": bench.copy,
         "rows": [],
+        "comparison": [],
     }
     console = Console(width=150)
-    for row in rows_of(bench, points, args.peer, shape):
-        console.print(row, soft_wrap=True, highlight=False)
-        content["rows"].append(row)
-        content["comparison"] = compare(content["rows"])
-        # After every row: a time limit may end the next one.
+    try:
+        for row in rows_of(bench, points, args.peer, shape):
+            console.print(row, soft_wrap=True, highlight=False)
+            content["rows"].append(row)
+            content["comparison"] = compare(content["rows"])
+            write(args.output, content)
+    finally:
+        # Also when a time limit interrupts.
         save(args.output, content, draw)
     for table in tables(content):
         console.print(table)

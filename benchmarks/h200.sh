@@ -41,12 +41,12 @@ else
 fi
 date -u +"%Y-%m-%d %H:%M UTC"
 
-# part NAME SECONDS COMMAND...: its output to a log, its exit code to the summary (124: it ran past its time)
+# part NAME SECONDS COMMAND...: its output to a log, its exit code to the summary (124: interrupted at its time; what it had measured is kept)
 summary=""
 part() {
   local name=$1 limit=$2 begin=$SECONDS code=0
   shift 2
-  timeout --kill-after=5 "$limit" "$@" >"$out/$name.log" 2>&1 || code=$?
+  timeout --signal=INT --kill-after=10 "$limit" "$@" >"$out/$name.log" 2>&1 || code=$?
   summary+=$(printf '%-12s exit %3d  %3d s of %d' "$name" "$code" $((SECONDS - begin)) "$limit")$'\n'
 }
 

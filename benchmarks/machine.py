@@ -39,6 +39,14 @@ def title(where: dict[str, str]) -> str:
     return f"{chip}, {where['date'][:10]}, {packages}, commit {where['commit']}"
 
 
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Write the figures so far as JSON, completely or not at all: a time limit may strike."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.replace(path)
+
+
 def save(path: Path, content: dict[str, Any], draw: Callable[[Any, dict[str, Any]], None]) -> None:
     """Write the figures as JSON, and a PNG beside it.
 
@@ -51,11 +59,7 @@ def save(path: Path, content: dict[str, Any], draw: Callable[[Any, dict[str, Any
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Completely or not at all: a time limit may strike.
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(path)
+    write(path, content)
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title(content["machine"]), fontsize=9)

@@ -34,7 +34,7 @@ from cases import (
     relative_error,
     row_formats,
 )
-from machine import RESULTS, machine, save
+from machine import RESULTS, machine, save, write
 from rich.console import Console
 from rich.table import Table
 from timing import copy_bandwidth, graphed, passes, single
@@ -118,6 +118,7 @@ class Bench:
     plan: Plan
     copy: float
     impl: str
+    peers: tuple[str, ...]
 
     def guarded(self, name: str, check: Callable[[], float], row: Row) -> bool:
         """Whether the check's relative error allows the case to be timed; if not, the row says why."""
@@ -150,7 +151,7 @@ def decode_rows(bench: Bench) -> Iterator[Row]:
                 }
                 yield _decode_row(bench, base, heads, spread, ours(bench.impl))
             if lists in bench.plan.compared and dim == bench.plan.heads.dim:
-                for peer in peers.DECODE:
+                for peer in bench.peers:
                     yield _decode_row(
                         bench, {**base, "impl": peer, "format": "bf16"}, heads, spread
                     )
@@ -644,7 +645,6 @@ def draw(figure: Any, content: dict[str, Any]) -> None:
     left.set_xscale("log", base=2)
     left.set_xlabel(f"lists of {mean} live tokens on average")
     left.set_ylabel("share of a copy's bandwidth")
-    left.legend(fontsize=6)
     for op, style in (("prefill", "o-"), ("train", "x--")):
         rows = [r for r in content["rows"] if r["op"] == op and "us" in r]
         for impl in dict.fromkeys(r["impl"] for r in rows):
@@ -654,7 +654,9 @@ def draw(figure: Any, content: dict[str, Any]) -> None:
     right.set_yscale("log")
     right.set_xlabel("tokens of the prompt")
     right.set_ylabel("ms a layer")
-    right.legend(fontsize=6)
+    for axes in (left, right):
+        if axes.lines:
+            axes.legend(fontsize=6)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -664,12 +666,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="tiny shapes")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
     parser.add_argument("--impl", default="auto", choices=("auto", "triton", "reference"))
+    parser.add_argument("--peers", nargs="*", default=list(peers.DECODE), choices=peers.DECODE)
     args = parser.parse_args(argv)
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     plan = QUICK if args.quick else FULL
-    bench = Bench(device, dtype, plan, copy_bandwidth(device), args.impl)
+    bench = Bench(device, dtype, plan, copy_bandwidth(device), args.impl, tuple(args.peers))
     content: dict[str, Any] = {
         "machine": machine(),
         "settings": {
@@ -681,14 +684,18 @@ def main(argv: list[str] | None = None) -> None:
         "copy_bytes_per_s": bench.copy,
         "absent_peers": peers.absent(),
         "rows": [],
+        "targets": [],
     }
     console = Console(width=150)
-    for part in args.parts:
-        for row in PARTS[part](bench):
-            content["rows"].append(row)
-            console.print(row, soft_wrap=True, highlight=False)
-        # After every part: a time limit may end the next one.
-        content["targets"] = targets(content["rows"])
+    try:
+        for part in args.parts:
+            for row in PARTS[part](bench):
+                content["rows"].append(row)
+                content["targets"] = targets(content["rows"])
+                write(args.output, content)
+                console.print(row, soft_wrap=True, highlight=False)
+    finally:
+        # Also when a time limit interrupts.
         save(args.output, content, draw)
     for table in tables(content):
         console.print(table)

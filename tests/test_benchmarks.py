@@ -25,7 +25,9 @@ def load(monkeypatch: pytest.MonkeyPatch):
 
 def test_every_kernel_and_format_is_measured_and_right(load, tmp_path: Path) -> None:
     output = tmp_path / "kernels.json"
-    load("measure_kernels").main(["--quick", "--output", str(output)])
+    # Without flex: PyTorch compiles it, which takes longer than all the rest.
+    peers = ["sdpa", "sdpa, group as rows", "flashinfer"]
+    load("measure_kernels").main(["--quick", "--peers", *peers, "--output", str(output)])
     found = json.loads(output.read_text())
     assert found["machine"].keys() >= MACHINE
     assert found["copy_bytes_per_s"] > 0
@@ -38,9 +40,9 @@ def test_every_kernel_and_format_is_measured_and_right(load, tmp_path: Path) -> 
         assert formats == {"bf16", "fp8", "nvfp4"}, op
     assert {row["lengths"] for row in timed if row["op"] == "decode"} == {"uniform", "ragged"}
     assert {row["impl"] for row in timed if row["op"] == "train"} >= {"ours", "flash"}
-    assert {row["impl"] for row in timed if row["op"] == "decode"} >= {"ours", "sdpa", "flex"}
+    assert {row["impl"] for row in timed if row["op"] == "decode"} >= {"ours", "sdpa"}
     absent = {row["impl"] for row in rows if row.get("absent")}
-    assert absent == set(found["absent_peers"])
+    assert absent == set(found["absent_peers"]) & set(peers)
     for row in timed:
         assert math.isfinite(row["us"]) and row["us"] > 0
     assert {"target", "limit", "worst", "reached"} == found["targets"][0].keys()
