@@ -111,7 +111,7 @@ def graphed(
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     synced_gpus: bool = False,
-    streamer: BaseStreamer | None = None,
+    stream_to: BaseStreamer | None = None,
     max_cache_bytes: int | None = None,
     graph: bool = True,
     **model_kwargs: Any,
@@ -128,7 +128,8 @@ def graphed(
         stopping_criteria: prepared by `generate`.
         generation_config: prepared by `generate`.
         synced_gpus: refused.
-        streamer: gets every token as it comes, which makes the host wait for each.
+        stream_to: a streamer that gets every token as it comes, which makes the host wait for each. (transformers hands
+            its own argument `streamer` to its own loops only.)
         max_cache_bytes: the KV cache's pool never grows beyond it; by default it grows as it must.
         graph: False runs step by step on CUDA, too.
         **model_kwargs: attention_mask and past_key_values; other inputs are refused.
@@ -143,7 +144,7 @@ def graphed(
     _check(generation_config, synced_gpus, model_kwargs)
     cache = _cache(model, input_ids, generation_config, max_cache_bytes, model_kwargs)
     mask = model_kwargs.get("attention_mask")
-    run = _Run(model, input_ids, logits_processor, stopping_criteria, generation_config, streamer)
+    run = _Run(model, input_ids, logits_processor, stopping_criteria, generation_config, stream_to)
     step = run.prefill(cache, mask)
     capture = graph and input_ids.device.type == "cuda" and can_be_captured(model, cache)
     steps = 0
@@ -152,10 +153,10 @@ def graphed(
             step.capture()
         run.choose(step(), step)
         steps += 1
-        if run.full or steps % CHECK_EVERY == 0 or streamer is not None:
+        if run.full or steps % CHECK_EVERY == 0 or stream_to is not None:
             run.check(cache, step)
-    if streamer is not None:
-        streamer.end()
+    if stream_to is not None:
+        stream_to.end()
     sequences = run.sequences()
     if not generation_config.return_dict_in_generate:
         return sequences
@@ -188,6 +189,8 @@ class _Run:
         self.unfinished = torch.ones(B, dtype=torch.bool, device=device)
         self.ended = torch.zeros(B, dtype=torch.long, device=device)
         self.finished = False
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
 
     @property
     def full(self) -> bool:

@@ -72,6 +72,7 @@ class SharedPool:
         self.stores: list[PagedSlots] = []
         self._free = 0  # pages, when the device was last asked
         self._since: dict[PagedSlots, int] = {}  # tokens that each layer took in since
+        self._taken = 0  # pages that they took at most
 
     @property
     def kv_bytes(self) -> int:
@@ -143,21 +144,26 @@ class SharedPool:
         """
         if self.max_bytes is not None:
             return
-        self._since[store] = self._since.get(store, 0) + tokens
-        # A list that grows by n slots takes at most ceil(n / PAGE) pages.
-        bound = sum(x.lists * -(-n // PAGE) for x, n in self._since.items())
-        if bound > self._free:
-            self.reserve_exactly(store, wanted())
+        # A list that grew by n slots since took at most ceil(n / PAGE) pages.
+        before = self._since.get(store, 0)
+        self._since[store] = before + tokens
+        self._taken += store.lists * (-(-(before + tokens) // PAGE) - -(-before // PAGE))
+        if self._taken > self._free:
+            self.reserve_exactly(wanted(), store.lists)
 
-    def reserve_exactly(self, store: "PagedSlots", wanted: Tensor) -> None:
-        """See to it that a layer can take these pages, bool of any shape; asks the device."""
+    def reserve_exactly(self, wanted: Tensor, lists: int) -> None:
+        """Ask the device, and grow where pages are missing.
+
+        Args:
+            wanted: bool of any shape; as many pages as are True will be taken next.
+            lists: of a layer; there will be a page more for each.
+        """
         if self.max_bytes is not None:
             return
         needed, free = torch.stack([wanted.sum(), self.pool.counters[0]]).tolist()
-        self._since.clear()
-        self._free = free - needed
+        self._forget(free - needed)
         # With a page more for every list, the next PAGE tokens need no asking.
-        spare = max(self.layers, len(self.stores)) * store.lists
+        spare = max(self.layers, len(self.stores)) * lists
         if self._free < spare:
             if self.pool.pages == 0:
                 extra = needed * self.layers + spare
@@ -175,19 +181,22 @@ class SharedPool:
         Raises:
             OutOfPagesError: see `check`.
         """
-        assert tokens <= PAGE
+        assert tokens <= PAGE, "a list could take more than one page"
         self.check()
         if self.max_bytes is not None:
             return False
         free = int(self.pool.counters[0])
+        self._forget(free)
+        used = self.pool.pages - free
+        wanted = sum(x.lists for x in self.stores) + int((expected - 1.0) * used)
+        if free < wanted:
+            self._grow(free, max(wanted - free, self.pool.pages // 8))
+        return free < wanted
+
+    def _forget(self, free: int) -> None:
+        """The device was asked: so many pages are free."""
         self._since.clear()
-        self._free = free
-        spare = sum(x.lists for x in self.stores)  # a list takes at most one page
-        wanted = max(spare, int((expected - 1.0) * (self.pool.pages - free)) + spare)
-        if free >= (spare if expected == 1.0 else wanted):
-            return False
-        self._grow(free, max(wanted - free, 0 if expected > 1.0 else self.pool.pages // 8))
-        return True
+        self._taken, self._free = 0, free
 
     def check_integrity(self) -> None:
         """Raise AssertionError if a page has two owners, or none. Waits for the device."""
@@ -453,7 +462,8 @@ class PagedSlots:
             raise ValueError(f"released sequences cannot be selected: got {sequences.tolist()}")
         active = self.shared.with_batch(len(sequences))
         regroup.drop(state, self.pool, regroup.unnamed(state, sequences))
-        self.shared.reserve_exactly(self, regroup.copied_pages(state, sequences))
+        lists = len(sequences) * self.K
+        self.shared.reserve_exactly(regroup.copied_pages(state, sequences), lists)
         regroup.select(state, self.pool, sequences)
         state.active = active
         self.padding = self.padding[sequences]

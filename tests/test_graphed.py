@@ -48,7 +48,9 @@ def test_greedy_tokens_and_live_lengths_are_those_of_generate(model: PreTrainedM
     ids, mask = left_padded()
     plain = generate(model, ids, attention_mask=mask)
     held = live(model)
-    assert torch.equal(generate(model, ids, attention_mask=mask, custom_generate=dms.graphed), plain)
+    assert torch.equal(
+        generate(model, ids, attention_mask=mask, custom_generate=dms.graphed), plain
+    )
     assert torch.equal(live(model), held)
 
 
@@ -68,9 +70,7 @@ def test_finished_sequences_are_padded_and_give_their_pages_back(llama: PreTrain
     options = {"eos_token_id": end, "max_new_tokens": 60}
     plain = generate(llama, ids, **options)
     assert (plain[0] == 0).any() and not (plain[:, PROMPT:] == 0).all(0).any()
-    out = generate(
-        llama, ids, **options, custom_generate=dms.graphed, return_dict_in_generate=True
-    )
+    out = generate(llama, ids, **options, custom_generate=dms.graphed, return_dict_in_generate=True)
     assert torch.equal(out.sequences, plain)
     cache = out.past_key_values
     cache.check_integrity()
@@ -101,7 +101,7 @@ def test_a_streamer_gets_every_token(llama: PreTrainedModel) -> None:
             self.tokens.append(-1)
 
     streamer = Collect()
-    out = generate(llama, tokens(1, PROMPT), custom_generate=dms.graphed, streamer=streamer)
+    out = generate(llama, tokens(1, PROMPT), custom_generate=dms.graphed, stream_to=streamer)
     assert streamer.tokens == [*out[0].tolist(), -1]
 
 

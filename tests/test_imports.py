@@ -12,7 +12,8 @@ PACKAGE = Path(__file__).parent.parent / "modelopt_dms"
 
 # Rooms by step, from the ground up. A room may import rooms of lower steps, and itself.
 STAIRCASE = [
-    {"ops", "kv_quant", "config", "shelf", "output", "data", "ratio", "processes"},
+    {"kv_quant", "config", "shelf", "output", "data", "ratio", "processes"},
+    {"ops"},
     {"gate", "pages", "paging", "kv_format", "recipe"},
     {"cache", "gate_kinds", "schema", "compression", "previews"},
     {"page_attention"},

@@ -125,7 +125,7 @@ def test_nvfp4_codes_are_those_of_the_row_format_for_ties_and_too_large_numbers(
         assert torch.equal(codes(x, "nvfp4"), _to_e2m1(x).int())
 
 
-@pytest.mark.parametrize("dims", [(16, 16), (80, 48), (32, 96)])
+@pytest.mark.parametrize("dims", [(16, 16), (80, 48)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", FORMATS)
 def test_stored_bytes_are_the_row_formats(
@@ -248,11 +248,20 @@ def test_the_references_lists_are_slot_lists(
 
 
 @given(histories(chunk=9), windows, st.integers(0, 1), st.sampled_from(sorted(FORMATS)))
-@settings(max_examples=15, derandomize=True, deadline=None)
+@settings(max_examples=12, derandomize=True, deadline=None)
 def test_the_kernels_lists_are_slot_lists(
     steps: list[tuple[int, float, float | None, int, bool]], window: int, shift: int, name: str
 ) -> None:
     follow(append, steps, window, shift, FORMATS[name])
+
+
+@pytest.mark.parametrize("window", [0, 1])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_with_hardly_a_window_slots_are_reused_at_once(
+    shift: int, window: int, ops: ModuleType
+) -> None:
+    steps = [(1, 0.7, None, seed, seed != 3) for seed in range(7)]
+    follow(ops, steps, window, shift, (None, None))
 
 
 @pytest.mark.parametrize("tokens", [PAGE - 1, PAGE, PAGE + 1, 2 * PAGE + 1])
@@ -268,20 +277,19 @@ def test_lists_grow_over_page_borders(tokens: int, ops: ModuleType) -> None:
 
 def test_lists_that_shrink_move_their_last_rows_into_holes(ops: ModuleType) -> None:
     steps = [(12, 0.8, None, 0, True), (5, 0.5, 0.0, 1, True), (3, 0.5, 0.3, 2, True)]
-    for shift in (0, 1):
-        follow(ops, steps, 6, shift, FORMATS["nvfp4"])
-        follow(ops, steps, 6, shift, FORMATS["fp8 rows"])
+    follow(ops, steps, 6, 0, FORMATS["nvfp4"])
+    follow(ops, steps, 6, 1, FORMATS["fp8 rows"])
 
 
 # Going back
 
 
 @pytest.mark.parametrize("shift", [0, 1])
-@pytest.mark.parametrize("name", ["plain", "fp8 rows", "nvfp4"])
+@pytest.mark.parametrize("name", ["fp8 rows", "nvfp4"])
 def test_taking_back_brings_back_everything(name: str, shift: int, ops: ModuleType) -> None:
     formats = FORMATS[name]
     pool, lists = made(formats, 3, shift)
-    T, back = 14, 5
+    T, back = 10, 4
     k, v, evict = rows(0, B, K, T, D), rows(1, B, K, T, D), coin(2, 0.7, B, K, T)
     log = UndoLog.make(6, pool, lists)
     sequences = Sequences(B, 3, shift, formats)

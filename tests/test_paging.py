@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from paged_oracle import FORMATS, Formats, held, pending, stored
 from torch import Tensor
 
+from modelopt_dms.ops import door
 from modelopt_dms.ops.gating import Decided
 from modelopt_dms.ops.paged import PAGE, OutOfPagesError
 from modelopt_dms.pages import SlotLists
@@ -65,10 +66,7 @@ class Layers(RuleBasedStateMachine):
     ) -> None:
         self.formats: Formats = FORMATS[name]
         self.shared = SharedPool(CPU, self.impl, layers=LAYERS)
-        self.paged = [
-            PagedSlots(window, shift, self.shared, self.formats)
-            for _ in range(LAYERS)
-        ]
+        self.paged = [PagedSlots(window, shift, self.shared, self.formats) for _ in range(LAYERS)]
         self.plain = [SlotLists(window, shift) for _ in range(LAYERS)]
         self.batch = batch
         self.recoverable = 0
@@ -303,7 +301,9 @@ def test_layers_must_store_alike_and_hold_as_many_sequences() -> None:
         append(fixed(pages=9), 3, 0.0, batch=3)
     with pytest.raises(ValueError, match="impl='cuda' must be 'auto', 'triton' or 'reference'"):
         SharedPool(CPU, "cuda")
-    with pytest.raises(ValueError, match="max_cache_bytes=.* is 3 pages of .* 4 lists .* need one each"):
+    with pytest.raises(
+        ValueError, match="max_cache_bytes=.* is 3 pages of .* 4 lists .* need one each"
+    ):
         append(fixed(pages=3), 3, 0.0)
 
 
@@ -311,7 +311,8 @@ def test_a_captured_graphs_tokens_are_counted() -> None:
     slots = fixed(pages=9)
     append(slots, 3, 0.0)
     k, v, evict = tokens(2, 1, 0.0, 1)
-    slots._ops.append_token(k[:, :, 0], v[:, :, 0], Decided(evict[..., 0]), slots.pool, slots.state)
+    gate = Decided(evict[..., 0])
+    door.append_token(k[:, :, 0], v[:, :, 0], gate, slots.pool, slots.state)
     slots.advance(1)
     assert slots.seen == 4
     assert slots.usage.tokens.tolist() == [4, 4]

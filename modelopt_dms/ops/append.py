@@ -20,7 +20,7 @@ from modelopt_dms.ops.undo import UndoLog
 from modelopt_dms.ops.variants import Variant
 
 FEATURES = 2048  # at a time, of the gate's dot product
-NUMBERS = 4096  # of a tile of rows that a program stores
+NUMBERS = 2048  # of a tile of rows that a program stores
 
 
 @triton.jit
@@ -115,16 +115,13 @@ def _append_kernel(
     one = tl.arange(0, 1).to(tl.int64)
     wanted = one == 0
 
-    # All that is read before anything is written: other warps of the program may still be reading.
+    # All that is read comes before anything is written: other warps of the program may still be reading. What needs
+    # no other number first comes first, so that it arrives together.
     active = tl.load(active_ptr + sequence)
     seen = tl.load(seen_ptr + index)
     live = tl.load(live_ptr + index)
     k = load_rows(k_ptr, one + index, wanted, KEY_NUMBER, DK, BLOCK_DK)
     v = load_rows(v_ptr, one + index, wanted, VALUE_NUMBER, DV, BLOCK_DV)
-    ring = index * RING
-    column = seen % RING
-    expired = tl.load(ring_slot_ptr + ring + column)
-    marked = tl.load(ring_evict_ptr + ring + column).to(tl.int1)
     if C == 0:
         evict = tl.load(evict_ptr + index).to(tl.int1)
     else:
@@ -143,6 +140,10 @@ def _append_kernel(
             OFFSET,
             PROTECT,
         )
+    ring = index * RING
+    column = seen % RING
+    expired = tl.load(ring_slot_ptr + ring + column)
+    marked = tl.load(ring_evict_ptr + ring + column).to(tl.int1)
     previous = (seen + RING - 1) % RING
     if SHIFT == 1:
         # With a window of 0, the token just decided about is the one that leaves.

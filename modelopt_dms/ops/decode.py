@@ -37,7 +37,7 @@ ROWS = 64  # query rows of an item, at most
 MIN_ROWS = 16  # as few as Triton gives to warpgroup tensor cores
 LISTS = 4096  # lengths that a program looks at together, at most
 PARTS = 16  # partial results that are joined at a time
-PER_MULTIPROCESSOR = 3  # programs
+LATENT_TILE = 32  # 64 of DeepSeek's rows, in stages, would not fit in shared memory
 _DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
@@ -108,11 +108,9 @@ def _run(live, items, BLOCKS: tl.constexpr, TILE: tl.constexpr, LISTS: tl.conste
 def _program_of(tile, quotient, rest):
     """The program whose run has this tile of all tiles."""
     longer = rest * (quotient + 1)
-    if tile < longer:
-        program = tile // (quotient + 1)
-    else:
-        program = rest + (tile - longer) // quotient
-    return program
+    return tl.where(
+        tile < longer, tile // (quotient + 1), rest + (tile - longer) // tl.maximum(quotient, 1)
+    )
 
 
 @triton.jit
@@ -152,7 +150,7 @@ def _store(out, acc, rows, ok, dims, DV: tl.constexpr):
     tl.store(out + rows[None, :] * DV + dims[:, None], acc.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["items", "pages"])
 def _decode(
     q, keys, key_scales, values, value_scales, table, live, scales, sinks,
     items, pages,
@@ -165,18 +163,18 @@ def _decode(
 ):  # fmt: skip
     """Output of whole lists, partial results of others, and which programs have which list.
 
-    q [lists * GROUP, D]; keys to value_scales of the pool, scales None where it has none; table [lists, pages], live and
-    scales of the layer's lists; sinks [HEADS * GROUP] or None; items is lists * BLOCKS.
+    q [lists * GROUP, D]; keys to value_scales of the pool, scales None where it has none; table [lists, pages], live
+    and scales of the layer's lists; sinks [HEADS * GROUP] or None; items is lists * BLOCKS.
 
     out [lists * GROUP, DV]. partial [programs, 2, min(GROUP, ROWS), DV] float32 is of the list that a program ends but
     does not begin, and of the one that it begins but does not end; partial_lse is likewise, in base 2. spans [items, 2]
     int32: the first and the last program of every item that is not empty.
 
-    HEADS KV heads have GROUP query heads each, in BLOCKS items of ROWS. Keys of D dims have parts of A and B, padded, and
-    number format KEY; values have DV, VA, VB, VALUE. LATENT: part a of keys is also the value, part b lies where values
-    do. SCORE_GAIN makes scores logits in base 2 or, with a CAP (in base 2; 0 is none), 2 log2(e) times what tanh takes.
-    WEIGHT_GAIN keeps weights times row factors in the range of DOT, the dtype that tensor cores take; OUT_GAIN undoes
-    that and what decoding left undone. LISTS: lengths that a program looks at together.
+    HEADS KV heads have GROUP query heads each, in BLOCKS items of ROWS. Keys of D dims have parts of A and B, padded,
+    and number format KEY; values have DV, VA, VB, VALUE. LATENT: part a of keys is also the value, part b lies where
+    values do. SCORE_GAIN makes scores logits in base 2 or, with a CAP (in base 2; 0 is none), 2 log2(e) times what tanh
+    takes. WEIGHT_GAIN keeps weights times row factors in the range of DOT, the dtype that tensor cores take; OUT_GAIN
+    undoes that and what decoding left undone. LISTS: lengths that a program looks at together.
     """
     STORED: tl.constexpr = min(GROUP, ROWS)
     program = tl.program_id(0)
@@ -379,11 +377,14 @@ def decode_latent(
     """As `decode_reference.decode_latent`: q [B, H, D1 + D2] -> [B, H, D1]. See `decode_attention`.
 
     Raises:
-        ValueError: the latents are not stored in the model's own dtype.
+        ValueError: the latents are not stored in the model's own dtype, or D1 is not a power of two.
     """
     for layout in (pool.key_layout, pool.value_layout):
         if layout.number != "plain":
             raise ValueError(f"latents are read in the model's dtype, not as {layout.number}")
+    dim = pool.key_layout.dim
+    if dim < 16 or dim & (dim - 1):
+        raise ValueError(f"a latent's dim must be a power of two from 16 on, got {dim}")
     return _launch(q, pool, lists, scoring, programs, latent=True)
 
 
@@ -402,16 +403,16 @@ def _launch(
     rows, blocks, dv = shape["ROWS"], shape["BLOCKS"], shape["DV"]
     items = lists.batch * heads * blocks
     stored = min(group, rows)
-    options = _options(pool.key_layout, latent)
+    options, resident = _tuning(pool.key_layout, pool.value_layout, rows, latent)
     if programs is None:
-        programs = PER_MULTIPROCESSOR * _multiprocessors(q.device)
+        programs = resident * _multiprocessors(q.device)
     out = q.new_empty(*q.shape[:2], dv)
     partial = q.new_empty(programs, 2, stored, dv, dtype=torch.float32)
     partial_lse = q.new_empty(programs, 2, stored, dtype=torch.float32)
     spans = q.new_empty(items, 2, dtype=torch.int32)
     _decode[(programs,)](
-        q, _words(pool.keys), pool.key_scales, _words(pool.values), pool.value_scales, lists.table, lists.live, lists.scales,
-        scoring.sinks, items, lists.table.shape[2], out, partial, partial_lse, spans,
+        q, _words(pool.keys), pool.key_scales, _words(pool.values), pool.value_scales, lists.table, lists.live,
+        lists.scales, scoring.sinks, items, lists.table.shape[2], out, partial, partial_lse, spans,
         **shape, LISTS=min(LISTS, triton.next_power_of_2(items)), **options,
     )  # fmt: skip
     _combine[(items, stored)](
@@ -427,12 +428,9 @@ def _words(codes: Tensor) -> Tensor:
 
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
-    """Of this device; as good as any number where kernels are interpreted."""
-    return (
-        torch.cuda.get_device_properties(device).multi_processor_count
-        if device.type == "cuda"
-        else 2
-    )
+    if device.type != "cuda":
+        return 2  # as good as any number where kernels are interpreted
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def _shape(
@@ -445,11 +443,13 @@ def _shape(
     latent: bool,
 ) -> dict[str, Any]:
     """Constexprs of `_decode` that follow from a model and its formats."""
-    (a, b), (va, vb) = _parts(keys), _parts(values)
-    dim, dv = keys.dim, values.dim
     if latent:
-        a, b, va, vb = keys.dim, values.dim, keys.dim, 0
+        a, b, va, vb = keys.dim, max(16, triton.next_power_of_2(values.dim)), keys.dim, 0
         dim, dv = keys.dim + values.dim, keys.dim
+    else:
+        # Tensor cores take 64 rows of a transposed value part at a time, and 16 columns of a key part.
+        (a, b), (va, vb) = _parts(keys.dim, 16), _parts(values.dim, 64)
+        dim, dv = keys.dim, values.dim
     rows = min(ROWS, max(MIN_ROWS, triton.next_power_of_2(group)))
     gain = scoring.scale * number_factor(keys.number, dot) * LOG2E
     # In float16, weights times row factors would lose what is small.
@@ -473,7 +473,7 @@ def _shape(
         "WEIGHT_GAIN": weight_gain,
         "OUT_GAIN": number_factor(values.number, dot) / (weight_gain if values.per_row else 1.0),
         "PAGE": PAGE,
-        "TILE": PAGE,
+        "TILE": LATENT_TILE if latent else PAGE,
         "DOT": dot,
     }
 
@@ -488,26 +488,38 @@ def _dot(model: tl.dtype, keys: RowLayout, values: RowLayout) -> tl.dtype:
     return model
 
 
-def _parts(layout: RowLayout) -> tuple[int, int]:
-    """Dims of a row's two parts, padded; 0 for none."""
-    first = 1 << layout.dim.bit_length() - 1  # the largest power of two in dim
-    rest = layout.dim - first
-    return max(16, first), max(16, triton.next_power_of_2(rest)) if rest else 0
+def _parts(dim: int, rest_least: int) -> tuple[int, int]:
+    """Dims of a row's two parts, padded: the largest power of two, and the rest; 0 for none."""
+    first = 1 << dim.bit_length() - 1
+    rest = dim - first
+    return max(16, first), max(rest_least, triton.next_power_of_2(rest)) if rest else 0
 
 
-def _options(keys: RowLayout, latent: bool) -> dict[str, int]:
-    """Warps and pipeline stages."""
+def _tuning(
+    keys: RowLayout, values: RowLayout, rows: int, latent: bool
+) -> tuple[dict[str, int], int]:
+    """Warps and pipeline stages, and how many such programs a Hopper multiprocessor holds.
+
+    Read off what compilers make of `variants`: 227 KB of shared memory and 65536 registers.
+    """
     if latent:
-        return {"num_warps": 8, "num_stages": 2}
-    return {"num_warps": 4, "num_stages": 3}
+        if rows <= 16:
+            return {"num_warps": 4, "num_stages": 3}, 2
+        return {"num_warps": 8, "num_stages": 4}, 1
+    width = max(keys.dim, values.dim)
+    if "plain" in (keys.number, values.number):
+        return {"num_warps": 4, "num_stages": 3}, 3 if width <= 64 else 2 if width <= 128 else 1
+    lean = keys.number == values.number == "fp8" and not values.per_row and width in (64, 128)
+    return {"num_warps": 4, "num_stages": 4}, 3 if lean else 2
 
 
 def variants() -> list[Variant]:
     """What we ship for sm_90a."""
 
-    def plain(dim: int, dtype: torch.dtype = torch.bfloat16) -> RowLayout:
-        return RowLayout("plain", dim, dtype)
+    def plain(dim: int) -> RowLayout:
+        return RowLayout("plain", dim, torch.bfloat16)
 
+    half = RowLayout("plain", 128, torch.float16)
     fp8, nvfp4 = (RowLayout(number, 128, torch.uint8) for number in ("fp8", "nvfp4"))
     int8 = RowLayout("int8", 128, torch.uint8, per_row=True)
     simple = Scoring(128**-0.5)
@@ -515,16 +527,38 @@ def variants() -> list[Variant]:
     sinks = Scoring(64**-0.5, None, torch.zeros(64))
     return [
         _variant("decode_bf16_d128_g4", plain(128), plain(128), 8, 4, simple),
+        _variant("decode_fp16_d128_g4", half, half, 8, 4, simple),
         _variant("decode_fp8_d128_g4", fp8, fp8, 8, 4, simple),
         _variant("decode_nvfp4_d128_g4", nvfp4, nvfp4, 8, 4, simple),
         _variant("decode_fp8_nvfp4_d128_g16", fp8, nvfp4, 2, 16, simple),
         _variant("decode_int8_rows_d128_g4", int8, int8, 8, 4, simple),
+        _variant("decode_bf16_fp8_d128_g4", plain(128), fp8, 8, 4, simple),
         _variant("decode_bf16_d64_g8_sinks", plain(64), plain(64), 8, 8, sinks),
         _variant("decode_bf16_d96_g1", plain(96), plain(96), 32, 1, simple),
-        _variant("decode_bf16_d192_g1", plain(192), plain(128), 16, 1, simple),
         _variant("decode_bf16_d256_g2_capped", plain(256), plain(256), 8, 2, capped),
         _variant("decode_latent_h16", plain(512), plain(64), 1, 16, simple, latent=True),
         _variant("decode_latent_h128", plain(512), plain(64), 1, 128, simple, latent=True),
+        Variant(
+            "decode_combine_d128_g4",
+            _combine,
+            {
+                "partial": "*fp32",
+                "partial_lse": "*fp32",
+                "spans": "*i32",
+                "live": "*i32",
+                "out": "*bf16",
+            },
+            {
+                "sinks": None,
+                "HEADS": 8,
+                "GROUP": 4,
+                "ROWS": 16,
+                "BLOCKS": 1,
+                "DV": 128,
+                "WIDTH": 128,
+                "PARTS": PARTS,
+            },
+        ),
     ]
 
 
@@ -536,41 +570,33 @@ def _variant(
     group: int,
     scoring: Scoring,
     *,
-    dtype: str = "bf16",
     latent: bool = False,
 ) -> Variant:
-    """A model's `_decode` by the dtype of its queries."""
-    dot = _dot({"bf16": tl.bfloat16, "fp16": tl.float16}[dtype], keys, values)
-    signature = {
-        "q": f"*{dtype}",
-        "keys": _pointer(keys.dtype),
+    """`_decode` for a model whose dtype is that of its plain rows, else bfloat16."""
+    model = "fp16" if torch.float16 in (keys.dtype, values.dtype) else "bf16"
+    dot = _dot(tl.float16 if model == "fp16" else tl.bfloat16, keys, values)
+    signature: dict[str, str | None] = {
+        "q": f"*{model}",
+        "keys": f"*{model}" if keys.number == "plain" else "*i32",
         "key_scales": _scale_pointer(keys),
-        "values": _pointer(values.dtype),
+        "values": f"*{model}" if values.number == "plain" else "*i32",
         "value_scales": _scale_pointer(values),
         "table": "*i32",
         "live": "*i32",
         "scales": "*fp32",
-        "sinks": None if scoring.sinks is None else f"*{dtype}",
+        "sinks": None if scoring.sinks is None else f"*{model}",
         "items": "i32",
         "pages": "i32",
-        "out": f"*{dtype}",
+        "out": f"*{model}",
         "partial": "*fp32",
         "partial_lse": "*fp32",
         "spans": "*i32",
     }
-    absent = {name: None for name, kind in signature.items() if kind is None}
-    constexprs = absent | _shape(keys, values, heads, group, scoring, dot, latent) | {"LISTS": 1024}
+    shape = _shape(keys, values, heads, group, scoring, dot, latent)
+    options, _ = _tuning(keys, values, shape["ROWS"], latent)
     present = {name: kind for name, kind in signature.items() if kind is not None}
-    return Variant(name, _decode, present, constexprs, **_options(keys, latent))
-
-
-def _pointer(dtype: torch.dtype) -> str:
-    return {
-        torch.bfloat16: "*bf16",
-        torch.float16: "*fp16",
-        torch.float32: "*fp32",
-        torch.uint8: "*i32",
-    }[dtype]
+    absent = {name: None for name, kind in signature.items() if kind is None}
+    return Variant(name, _decode, present, absent | shape | {"LISTS": 1024}, **options)
 
 
 def _scale_pointer(layout: RowLayout) -> str | None:

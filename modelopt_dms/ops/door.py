@@ -30,6 +30,8 @@ def choose(impl: str, device: torch.device) -> Literal["triton", "reference"]:
         raise ValueError(f"impl={impl!r} must be 'auto', 'triton' or 'reference'")
     if impl == "reference" or (impl == "auto" and device.type != "cuda"):
         return "reference"
+    if torch.compiler.is_compiling():  # what cannot run was refused when the cache was made
+        return "triton"
     if find_spec("triton") is None:
         raise ValueError(
             "impl='triton' needs Triton, which a CUDA build of PyTorch brings: pip install triton"

@@ -228,7 +228,10 @@ def attend_chunk(
     return _attend_chunk(q, k, v, evict, **others, **_state(pool, lists), **_scored(scoring))
 
 
-_TRAINING = "Tensor q, Tensor k, Tensor v, Tensor keep_logprob, Tensor? starts, int window"
+_TRAINING = (
+    "Tensor q, Tensor k, Tensor v, Tensor keep_logprob, Tensor? starts, Tensor? sinks, int window, "
+    "float scale, float? softcap"
+)
 
 
 def _run_prefill(
@@ -237,59 +240,63 @@ def _run_prefill(
     v: Tensor,
     keep_logprob: Tensor,
     starts: Tensor | None,
+    sinks: Tensor | None,
     window: int,
-    **given: Any,
+    scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    return prefill.prefill_forward(q, k, v, keep_logprob, window, starts, _scoring(given))
+    scoring = Scoring(scale, softcap, sinks)
+    return prefill.prefill_forward(q, k, v, keep_logprob, window, starts, scoring)
 
 
-def _like_prefill(
-    q: Tensor, k: Tensor, v: Tensor, *args: Any, **given: Any
-) -> tuple[Tensor, Tensor]:
+def _like_prefill(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     return v.new_empty(*q.shape[:3], v.shape[-1]), lse
 
 
-_prefill = _op(
-    f"prefill({_TRAINING}, *, {_SCORING}) -> (Tensor, Tensor)", _run_prefill, _like_prefill
-)
+_prefill = _op(f"prefill({_TRAINING}) -> (Tensor, Tensor)", _run_prefill, _like_prefill)
 
 
 def _run_backward(
-    grad: Tensor, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, keep_logprob: Tensor,
-    starts: Tensor | None, window: int, **given: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grad: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keep_logprob: Tensor,
+    starts: Tensor | None,
+    sinks: Tensor | None,
+    window: int,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    scoring = Scoring(scale, softcap, sinks)
     return prefill_backward.prefill_backward(
-        grad, q, k, v, keep_logprob, window, starts, out, lse, _scoring(given)
+        grad, q, k, v, keep_logprob, window, starts, out, lse, scoring
     )
 
 
-def _like_inputs(
-    grad: Tensor, out: Tensor, lse: Tensor, *args: Any, **given: Any
-) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(x.shape) for x in args[:4])
+def _like_inputs(grad: Tensor, out: Tensor, lse: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(x) for x in inputs[:4])
 
 
 _backward = _op(
-    f"prefill_backward(Tensor grad, Tensor out, Tensor lse, {_TRAINING}, *, {_SCORING}) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    f"prefill_backward(Tensor grad, Tensor out, Tensor lse, {_TRAINING}) -> (Tensor, Tensor, Tensor, Tensor)",
     _run_backward,
     _like_inputs,
 )
 
 
-def _keep_for_backward(
-    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any
-) -> None:
-    q, k, v, keep_logprob, starts, window = inputs
-    ctx.save_for_backward(*output, q, k, v, keep_logprob, starts)
-    ctx.window, ctx.scored = window, keyword_only_inputs
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.window, ctx.scale, ctx.softcap = inputs
+    ctx.save_for_backward(*output, *tensors)
     ctx.mark_non_differentiable(output[1])
 
 
 def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    found = _backward(grad, *ctx.saved_tensors, ctx.window, **ctx.scored)
-    return *found, None, None
+    found = _backward(grad, *ctx.saved_tensors, ctx.window, ctx.scale, ctx.softcap)
+    return (*found, *[None] * 5)
 
 
 torch.library.register_autograd(
@@ -307,4 +314,9 @@ def prefill_attention(
     scoring: Scoring,
 ) -> Tensor:
     """See `prefill.prefill_attention`."""
-    return _prefill(q, k, v, keep_logprob, starts, window, **_scored(scoring))[0]
+    if torch.is_grad_enabled() and scoring.sinks is not None and scoring.sinks.requires_grad:
+        raise ValueError(
+            "the prefill kernel has no gradient of sinks; freeze them or use impl='reference'"
+        )
+    scored = (scoring.scale, scoring.softcap)
+    return _prefill(q, k, v, keep_logprob, starts, scoring.sinks, window, *scored)[0]
