@@ -12,23 +12,26 @@
 #   python3 -m pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
 #     --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d .whl \
 #     transformers==5.23.0 nvidia-modelopt==0.47.0 omegaconf==2.4.0 "pulp==3.3.2" pydantic==2.14.3 \
-#     pydantic-core==2.50.4 annotated-types==0.8.0 typing-inspection==0.4.4 datasets==5.1.0 dill==0.4.1 \
+#     pydantic-core==2.50.4 annotated-types==0.8.0 typing-inspection==0.4.5 datasets==5.1.0 dill==0.4.1 \
 #     multiprocess==0.70.19 jsonschema==4.26.0 jsonschema-specifications==2025.9.1 referencing==0.37.0 \
 #     rpds-py==2026.9.1
 #
 # and there, with ".whl" in carry and timeout_s 600:
 #
 #   python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target /tmp/site .whl/*.whl \
-#     && export PYTHONPATH=/tmp/site:$PWD && bash benchmarks/h200.sh
+#     && export PYTHONPATH=/tmp/site COMMIT=<git rev-parse --short HEAD, here> && bash benchmarks/h200.sh
 #
-# 35 MiB of wheels. What comes back: eight files, those that `keep` names.
+# 35 MiB of wheels; the repository itself does not travel, hence COMMIT. What comes back: three JSON files, a picture of
+# each, and one log.
+#
+# NVIDIA's experimental/dms as a peer is not part of this: see peer.py, and end_to_end.py --peer.
 
 set -u
 cd "$(dirname "$0")/.."
 out=${OUT:-benchmarks/results}
 python=${PYTHON:-python3}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
-# The kernels' cache must not outlive a change of them on a shared machine, and is shared by all parts of this run.
+# Compiled once for all parts of this run, and never taken from an older one.
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$(mktemp -d)}
 mkdir -p "$out"
 
@@ -50,7 +53,7 @@ part() {
   summary+=$(printf '%-12s exit %3d  %3d s of %d' "$name" "$code" $((SECONDS - begin)) "$limit")$'\n'
 }
 
-part tests 90 $python -m pytest -q -p no:cacheprovider -m gpu tests
+part tests 90 $python -m pytest -p no:cacheprovider -m gpu tests
 part kernels 130 $python benchmarks/kernels.py "${quick[@]}" --output "$out/kernels.json"
 part qwen3 210 $python benchmarks/end_to_end.py "${quick[@]}" --shape qwen3-8b --output "$out/end_to_end.json"
 part llama 80 $python benchmarks/end_to_end.py "${quick[@]}" --shape llama-3.1-8b --output "$out/end_to_end_llama.json"

@@ -2,6 +2,7 @@
 """Where and when figures were measured, and the files that keep them. Imports little: nothing that is measured."""
 
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Callable
@@ -68,10 +69,20 @@ def save(path: Path, content: dict[str, Any], draw: Callable[[Any, dict[str, Any
 
 
 def _commit() -> str:
-    git = ("git", "-C", str(Path(__file__).parent))
-    commit = subprocess.run((*git, "rev-parse", "--short", "HEAD"), capture_output=True, text=True)
-    changed = subprocess.run((*git, "status", "--porcelain"), capture_output=True, text=True)
-    return commit.stdout.strip() + (" with changes" if changed.stdout.strip() else "")
+    """The commit; where there is no repository, what the environment's COMMIT says."""
+    commit = _git("rev-parse", "--short", "HEAD")
+    if not commit:
+        return os.environ.get("COMMIT", "unknown")
+    return commit + (" with changes" if _git("status", "--porcelain") else "")
+
+
+def _git(*arguments: str) -> str:
+    here = str(Path(__file__).parent)
+    try:
+        done = subprocess.run(("git", "-C", here, *arguments), capture_output=True, text=True)
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip()
 
 
 def _version(package: str) -> str:
