@@ -15,6 +15,7 @@ import argparse
 import copy
 import gc
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -470,4 +471,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    # In the background of a shell, interrupts are ignored; h200.sh ends a run by one.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

@@ -9,6 +9,10 @@ imports nothing itself.
 """
 
 if __name__ == "__main__":
+    import signal
+
     from measure_kernels import main
 
+    # In the background of a shell, interrupts are ignored; h200.sh ends a run by one.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()
