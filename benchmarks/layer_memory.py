@@ -3,8 +3,8 @@
 
     python benchmarks/layer_memory.py
 
-Counts the tensors that autograd saves in one converted Qwen3 layer in bfloat16 at a quarter of Qwen3-32B's width, weights
-apart, and multiplies by four: all of them are as wide as the layer. Runs on a CPU, on the reference attention.
+Counts the tensors that autograd saves in one converted Qwen3 layer in bfloat16 at a quarter of Qwen3-32B's width,
+weights apart, and multiplies by four: all of them are as wide as the layer. On a CPU, with the reference attention.
 """
 
 import argparse

@@ -20,6 +20,8 @@ from modelopt_dms.paged_cache import DMSCache
 
 # Steps between two checks; at most PAGE, so that a list takes at most one page between them.
 CHECK_EVERY = 16
+# torch.compile makes its second version when the cache's length has changed, and that one stays.
+_COMPILED_RUNS = 3
 # Rotary embeddings that look at the positions' values: a graph cannot.
 _LOOKING_ROPE = ("dynamic", "longrope")
 
@@ -38,6 +40,7 @@ class DecodeStep:
         token: next tokens [B, 1].
         position: their positions [B, 1].
         logits: of the last run [B, V].
+        compiled: whether torch.compile fuses what lies between our kernels.
     """
 
     model: PreTrainedModel
@@ -45,7 +48,13 @@ class DecodeStep:
     token: Tensor
     position: Tensor
     logits: Tensor | None = None
+    compiled: bool = False
+    _forward_model: Any = field(default=None, repr=False)
     _graph: Any = field(default=None, repr=False)
+    _warm: int = 0
+
+    def __post_init__(self) -> None:
+        self._forward_model = torch.compile(self.model) if self.compiled else self.model
 
     def __call__(self) -> Tensor:
         """Run it, as a graph if there is one: logits [B, V], valid until the next run."""
@@ -57,13 +66,17 @@ class DecodeStep:
         assert self.logits is not None
         return self.logits
 
+    @property
+    def can_capture(self) -> bool:
+        """Whether runs at today's addresses have loaded and compiled all kernels: a capture allows neither."""
+        return self._graph is None and self._warm >= (_COMPILED_RUNS if self.compiled else 1)
+
     def capture(self) -> None:
         """Record a run in a CUDA graph, which later runs replay. Nothing is computed now.
 
         Raises:
             GenerationError: the model does something that a graph cannot.
         """
-        # Kernels are loaded when they first run, which a capture does not allow: run once before.
         graph = torch.cuda.CUDAGraph()
         seen = self.cache.get_seq_length()
         try:
@@ -80,10 +93,10 @@ class DecodeStep:
 
     def release(self) -> None:
         """Forget the graph: addresses have changed."""
-        self._graph = None
+        self._graph, self._warm = None, 0
 
     def _forward(self) -> None:
-        outputs = self.model(
+        outputs = self._forward_model(
             input_ids=self.token,
             position_ids=self.position,
             past_key_values=self.cache,
@@ -91,6 +104,7 @@ class DecodeStep:
         )
         self.logits = outputs.logits[:, -1]
         self.position += 1
+        self._warm += 1
 
 
 def can_be_captured(model: PreTrainedModel, cache: DMSCache) -> bool:
@@ -114,6 +128,7 @@ def graphed(
     stream_to: BaseStreamer | None = None,
     max_cache_bytes: int | None = None,
     graph: bool = True,
+    compile: bool = False,
     **model_kwargs: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """The decoding loop for `generate(custom_generate=graphed)`: greedy or sampling, hundreds of ragged sequences.
@@ -132,6 +147,7 @@ def graphed(
             its own argument `streamer` to its own loops only.)
         max_cache_bytes: the KV cache's pool never grows beyond it; by default it grows as it must.
         graph: False runs step by step on CUDA, too.
+        compile: fuse what lies between our kernels with torch.compile; takes a minute or more before the first token.
         **model_kwargs: attention_mask and past_key_values; other inputs are refused.
 
     Returns:
@@ -145,11 +161,11 @@ def graphed(
     cache = _cache(model, input_ids, generation_config, max_cache_bytes, model_kwargs)
     mask = model_kwargs.get("attention_mask")
     run = _Run(model, input_ids, logits_processor, stopping_criteria, generation_config, stream_to)
-    step = run.prefill(cache, mask)
+    step = run.prefill(cache, mask, compile)
     capture = graph and input_ids.device.type == "cuda" and can_be_captured(model, cache)
     steps = 0
     while not run.finished:
-        if capture and steps and step._graph is None:
+        if capture and step.can_capture:
             step.capture()
         run.choose(step(), step)
         steps += 1
@@ -197,7 +213,7 @@ class _Run:
         """Whether there is no room for another token."""
         return self.length >= self.ids.shape[1]
 
-    def prefill(self, cache: DMSCache, mask: Tensor | None) -> DecodeStep:
+    def prefill(self, cache: DMSCache, mask: Tensor | None, compiled: bool) -> DecodeStep:
         """Read the prompts, choose their first tokens, and prepare the step for the next ones."""
         past = cache.get_seq_length()
         positions = torch.arange(self.length, device=self.ids.device)[None]
@@ -215,7 +231,8 @@ class _Run:
         )
         B = len(self.ids)
         position = (positions[:, -1:] + 1).expand(B, 1).clone()
-        step = DecodeStep(self.model, cache, self.ids.new_zeros(B, 1), position)
+        token = self.ids.new_zeros(B, 1)
+        step = DecodeStep(self.model, cache, token, position, compiled=compiled)
         self.choose(outputs.logits[:, -1], step)
         self.check(cache, step)
         if not self.finished:

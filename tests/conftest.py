@@ -4,6 +4,7 @@
 import os
 
 import hypothesis
+import pytest
 import torch
 
 # Without a GPU, Triton's kernels are interpreted. Triton reads this when it is first imported.
@@ -13,3 +14,12 @@ if not torch.cuda.is_available():
 # A loaded two-core machine is no reason to fail; failures are printed with the lines that repeat them.
 hypothesis.settings.register_profile("tests", deadline=None, max_examples=60, print_blob=True)
 hypothesis.settings.load_profile("tests")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs CUDA"))

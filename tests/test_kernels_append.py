@@ -284,8 +284,7 @@ def test_lists_that_shrink_move_their_last_rows_into_holes(ops: ModuleType) -> N
 # Going back
 
 
-@pytest.mark.parametrize("shift", [0, 1])
-@pytest.mark.parametrize("name", ["fp8 rows", "nvfp4"])
+@pytest.mark.parametrize(("name", "shift"), [("fp8 rows", 0), ("nvfp4", 1)])
 def test_taking_back_brings_back_everything(name: str, shift: int, ops: ModuleType) -> None:
     formats = FORMATS[name]
     pool, lists = made(formats, 3, shift)

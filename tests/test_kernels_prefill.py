@@ -2,6 +2,7 @@
 """Prefill kernels, interpreted on the CPU, against float64 references."""
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,7 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from modelopt_dms.kv_quant import Fp8, Int8, Nvfp4, RowFormat
-from modelopt_dms.ops import prefill, prefill_backward, prefill_chunk, prefill_reference, reference
+from modelopt_dms.ops import (
+    library,
+    prefill,
+    prefill_backward,
+    prefill_chunk,
+    prefill_reference,
+    reference,
+)
 from modelopt_dms.ops.paged import PAGE, LayerLists, PagePool, RowLayout
 from modelopt_dms.ops.prefill_blocks import Tile, split
 from modelopt_dms.ops.reference import Scoring
@@ -20,7 +28,17 @@ NEVER = 2**31 - 1  # no position comes after it
 
 
 @pytest.fixture(autouse=True)
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def device() -> Iterator[None]:
+    # With a GPU, kernels are compiled and run there.
+    torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
+    yield
+    torch.set_default_device(None)
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "gpu" in request.keywords:
+        return
     # Queries and keys differ, so that borders fall into the middle of blocks; several blocks at few tokens.
     monkeypatch.setattr(prefill, "forward_tile", lambda *_: Tile(32, 16))
     monkeypatch.setattr(prefill_backward, "key_tile", lambda *_: Tile(16, 32))
@@ -50,7 +68,7 @@ def _outputs_and_gradients(kernel: bool, inputs, window, starts, scoring) -> lis
     inputs = [x.clone() if kernel else x.double() for x in inputs]
     inputs = [x.requires_grad_() for x in inputs]
     if kernel:
-        out = prefill.prefill_attention(*inputs, window, starts, scoring)
+        out = library.prefill_attention(*inputs, window, starts, scoring)
     else:
         mask = None if starts is None else _mask(starts)
         out = reference.prefill_attention(*inputs, window, mask, scoring)
@@ -75,7 +93,7 @@ def _agree(inputs, window, starts, scoring) -> None:
         (0, {"T": 40}, None),
         (1, {"T": 20, "D": 40, "DV": 24}, None),  # 32 + 8 and 16 + 8 columns
         (7, {"T": 49, "G": 4}, None),
-        (19, {"T": 64, "K": 2, "B": 2}, None),
+        (19, {"T": 50, "K": 2, "B": 2}, None),
         (100, {"T": 33, "D": 8, "DV": 32}, None),
         (5, {"T": 40, "G": 2}, 1.5),
     ],
@@ -93,7 +111,7 @@ def test_sinks_take_their_share_of_the_weights():
 def test_sinks_that_want_a_gradient_are_refused():
     sinks = torch.zeros(1, requires_grad=True)
     with pytest.raises(ValueError, match="gradient of sinks"):
-        prefill.prefill_attention(*_inputs(T=3), 4, None, Scoring(0.25, sinks=sinks))
+        library.prefill_attention(*_inputs(T=3), 4, None, Scoring(0.25, sinks=sinks))
 
 
 def test_documents_and_padding_do_not_see_each_other():
@@ -104,11 +122,11 @@ def test_documents_and_padding_do_not_see_each_other():
     _agree(_inputs(B=3, T=40), 5, starts, Scoring(0.25))
 
 
-@settings(max_examples=6, derandomize=True, deadline=None)
+@settings(max_examples=5, derandomize=True, deadline=None)
 @given(st.data())
 def test_any_lengths_windows_and_starts_equal_the_reference(data):
-    T = data.draw(st.integers(1, 50))
-    window = data.draw(st.integers(0, 60))
+    T = data.draw(st.integers(1, 40))
+    window = data.draw(st.integers(0, 50))
     starts = None
     if data.draw(st.booleans()):
         starts = torch.tensor([[data.draw(st.integers(0, t)) for t in range(T)]]).int()
@@ -126,7 +144,7 @@ def test_bfloat16_keeps_its_dtype():
 
 
 def test_two_runs_agree_to_the_last_bit():
-    inputs = _inputs(T=40, G=2)
+    inputs = _inputs(T=24, G=2)
     runs = [_outputs_and_gradients(True, inputs, 3, None, Scoring(0.25)) for _ in range(2)]
     assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
 
@@ -137,7 +155,7 @@ def test_keep_logprob_has_the_slope_that_its_gradient_says():
     weight = torch.randn(1, 1, 36, 16)
 
     def loss(x: Tensor) -> Tensor:
-        return (prefill.prefill_attention(q, k, v, x, 5, None, Scoring(0.25)) * weight).sum()
+        return (library.prefill_attention(q, k, v, x, 5, None, Scoring(0.25)) * weight).sum()
 
     x = keep_logprob.clone().requires_grad_()
     loss(x).backward()
@@ -145,6 +163,21 @@ def test_keep_logprob_has_the_slope_that_its_gradient_says():
     up, down = loss(keep_logprob + 0.01 * direction), loss(keep_logprob - 0.01 * direction)
     assert x.grad is not None
     torch.testing.assert_close((up - down) / 0.02, (x.grad * direction).sum(), rtol=2e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize(("D", "DV"), [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256)])
+def test_compiled_kernels_with_blocks_as_shipped(D, DV):
+    inputs = _inputs(B=2, K=2, G=4, T=700, D=D, DV=DV)
+    inputs = [x.bfloat16() for x in inputs[:3]] + inputs[3:]
+    starts = torch.tensor([[0] * 300 + [300] * 400, [*range(100), *[100] * 600]]).int()
+    for some in (None, starts):
+        ours = _outputs_and_gradients(True, inputs, 150, some, Scoring(D**-0.5))
+        theirs = _outputs_and_gradients(False, inputs, 150, some, Scoring(D**-0.5))
+        for x, y in zip(ours, theirs, strict=True):
+            # bf16 has 8 bits; sums of rounded numbers err relative to the largest, not to themselves.
+            assert (x.double() - y).norm() < 1e-2 * y.norm()
 
 
 def test_head_dims_are_two_powers_of_two():
@@ -167,7 +200,7 @@ def _lists(
 ) -> tuple[PagePool, LayerLists]:
     """Lists of random rows, in pages of this order, with a window of 3."""
     layouts = [RowLayout.of(f, d, torch.float32) for f, d in zip(formats, dims, strict=True)]
-    pool = PagePool.make(max(pages), *layouts, torch.device("cpu"))
+    pool = PagePool.make(max(pages), *layouts, torch.get_default_device())
     B, K = len(live), len(live[0])
     active = torch.ones(B, dtype=torch.bool)
     lists = LayerLists.make(B, K, len(pages) // (B * K), 3, 0, active, formats)
@@ -294,7 +327,7 @@ def test_a_prompt_in_chunks_equals_the_whole_prompt():
     q, k, v, _ = _inputs(T=T, K=2, G=2)
     evict = torch.rand(1, 2, T) < 0.5
     keep_logprob = torch.zeros(evict.shape).masked_fill(evict, -math.inf)
-    whole = prefill.prefill_attention(q, k, v, keep_logprob, window, None, Scoring(0.25))
+    whole = library.prefill_attention(q, k, v, keep_logprob, window, None, Scoring(0.25))
 
     pool, lists = _lists([[0, 0]], (16, 16), pages=(3, 1, 2, 4))
     outs = []

@@ -40,6 +40,8 @@ def generate(
     from transformers import TextStreamer, set_seed
 
     from modelopt_dms.cache import kv_stats
+    from modelopt_dms.convert import is_converted
+    from modelopt_dms.generation import graphed
 
     network, tokenizer = load_any(model, dtype, device, trust_remote_code)
     set_ratio(network, cr)
@@ -50,11 +52,14 @@ def generate(
         set_seed(seed)
         sampling["temperature"] = temperature
     streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    loop: dict[str, Any] = {"streamer": streamer}
+    if network.device.type == "cuda" and is_converted(network):
+        loop = {"custom_generate": graphed, "stream_to": streamer}
     network.generate(
         input_ids=inputs["input_ids"],
         attention_mask=inputs["attention_mask"],
         max_new_tokens=max_new_tokens,
-        streamer=streamer,
+        **loop,
         **sampling,
     )
     if stats:

@@ -206,8 +206,9 @@ def _append_kernel(
         BLOCK_DV,
     )
     if SHIFT == 1:
-        if (previous != column) & (seen > 0):
+        if seen > 0:
             tl.store(ring_evict_ptr + ring + previous, evict.to(tl.int8))
+        # Nobody has decided about this token. The same thread stores both: with a window of 0, they are one place.
         tl.store(ring_evict_ptr + ring + column, 0)
     else:
         tl.store(ring_evict_ptr + ring + column, evict.to(tl.int8))

@@ -160,7 +160,13 @@ def prefill_attention(
     *,
     impl: str = "auto",
 ) -> Tensor:
-    """Attention among T tokens under the delayed-eviction mask, differentiable; see `reference.prefill_attention`."""
+    """Attention among T tokens under the delayed-eviction mask, differentiable; see `reference.prefill_attention`.
+
+    "auto" is the reference where sinks want a gradient, which the kernels do not compute.
+    """
+    learns_sinks = scoring.sinks is not None and scoring.sinks.requires_grad
+    if impl == "auto" and learns_sinks and torch.is_grad_enabled():
+        impl = "reference"
     if choose(impl, q.device) == "reference":
         return reference.prefill_attention(q, k, v, keep_logprob, window, mask, scoring)
     from modelopt_dms.ops import library

@@ -313,7 +313,24 @@ def prefill_attention(
     starts: Tensor | None,
     scoring: Scoring,
 ) -> Tensor:
-    """See `prefill.prefill_attention`."""
+    """Attention among T tokens, differentiable in q, k, v and keep_logprob.
+
+    Args:
+        q: queries [B, H, T, D].
+        k: keys [B, K, T, D].
+        v: values [B, K, T, Dv].
+        keep_logprob: log(1 - alpha) [B, K, T] float32, of the token each value governs.
+        window: tokens a marked key stays readable.
+        starts: the first position [B, T] int32 that each query may see: the start of its document; of padding, its own
+            position. None: 0 for all.
+        scoring: scale, softcap and sinks.
+
+    Returns:
+        Output [B, H, T, Dv].
+
+    Raises:
+        ValueError: the sinks want a gradient, which is not computed.
+    """
     if torch.is_grad_enabled() and scoring.sinks is not None and scoring.sinks.requires_grad:
         raise ValueError(
             "the prefill kernel has no gradient of sinks; freeze them or use impl='reference'"

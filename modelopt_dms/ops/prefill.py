@@ -5,14 +5,11 @@ The meaning is `ops.reference.prefill_attention`. Keys fall into blocks that are
 of queries (one addition a score), within it, or on a border (everything is checked); only the last are few.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from modelopt_dms.ops.prefill_backward import prefill_backward
 from modelopt_dms.ops.prefill_blocks import (
     FLOOR,
     Tile,
@@ -35,15 +32,18 @@ def forward_tile(D: int, DV: int, dtype: torch.dtype) -> Tile:
     """Block sizes for these head dims."""
     wide = max(D, DV)
     if dtype == torch.float32:
-        return Tile(64, 32, 4, 2)
+        return Tile(32, 32, 4, 1)
     if wide <= 64:
-        return Tile(128, 64, 8, 3)
+        # Two programs a multiprocessor: one multiplies while the other takes exponentials.
+        return Tile(128, 64, 4, 3)
     if wide <= 128:
         return Tile(128, 64, 8, 3)
-    return Tile(128, 64, 8, 2)
+    if wide <= 192:
+        return Tile(128, 64, 8, 2)
+    return Tile(128, 32, 8, 3)  # with 64 keys, registers spill
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "window"])
 def _forward_kernel(
     q,
     k,
@@ -113,7 +113,7 @@ def prefill_forward(
     scoring: Scoring,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `prefill_attention`, not differentiable: output [B, H, T, Dv] and log2-sum-exp2 [B, H, T] for the backward."""
+    """As `library.prefill_attention`: output [B, H, T, Dv], and log2-sum-exp2 [B, H, T] for the backward pass."""
     q, k, v, bias = (x.contiguous() for x in (q, k, v, log2_bias(keep_logprob)))
     B, H, T, D = q.shape
     K, DV = k.shape[1], v.shape[-1]
@@ -145,68 +145,6 @@ def prefill_forward(
         num_stages=tile.stages,
     )
     return out, lse
-
-
-class _Prefill(torch.autograd.Function):
-    """Attention and its gradients in q, k, v and keep_logprob."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        keep_logprob: Tensor,
-        window: int,
-        starts: Tensor | None,
-        scoring: Scoring,
-    ) -> Tensor:
-        out, lse = prefill_forward(q, k, v, keep_logprob, window, starts, scoring)
-        ctx.save_for_backward(q, k, v, keep_logprob, starts, out, lse)
-        ctx.window, ctx.scoring = window, scoring
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, keep_logprob, starts, out, lse = ctx.saved_tensors
-        found = prefill_backward(
-            gradients[0], q, k, v, keep_logprob, ctx.window, starts, out, lse, ctx.scoring
-        )
-        return *found, None, None, None
-
-
-def prefill_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keep_logprob: Tensor,
-    window: int,
-    starts: Tensor | None,
-    scoring: Scoring,
-) -> Tensor:
-    """Attention among T tokens, differentiable in q, k, v and keep_logprob.
-
-    Args:
-        q: queries [B, H, T, D].
-        k: keys [B, K, T, D].
-        v: values [B, K, T, Dv].
-        keep_logprob: log(1 - alpha) [B, K, T] float32, of the token each value governs.
-        window: tokens a marked key stays readable.
-        starts: the first position [B, T] int32 that each query may see: the start of its document; of padding, its own
-            position. None: 0 for all.
-        scoring: scale, softcap and sinks.
-
-    Returns:
-        Output [B, H, T, Dv].
-
-    Raises:
-        ValueError: the sinks want a gradient, which is not computed.
-    """
-    if torch.is_grad_enabled() and scoring.sinks is not None and scoring.sinks.requires_grad:
-        raise ValueError(
-            "the prefill kernel has no gradient of sinks; freeze them or use impl='reference'"
-        )
-    return _Prefill.apply(q, k, v, keep_logprob, window, starts, scoring)
 
 
 def variants() -> list[Variant]:

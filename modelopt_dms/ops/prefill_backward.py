@@ -58,7 +58,7 @@ def query_tile(D: int, DV: int, dtype: torch.dtype) -> Tile:
     return Tile(128, 32, 8, 2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _delta_kernel(
     out,
     gradient,
@@ -131,7 +131,7 @@ def _query_block(
     return dq1, dq2, column
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "window"])
 def _query_kernel(
     q,
     k,
@@ -306,7 +306,7 @@ def _query_ranges(n0, end, whole, T, window, M: tl.constexpr, N: tl.constexpr):
     return a, b, c, d, e, f
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "window"])
 def _key_kernel(
     q,
     k,
@@ -435,7 +435,7 @@ def prefill_backward(
     scoring: Scoring,
     tiles: tuple[Tile, Tile] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `ops.prefill.prefill_attention`.
+    """Gradients of `ops.library.prefill_attention`.
 
     Args:
         gradient: of the output [B, H, T, Dv].

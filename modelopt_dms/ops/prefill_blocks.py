@@ -251,8 +251,6 @@ def attend_block(
         k2 = load_rows(k, n0, T, N, D, D1, D2, CHECK, DOT)
         products = tl.dot(q2, tl.trans(k2), products, input_precision="ieee")
     scores = scored(products, 1.0, SCALE, SOFTCAP)
-    # For the next block: loaded in the block that needs it, Triton 3.6 would copy it to shared memory number by number.
-    following = load_numbers(bias, n0 + N, old, N)
     if CHECK:
         keys = tl.arange(0, N)
         scores = delayed(
@@ -266,6 +264,8 @@ def attend_block(
         )
     else:
         scores += column[None, :]
+    # For the next block: loaded in the block that needs it, Triton 3.6 would copy it to shared memory number by number.
+    column = load_numbers(bias, n0 + N, old, N)
     weights, shrink, total, top = softmax_step(scores, total, top)
     weights = weights.to(DOT)
     v1 = load_rows(v, n0, T, N, DV, 0, V1, CHECK, DOT)
@@ -273,7 +273,7 @@ def attend_block(
     if V2 > 0:
         v2 = load_rows(v, n0, T, N, DV, V1, V2, CHECK, DOT)
         acc2 = tl.dot(weights, v2, acc2 * shrink[:, None], input_precision="ieee")
-    return acc1, acc2, total, top, following
+    return acc1, acc2, total, top, column
 
 
 @triton.jit

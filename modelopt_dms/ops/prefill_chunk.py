@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from modelopt_dms.ops.decoding import from_e2m1, from_e4m3, from_int8, number_factor
+from modelopt_dms.ops.decoding import from_e2m1, from_e4m3, from_int8, number_factor, word_codes
 from modelopt_dms.ops.paged import PAGE, LayerLists, PagePool, RowLayout
 from modelopt_dms.ops.prefill_blocks import (
     FLOOR,
@@ -76,7 +76,7 @@ def _page_rows(
     if NUMBER == "plain":
         return load_rows(codes + first * D, 0, PAGE, PAGE, D, OFFSET, WIDTH, False, DOT)
     else:
-        WORD: tl.constexpr = 8 if NUMBER == "nvfp4" else 4
+        WORD: tl.constexpr = word_codes(NUMBER)
         at = codes + first * (D // WORD)
         words = load_rows(
             at, 0, PAGE, PAGE, D // WORD, OFFSET // WORD, WIDTH // WORD, False, tl.int32
@@ -103,7 +103,7 @@ def _row_factor(scales, page, PAGE: tl.constexpr, inside):
     return tl.where(inside, 1.0 / scale, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "window", "P", "E"])
 def _chunk_kernel(
     q,
     k,
@@ -215,7 +215,8 @@ def _chunk_kernel(
             scores += tl.where(here, 0.0, float("-inf"))[None, :]
         weights, shrink, total, top = softmax_step(scores, total, top)
         if VALUE_PER_ROW:
-            weights *= _row_factor(value_scales, page, PAGE, here)[None, :]
+            factor = _row_factor(value_scales, page, PAGE, here)
+            weights *= (factor * (1.0 / VALUE_FACTOR))[None, :]
         weights = weights.to(DOT)
         v1 = _page_rows(values, v_scale1, page, PAGE, VALUE_NUMBER, DV, 0, V1, DOT)
         acc1 = tl.dot(weights, v1, acc1 * shrink[:, None], input_precision="ieee")
@@ -229,7 +230,7 @@ def _chunk_kernel(
             k_scale2 = _block_scales(key_scales, page, PAGE, KEY_NUMBER, D, D1, D2)
         if V2 > 0:
             v_scale2 = _block_scales(value_scales, page, PAGE, VALUE_NUMBER, DV, V1, V2)
-    if VALUE_NUMBER != "plain" and not VALUE_PER_ROW:
+    if VALUE_NUMBER != "plain":
         acc1 *= value_factor
         if V2 > 0:
             acc2 *= value_factor
@@ -328,12 +329,17 @@ def _words(codes: Tensor) -> Tensor:
 
 def page_constants(keys: RowLayout, values: RowLayout, dot: tl.dtype) -> dict[str, object]:
     """Constexprs of the formats of keys and values."""
+    value_factor = number_factor(values.number, dot)
+    if values.per_row and dot == tl.float16:
+        value_factor = (
+            2.0**-8
+        )  # weights are this much larger: times a row's factor, small ones would lose bits
     return {
         "KEY_NUMBER": keys.number,
         "KEY_FACTOR": number_factor(keys.number, dot),
         "KEY_PER_ROW": keys.per_row,
         "VALUE_NUMBER": values.number,
-        "VALUE_FACTOR": number_factor(values.number, dot),
+        "VALUE_FACTOR": value_factor,
         "VALUE_PER_ROW": values.per_row,
     }
 
