@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cpu import machine
+from machine import machine
 from rich.console import Console
 from rich.table import Table
 from torch import nn

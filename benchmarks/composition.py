@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cpu import machine
+from machine import machine
 from modelopt.torch.quantization.nn import TensorQuantizer
 from rich.console import Console
 from rich.table import Table

@@ -10,21 +10,18 @@ step depends on how many slots live, not on which.
 
 import argparse
 import copy
-import json
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Sequence
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from machine import RESULTS, machine, save
+from models import build, llama_config
 from rich.console import Console
 from rich.table import Table
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from modelopt_dms.cache import kv_stats
@@ -37,23 +34,6 @@ SHAPES = {
     "llama 4 layers, GQA 16/4, D 64": (4, 1024, 16, 4, 64),
     "llama 4 layers, GQA 16/8, D 128": (4, 2048, 16, 8, 128),
 }
-
-
-def build(layers: int, hidden: int, heads: int, kv_heads: int, head_dim: int) -> LlamaForCausalLM:
-    """A model with random weights in float32."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=8192,
-        hidden_size=hidden,
-        intermediate_size=3 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        max_position_embeddings=32768,
-    )
-    config._attn_implementation = "sdpa"
-    return LlamaForCausalLM(config).eval()
 
 
 def prefill(model: PreTrainedModel, ids: torch.Tensor) -> Cache:
@@ -103,7 +83,7 @@ def cache_numbers(cache: Cache) -> dict[str, float]:
 @torch.no_grad()
 def bench(shape: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Rows of one model shape, for every number of threads and cache."""
-    original = build(*SHAPES[shape])
+    original = build(llama_config(*SHAPES[shape]))
     converted = apply_dms(copy.deepcopy(original), DMSConfig(window=args.window))
     models: dict[str, PreTrainedModel] = {"DynamicCache": original}
     for ratio in args.ratios:
@@ -132,24 +112,6 @@ def bench(shape: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def machine() -> dict[str, str]:
-    """Where and when the numbers were measured."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    git = ("git", "-C", str(Path(__file__).parent))
-    commit = subprocess.run((*git, "rev-parse", "--short", "HEAD"), capture_output=True, text=True)
-    changed = subprocess.run((*git, "status", "--porcelain"), capture_output=True, text=True)
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": str(len(names)),
-        "date": datetime.now(timezone.utc).isoformat(timespec="minutes"),
-        "commit": commit.stdout.strip() + (" with changes" if changed.stdout.strip() else ""),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "nvidia-modelopt")},
-    }
-
-
 def table(rows: list[dict[str, Any]], title: str) -> Table:
     """What a reader wants to see of the rows."""
     drawn = Table(title=title)
@@ -170,10 +132,29 @@ def table(rows: list[dict[str, Any]], title: str) -> Table:
     return drawn
 
 
+def draw(figure: Any, content: dict[str, Any]) -> None:
+    """Milliseconds a token of every cache, one group of bars a shape and number of threads."""
+    rows = content["rows"]
+    groups = list(dict.fromkeys((row["shape"], row["threads"]) for row in rows))
+    caches = list(dict.fromkeys(row["cache"] for row in rows))
+    width = 0.8 / len(caches)
+    axes = figure.subplots()
+    for i, cache in enumerate(caches):
+        mine = [row for row in rows if row["cache"] == cache]
+        places = [groups.index((row["shape"], row["threads"])) + i * width for row in mine]
+        bars = axes.bar(places, [row["ms_per_token"] for row in mine], width, label=cache)
+        axes.bar_label(bars, [f"{row['speedup']:.2f}x" for row in mine], fontsize=8)
+    names = [f"{shape}\n{threads} threads" for shape, threads in groups]
+    middle = 0.4 - width / 2
+    axes.set_xticks([i + middle for i in range(len(groups))], names, fontsize=8)
+    axes.set_ylabel(f"ms a token at {content['settings']['tokens']} tokens")
+    axes.legend(fontsize=8)
+
+
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results/cpu.json")
+    parser.add_argument("--output", type=Path, default=RESULTS / "cpu.json")
     parser.add_argument("--tokens", type=int, default=8192, help="tokens in the cache at the start")
     parser.add_argument("--ratios", type=float, nargs="+", default=[4, 8])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
@@ -187,12 +168,7 @@ def main(argv: list[str] | None = None) -> None:
         table(rows, f"{args.tokens} logical tokens, window {args.window}, float32")
     )
     settings = {"tokens": args.tokens, "window": args.window, "steps": args.steps}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = args.output.with_suffix(".tmp")
-    temporary.write_text(
-        json.dumps({"machine": where, "settings": settings, "rows": rows}, indent=2) + "\n"
-    )
-    temporary.replace(args.output)
+    save(args.output, {"machine": where, "settings": settings, "rows": rows}, draw)
 
 
 if __name__ == "__main__":

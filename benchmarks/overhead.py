@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cpu import machine
+from machine import machine
+from models import build, llama_config
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from modelopt_dms.config import DMSConfig, RetrofitConfig
 from modelopt_dms.mode import apply_dms
@@ -73,29 +74,12 @@ class Plain(nn.Module):
         return {"loss": loss}
 
 
-def build(shape: str) -> LlamaForCausalLM:
-    """A model with random weights in float32."""
-    layers, hidden, heads, kv_heads, head_dim, vocabulary = SHAPES[shape]
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=3 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        max_position_embeddings=32768,
-    )
-    config._attn_implementation = "sdpa"
-    return LlamaForCausalLM(config).eval()
-
-
 def make(variant: str, shape: str) -> nn.Module:
     """What takes a step."""
+    model = build(llama_config(*SHAPES[shape]))
     if variant == "plain":
-        return Plain(build(shape))
-    return Distiller(apply_dms(build(shape), DMSConfig(window=256)), CONFIG).train()
+        return Plain(model)
+    return Distiller(apply_dms(model, DMSConfig(window=256)), CONFIG).train()
 
 
 def sample(length: int, vocabulary: int) -> dict[str, Tensor]:

@@ -1,0 +1,70 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+#
+# Everything that needs a Hopper GPU, in under 9 minutes: the tests marked gpu, every kernel, whole models. JSON, pictures
+# and logs go to $OUT (benchmarks/results without it). With no GPU it rehearses all parts on tiny shapes.
+#
+#   bash benchmarks/h200.sh                                   # any machine with the package installed
+#
+# On a lent machine (torch 2.11, triton 3.6 there; transformers 5.17, older than our floor; no ModelOpt), once, here:
+#
+#   echo /.whl/ >> .git/info/exclude
+#   python3 -m pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+#     --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d .whl \
+#     transformers==5.23.0 nvidia-modelopt==0.47.0 omegaconf==2.4.0 "pulp==3.3.2" pydantic==2.14.3 \
+#     pydantic-core==2.50.4 annotated-types==0.8.0 typing-inspection==0.4.5 datasets==5.1.0 dill==0.4.1 \
+#     multiprocess==0.70.19 jsonschema==4.26.0 jsonschema-specifications==2025.9.1 referencing==0.37.0 \
+#     rpds-py==2026.9.1
+#
+# and there, with ".whl" in carry and timeout_s 600:
+#
+#   python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target /tmp/site .whl/*.whl \
+#     && export PYTHONPATH=/tmp/site COMMIT=<git rev-parse --short HEAD, here> && bash benchmarks/h200.sh
+#
+# 35 MiB of wheels; the repository itself does not travel, hence COMMIT. What comes back: three JSON files, a picture of
+# each, and one log.
+#
+# NVIDIA's experimental/dms as a peer is not part of this: see peer.py, and end_to_end.py --peer.
+
+set -u
+cd "$(dirname "$0")/.."
+out=${OUT:-benchmarks/results}
+python=${PYTHON:-python3}
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+# Compiled once for all parts of this run, and never taken from an older one.
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$(mktemp -d)}
+mkdir -p "$out"
+
+if $python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
+  quick=()
+  nvidia-smi --query-gpu=name,driver_version,clocks.sm,memory.total --format=csv,noheader
+else
+  quick=(--quick)
+  echo "no GPU: a rehearsal with tiny shapes"
+fi
+date -u +"%Y-%m-%d %H:%M UTC"
+
+# part NAME SECONDS COMMAND...: its output to a log, its exit code to the summary (124: interrupted at its time; what it had measured is kept)
+summary=""
+part() {
+  local name=$1 limit=$2 begin=$SECONDS code=0
+  shift 2
+  timeout --signal=INT --kill-after=10 "$limit" "$@" >"$out/$name.log" 2>&1 || code=$?
+  summary+=$(printf '%-12s exit %3d  %3d s of %d' "$name" "$code" $((SECONDS - begin)) "$limit")$'\n'
+}
+
+part tests 90 $python -m pytest -p no:cacheprovider -m gpu tests
+part kernels 130 $python benchmarks/kernels.py "${quick[@]}" --output "$out/kernels.json"
+part qwen3 210 $python benchmarks/end_to_end.py "${quick[@]}" --shape qwen3-8b --output "$out/end_to_end.json"
+part llama 80 $python benchmarks/end_to_end.py "${quick[@]}" --shape llama-3.1-8b --output "$out/end_to_end_llama.json"
+
+# At most eight files come back from a lent machine: one log, and the results.
+for name in tests kernels qwen3 llama; do
+  echo "== $name"
+  cat "$out/$name.log"
+  rm "$out/$name.log"
+done >"$out/h200.log"
+
+grep -E "passed|failed|skipped|deselected" "$out/h200.log" | tail -1
+$python benchmarks/summary.py "$out/kernels.json" "$out/end_to_end.json" "$out/end_to_end_llama.json"
+printf '%s' "$summary"
