@@ -11,7 +11,7 @@ import pytest
 
 PAGE = Path(__file__).parent.parent / "docs" / "kernels.md"
 # Backward kernels hold two accumulators; what they may spill is stated here.
-MAY_SPILL = {}
+MAY_SPILL = {"prefill_dkv_d128_128": 72, "prefill_dkv_d192_128": 64}
 
 
 def rows(text: str) -> dict[str, list[str]]:
