@@ -13,11 +13,12 @@ INPUTS := pyproject.toml constraints.txt
 # Compiling every file of every package would take a minute; most are never imported.
 PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 
-.PHONY: help demo test test-all lint bench clean
+.PHONY: help demo test test-all test-gpu lint bench clean
 
 help:
 	@echo "make demo   compress the embedded model, compare it with its peers, write demo_output/"
 	@echo "make test   the test suite (make test-all: the slow tests too)"
+	@echo "make test-gpu  the tests that need a CUDA device"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  the CPU benchmark, benchmarks/results/cpu.json"
 	@echo "make clean  remove .venv and demo_output"
@@ -30,6 +31,9 @@ test: $(VENV)/.dev
 
 test-all: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+test-gpu: $(VENV)/.dev
+	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -53,7 +53,7 @@ part() {
   summary+=$(printf '%-12s exit %3d  %3d s of %d' "$name" "$code" $((SECONDS - begin)) "$limit")$'\n'
 }
 
-part tests 90 $python -m pytest -p no:cacheprovider -m gpu tests
+part tests 90 env TRITON_INTERPRET=0 $python -m pytest -p no:cacheprovider -m gpu tests
 part kernels 130 $python benchmarks/kernels.py "${quick[@]}" --output "$out/kernels.json"
 part qwen3 210 $python benchmarks/end_to_end.py "${quick[@]}" --shape qwen3-8b --output "$out/end_to_end.json"
 part llama 80 $python benchmarks/end_to_end.py "${quick[@]}" --shape llama-3.1-8b --output "$out/end_to_end_llama.json"

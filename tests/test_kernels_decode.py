@@ -284,7 +284,6 @@ def _all_codes(number: str) -> tuple[Tensor, Tensor, Tensor]:
     return codes, scales, form.decode(torch.cat([codes, scales], dim=-1), 32, torch.float32)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are not interpreted")
 @pytest.mark.parametrize("number", ["fp8", "int8", "nvfp4"])
 def test_every_code_is_decoded_exactly(number: str) -> None:
     codes, scales, expected = _all_codes(number)

@@ -28,9 +28,8 @@ NEVER = 2**31 - 1  # no position comes after it
 
 
 @pytest.fixture(autouse=True)
-def device() -> Iterator[None]:
-    # With a GPU, kernels are compiled and run there.
-    torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
+def device(request: pytest.FixtureRequest) -> Iterator[None]:
+    torch.set_default_device("cuda" if "gpu" in request.keywords else "cpu")
     yield
     torch.set_default_device(None)
 
@@ -166,7 +165,6 @@ def test_keep_logprob_has_the_slope_that_its_gradient_says():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize(("D", "DV"), [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256)])
 def test_compiled_kernels_with_blocks_as_shipped(D, DV):
     inputs = _inputs(B=2, K=2, G=4, T=700, D=D, DV=DV)

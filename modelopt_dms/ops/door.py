@@ -5,6 +5,7 @@
 mean, in plain PyTorch. "auto" is triton on CUDA, and reference elsewhere.
 """
 
+from functools import cache
 from importlib.util import find_spec
 from typing import Literal
 
@@ -32,7 +33,7 @@ def choose(impl: str, device: torch.device) -> Literal["triton", "reference"]:
         return "reference"
     if torch.compiler.is_compiling():  # what cannot run was refused when the cache was made
         return "triton"
-    if find_spec("triton") is None:
+    if not _has_triton():
         raise ValueError(
             "impl='triton' needs Triton, which a CUDA build of PyTorch brings: pip install triton"
         )
@@ -62,7 +63,8 @@ def append_token(
 
     if log is None:
         library.append_token(k, v, gate, pool, lists)
-    else:
+        return
+    with torch.cuda.device_of(k):
         append.append_token(k, v, gate, pool, lists, log)
 
 
@@ -100,7 +102,8 @@ def place(
         return
     from modelopt_dms.ops import append
 
-    append.place(plan, k, v, pool, lists)
+    with torch.cuda.device_of(k):
+        append.place(plan, k, v, pool, lists)
 
 
 def decode_attention(
@@ -195,6 +198,11 @@ def starts_of(mask: Tensor | None) -> Tensor | None:
             "documents); for others use impl='reference'"
         )
     return starts.int()
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def _interpreting() -> bool:

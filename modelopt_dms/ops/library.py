@@ -39,8 +39,14 @@ def _op(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Ca
     """Register an op, and return it."""
     name = schema.split("(")[0]
     qualified = f"{NAMESPACE}::{name}"
+
+    def run(first: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # Triton launches on the current device, which need not be that of a model spread over several.
+        with torch.cuda.device_of(first):
+            return kernel(first, *args, **kwargs)
+
     torch.library.define(qualified, schema.removeprefix(name))
-    torch.library.impl(qualified, "CompositeExplicitAutograd")(kernel)
+    torch.library.impl(qualified, "CompositeExplicitAutograd")(run)
     torch.library.register_fake(qualified)(fake)
     return getattr(getattr(torch.ops, NAMESPACE), name)
 
