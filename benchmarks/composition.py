@@ -61,6 +61,11 @@ def scaled(name: str, args: argparse.Namespace) -> dms.Recipe:
         changes |= {"retrofit.rate_weight": args.rate_weight, "retrofit.save_steps": args.steps}
     if recipe.calibrate is not None:
         changes |= {f"calibrate.{key}": value for key, value in CALIBRATION.items()}
+        if recipe.retrofit is not None:
+            # As many tokens a step, in samples as long as calibration's; thresholds are where they belong: no ramp.
+            changes["retrofit.sequence_length"] = CALIBRATION["sample_length"]
+            changes["retrofit.batch_size"] = TRAINING["batch_size"] // 2
+            changes["retrofit.ramp_fraction"] = 0.0
     if recipe.retrofit is not None and recipe.retrofit.train == "all":
         changes["retrofit.learning_rate"] = ALL_WEIGHTS_LEARNING_RATE
     if recipe.quantize is not None:

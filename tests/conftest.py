@@ -3,6 +3,10 @@
 
 import os
 
+# Two workers with two threads each would wait for each other on two cores. Threads are counted when torch is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import hypothesis
 import pytest
 import torch

@@ -34,7 +34,12 @@ def load(path: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     # Dataclasses look their module up by name.
     sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    # As when it is run: what lies beside a script can be imported.
+    sys.path.insert(0, str((ROOT / path).parent))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.pop(0)
     return module
 
 
