@@ -45,7 +45,9 @@ def test_no_variant_spills_more_than_stated(made: dict[str, list[str]]) -> None:
 def test_attention_runs_on_tensor_cores_and_copies_asynchronously(
     made: dict[str, list[str]],
 ) -> None:
-    attention = {x: cells for x, cells in made.items() if not x.startswith(("append", "pack", "move"))}
+    attention = {
+        x: cells for x, cells in made.items() if not x.startswith(("append", "pack", "move"))
+    }
     without = [x for x, cells in attention.items() if not int(cells[3]) + int(cells[4])]
     assert [x for x in without if "combine" not in x and "delta" not in x] == []
 

@@ -40,10 +40,10 @@ def _op(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Ca
     name = schema.split("(")[0]
     qualified = f"{NAMESPACE}::{name}"
 
-    def run(first: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def run(tensor: Tensor, /, *args: Any, **kwargs: Any) -> Any:
         # Triton launches on the current device, which need not be that of a model spread over several.
-        with torch.cuda.device_of(first):
-            return kernel(first, *args, **kwargs)
+        with torch.cuda.device_of(tensor):
+            return kernel(tensor, *args, **kwargs)
 
     torch.library.define(qualified, schema.removeprefix(name))
     torch.library.impl(qualified, "CompositeExplicitAutograd")(run)
