@@ -248,8 +248,8 @@ class LayerStats:
 
     Attributes:
         layer_idx: index of the layer in the model.
-        live: tokens held [B, K].
-        logical: tokens seen [B].
+        live: tokens held [B, K], of the sequences that hold any.
+        logical: tokens seen [B], likewise.
         kv_bytes: bytes allocated for keys and values, scales included.
         dense_bytes: bytes that the same tokens need without eviction, in the same number format.
         bf16_bytes: bytes that the same tokens need without eviction, in bfloat16.
@@ -355,10 +355,11 @@ def kv_stats(source: nn.Module | Cache) -> KVStats:
 
 
 def _layer_stats(index: int, usage: Usage | PagedUsage) -> LayerStats:
+    held = usage.tokens > 0  # a sequence that has given its pages back holds nothing
     return LayerStats(
         index,
-        usage.live.clone(),
-        usage.tokens.clone(),
+        usage.live[held],
+        usage.tokens[held],
         usage.kv_bytes,
         usage.dense_bytes,
         usage.bf16_bytes,

@@ -76,6 +76,9 @@ def test_finished_sequences_are_padded_and_give_their_pages_back(llama: PreTrain
     cache.check_integrity()
     released = ~cache.active
     assert released.any()
+    left = int(cache.active.sum())
+    assert [x.live.shape[0] for x in kv_stats(cache).layers] == [left] * 2
+    assert kv_stats(cache).logical_tokens > PROMPT
     for layer in cache.layers:
         assert not layer.slots.state.live[released].any()
         assert not layer.slots.state.table[released].any()
