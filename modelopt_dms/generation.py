@@ -114,7 +114,8 @@ def can_be_captured(model: PreTrainedModel, cache: DMSCache) -> bool:
         rope.get("rope_type"),
         *(x.get("rope_type") for x in rope.values() if isinstance(x, dict)),
     ]
-    return cache.is_all_paged and not any(x in _LOOKING_ROPE for x in kinds)
+    one_device = len({pool.device for pool in cache.pools}) == 1
+    return cache.is_all_paged and one_device and not any(x in _LOOKING_ROPE for x in kinds)
 
 
 @torch.no_grad()
@@ -134,7 +135,7 @@ def graphed(
     """The decoding loop for `generate(custom_generate=graphed)`: greedy or sampling, hundreds of ragged sequences.
 
     On CUDA, decode steps are replays of one CUDA graph, where the model allows (all of its attention layers are DMS
-    layers, and its rotary embedding does not look at positions); elsewhere the same steps run one by one.
+    layers on one device, and its rotary embedding does not look at positions); elsewhere the same steps run one by one.
 
     Args:
         model: a DMS model.

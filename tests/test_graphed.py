@@ -218,6 +218,18 @@ def test_a_cache_that_cannot_be_made_is_refused(
         dms.DMSCache(llama, **make(llama))
 
 
+def test_what_a_graph_cannot_hold_runs_step_by_step(llama: PreTrainedModel) -> None:
+    def captured(model: PreTrainedModel) -> bool:
+        cache = dms.DMSCache(model, batch_size=1, max_length=9)
+        return generation.can_be_captured(model, cache)
+
+    assert captured(llama) and captured(build_dms("deepseek_v3"))
+    assert not captured(build_dms("gemma2"))  # its sliding layers have caches of transformers' own
+    looking = build_dms("llama")
+    looking.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    assert not captured(looking)
+
+
 def test_a_cache_for_other_sequences_is_refused(llama: PreTrainedModel) -> None:
     cache = dms.DMSCache(llama, batch_size=2, max_length=30)
     with pytest.raises(ValueError, match="holds 2 sequences, got 3"):
