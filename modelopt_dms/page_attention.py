@@ -62,12 +62,13 @@ def _attend_chunks(
     slots = _slots(step)
     assert step.layer is not None and step.evict is not None
     evict = step.evict.expand(-1, k.shape[1], -1)
-    starts, valid = _starts(mask, q.shape[2]), _valid(mask, len(q), q.shape[2])
+    batch, T = len(q), q.shape[2]
+    starts, valid = _starts(mask, batch, T), _valid(mask, batch, T)
     incoming = step.layer.take_incoming()
-    if starts is not None and q.shape[2] > CHUNK:
+    if starts is not None and T > CHUNK:
         _check_documents(starts, valid)
     outs = []
-    for start in range(0, q.shape[2], CHUNK):
+    for start in range(0, T, CHUNK):
         part = slice(start, start + CHUNK)
         decisions = evict[..., part]
         new_k, new_v = (x[:, :, part] for x in incoming)
@@ -92,11 +93,11 @@ def _attend_chunks(
     return torch.cat(outs, dim=2)
 
 
-def _starts(mask: Tensor | None, tokens: int) -> Tensor | None:
+def _starts(mask: Tensor | None, batch: int, tokens: int) -> Tensor | None:
     """First of the new tokens [B, T] that each of them sees; -1 where it sees older ones, too. None: it sees all."""
     if mask is None:
         return None
-    starts = door.starts_of(mask[..., -tokens:])
+    starts = door.starts_of(mask[..., -tokens:], batch)
     sees_older = mask[:, 0, :, :-tokens].any(-1)
     return torch.where(sees_older, -1, starts)  # type: ignore[arg-type]
 

@@ -122,13 +122,13 @@ def test_kernels_are_refused_where_they_cannot_run(monkeypatch: pytest.MonkeyPat
 
 def test_masks_that_kernels_do_not_know_are_refused() -> None:
     causal = torch.ones(6, 6).tril().bool()[None, None]
-    assert door.starts_of(causal).tolist() == [[0] * 6]
+    assert door.starts_of(causal, 2).tolist() == [[0] * 6] * 2
     documents = causal.clone()
     documents[..., 3:, :3] = False
-    assert door.starts_of(documents).tolist() == [[0, 0, 0, 3, 3, 3]]
+    assert door.starts_of(documents, 1).tolist() == [[0, 0, 0, 3, 3, 3]]
     documents[..., 5, 4] = False
     with pytest.raises(ValueError, match="use impl='reference'"):
-        door.starts_of(documents)
+        door.starts_of(documents, 1)
 
 
 def test_a_linear_gate_and_decisions_append_the_same() -> None:

@@ -174,10 +174,12 @@ def prefill_attention(
         return reference.prefill_attention(q, k, v, keep_logprob, window, mask, scoring)
     from modelopt_dms.ops import library
 
-    return library.prefill_attention(q, k, v, keep_logprob, window, starts_of(mask), scoring)
+    return library.prefill_attention(
+        q, k, v, keep_logprob, window, starts_of(mask, len(q)), scoring
+    )
 
 
-def starts_of(mask: Tensor | None) -> Tensor | None:
+def starts_of(mask: Tensor | None, batch: int) -> Tensor | None:
     """First key [B, T] int32 that each query sees, from a bool mask [B or 1, 1, T, T]; None stays None (causal).
 
     The kernels know masks of this kind only: documents in a row, and padding. A row that sees nothing sees itself.
@@ -197,7 +199,7 @@ def starts_of(mask: Tensor | None) -> Tensor | None:
             "the kernels take masks where a query sees all keys from some position to itself (causal, padding, packed "
             "documents); for others use impl='reference'"
         )
-    return starts.int()
+    return starts.int().expand(batch, -1).contiguous()
 
 
 @cache
