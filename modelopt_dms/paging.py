@@ -378,8 +378,9 @@ class PagedSlots:
         return found.scatter_(2, slots, last)[..., :length]
 
     def read(self, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Rows [B, K, length, D] of keys and values in this dtype; those behind a list's end mean nothing."""
-        slots = torch.arange(length, device=self.live.device).expand(self.B, self.K, -1)
+        """Rows [B, K, length, D] of keys and values in this dtype; zeros behind a list's end."""
+        slots = torch.arange(length, device=self.live.device)
+        slots = torch.where(slots < self.live[..., None], slots, -1)
         return read_rows(self.pool, self.state, slots, dtype)
 
     def append_token(

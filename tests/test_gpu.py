@@ -85,19 +85,15 @@ def test_a_decode_step_never_asks_the_host() -> None:
             torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("recipe", ["kv_fp8", "kv_int8", "kv_nvfp4"])
+@pytest.mark.parametrize(
+    "recipe", ["kv_fp8_dynamic-dms_cr8", "kv_int8-dms_cr8", "kv_nvfp4-dms_cr8"]
+)
 def test_quantized_pages_are_close_to_fake_quantization(recipe: str) -> None:
-    import modelopt.torch.quantization as mtq
-
-    kinds = {"kv_fp8": "FP8_KV_CFG", "kv_int8": "INT8_KV_CFG", "kv_nvfp4": "NVFP4_KV_CFG"}
-    if not hasattr(mtq, kinds[recipe]):
-        pytest.skip(f"ModelOpt has no {kinds[recipe]}")
     ids, found = tokens(2, 90), []
     for device in ("cpu", "cuda"):
         model = build_dms("llama", base={"head_dim": 16})
-        config = getattr(mtq, kinds[recipe])
-        dms.quantize(model, config, [{"input_ids": tokens(2, 60)}])
-        model.to(device)
+        quant = dms.load_recipe(recipe).quantize
+        model = dms.quantize(model, quant, [{"input_ids": tokens(2, 60)}]).to(device)
         with torch.no_grad():
             logits, _ = feed(model, ids.to(device), [60, *[1] * 30])
         found.append(logits.cpu())

@@ -422,3 +422,24 @@ def test_latents_with_kv_quantizers_of_modelopt_are_refused() -> None:
     mtq.quantize(model, cfg, lambda network: network(tokens(1, 8), use_cache=False))
     with pytest.raises(KVFormatError, match="caches a latent"):
         model(tokens(1, 8), use_cache=True)
+
+
+@pytest.mark.parametrize("impl", ["reference", "triton"])
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "fp8_default-kv_fp8-dms_cr8",
+        "kv_fp8_dynamic-dms_cr8",
+        "kv_int8-dms_cr8",
+        "kv_nvfp4-dms_cr8",
+    ],
+)
+@torch.no_grad()
+def test_pages_give_the_logits_of_lists(recipe: str, impl: str) -> None:
+    model = build_dms("llama", base={"head_dim": 16, "num_hidden_layers": 1})
+    quant = dms.load_recipe(recipe).quantize
+    model = dms.quantize(model, quant, [{"input_ids": tokens(2, 60)}])
+    ids, sizes = tokens(2, 24), [15, 6, 1, 1, 1]
+    expected, _ = feed(model, ids, sizes)
+    cache = dms.DMSCache(model, batch_size=2, max_length=64, impl=impl)
+    assert distance(feed(model, ids, sizes, cache)[0], expected) < 1e-5

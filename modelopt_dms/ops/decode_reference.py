@@ -58,7 +58,5 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, valid: Tensor, scoring: Scoring) ->
     total = weights.sum(-1, keepdim=True)
     if scoring.sinks is not None:
         total = total + torch.exp(sinks - top)
-    # What lies where no token is may be NaN.
-    out = weights @ v.masked_fill(~valid[..., None], 0.0)
-    out = out / total.clamp(min=torch.finfo(k.dtype).tiny)
+    out = weights @ v / total.clamp(min=torch.finfo(k.dtype).tiny)
     return out.flatten(1, 2).to(q.dtype)

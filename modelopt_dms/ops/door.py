@@ -18,8 +18,6 @@ from modelopt_dms.ops.paged import LayerLists, PagePool
 from modelopt_dms.ops.reference import Scoring
 from modelopt_dms.ops.undo import UndoLog
 
-Impl = Literal["auto", "triton", "reference"]
-
 
 def choose(impl: str, device: torch.device) -> Literal["triton", "reference"]:
     """The implementation that `impl` means on this device.

@@ -19,13 +19,14 @@ def write_rows(pool: PagePool, lists: LayerLists, slots: Tensor, k: Tensor, v: T
 def read_rows(
     pool: PagePool, lists: LayerLists, slots: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Rows [B, K, n, Dk] and [B, K, n, Dv] in this dtype of slots [B, K, n]; those of slot -1 mean nothing."""
+    """Rows [B, K, n, Dk] and [B, K, n, Dv] in this dtype of slots [B, K, n]; zeros for slot -1."""
     rows = lists.rows_of(slots)
     k_format, v_format = lists.formats
-    return (
-        _get(pool.keys, pool.key_scales, pool.key_layout, k_format, rows, dtype),
-        _get(pool.values, pool.value_scales, pool.value_layout, v_format, rows, dtype),
-    )
+    k = _get(pool.keys, pool.key_scales, pool.key_layout, k_format, rows, dtype)
+    v = _get(pool.values, pool.value_scales, pool.value_layout, v_format, rows, dtype)
+    # What lies where no token is may be NaN, and weights of 0 do not make it 0.
+    nothing = (slots < 0)[..., None]
+    return k.masked_fill(nothing, 0.0), v.masked_fill(nothing, 0.0)
 
 
 def _put(
