@@ -2,7 +2,7 @@
 """Decoding of whole models: tokens a second and memory over context and batch; dense, DMS, and the limit of both.
 
     python benchmarks/end_to_end.py --shape qwen3-8b --output benchmarks/results/end_to_end.json
-    python benchmarks/end_to_end.py --quick --output /tmp/end_to_end.json    # rehearsal on a CPU
+    python benchmarks/end_to_end.py --quick --output end_to_end.json    # rehearsal on a CPU
 
 Shapes of real models, random weights, one process. "generate" is transformers' own loop with its static cache, which it
 compiles on CUDA; "dms" is `custom_generate=dms.graphed` with a `DMSCache`. CR 1 is our loop and kernels without

@@ -18,8 +18,8 @@
 #
 # and there, with ".whl" in carry and timeout_s 600:
 #
-#   python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target /tmp/site .whl/*.whl \
-#     && export PYTHONPATH=/tmp/site COMMIT=<git rev-parse --short HEAD, here> && bash benchmarks/h200.sh
+#   python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target .site .whl/*.whl \
+#     && export PYTHONPATH=$PWD/.site COMMIT=<git rev-parse --short HEAD, here> && bash benchmarks/h200.sh
 #
 # 35 MiB of wheels; the repository itself does not travel, hence COMMIT. What comes back: three JSON files, a picture of
 # each, and one log.

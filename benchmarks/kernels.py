@@ -2,7 +2,7 @@
 """The kernels one by one; see `measure_kernels`.
 
     python benchmarks/kernels.py --output benchmarks/results/kernels.json
-    python benchmarks/kernels.py --quick --output /tmp/kernels.json      # rehearsal on a CPU, seconds
+    python benchmarks/kernels.py --quick --output kernels.json      # rehearsal on a CPU, seconds
 
 transformers looks for Hugging Face's package of this name, and imports this file where a benchmark is run: so it
 imports nothing itself.

@@ -11,8 +11,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from modelopt_dms.kv_quant import RowFormat
 from modelopt_dms.ops.gating import GateInput
-from modelopt_dms.pages import ROLLBACK, SlotLists, Usage
-from modelopt_dms.paging import PagedSlots, PagedUsage, SharedPool
+from modelopt_dms.ops.undo import ROLLBACK
+from modelopt_dms.pages import SlotLists
+from modelopt_dms.paging import PagedSlots, SharedPool
+from modelopt_dms.usage import Usage
 
 Formats = tuple[RowFormat | None, RowFormat | None]
 
@@ -351,10 +353,10 @@ def kv_stats(source: nn.Module | Cache) -> KVStats:
         raise ValueError(
             "no KV cache with DMS layers has been used yet: run generate() or a forward with a cache first"
         )
-    return KVStats([_layer_stats(index, usage) for index, usage in used])
+    return KVStats([_layer_stats(index, usage.settled()) for index, usage in used])
 
 
-def _layer_stats(index: int, usage: Usage | PagedUsage) -> LayerStats:
+def _layer_stats(index: int, usage: Usage) -> LayerStats:
     held = usage.tokens > 0  # a sequence that has given its pages back holds nothing
     return LayerStats(
         index,

@@ -19,8 +19,8 @@ from modelopt_dms.gate import EvictionGate, hidden_input
 from modelopt_dms.gate_kinds import NeuronGate, ResidualGate
 from modelopt_dms.kv_format import kv_formats
 from modelopt_dms.ops import shift_decisions
-from modelopt_dms.pages import Usage
-from modelopt_dms.paging import PagedSlots
+from modelopt_dms.paging import PagedSlots, PagedUsage
+from modelopt_dms.usage import Usage
 
 DMSRegistry = _DMRegistryCls("DMS")
 
@@ -37,7 +37,9 @@ class DMSAttention(DynamicModule):
 
     def _setup(self, gate: EvictionGate) -> None:
         self.dms_gate = gate
-        self.dms_usage: Usage | None = None  # numbers of the last KV cache, for kv_stats
+        self.dms_usage: Usage | PagedUsage | None = (
+            None  # numbers of the last KV cache, for kv_stats
+        )
         gate.attach()
         self.register_forward_pre_hook(_stage_step, with_kwargs=True)
         self.register_forward_hook(_drop_step, with_kwargs=True, always_call=True)

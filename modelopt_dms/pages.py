@@ -13,44 +13,10 @@ import torch
 from torch import Tensor
 
 from modelopt_dms.ops import assign_slots, shift_decisions
+from modelopt_dms.ops.undo import LONGEST_DRAFT, ROLLBACK
+from modelopt_dms.usage import Usage
 
 PAGE = 16  # rows; a buffer is a whole number of pages, at most one page + 1/16 larger than its list
-ROLLBACK = 24  # tokens that can be taken back unless more is asked for; assisted decoding drafts 20 by default
-LONGEST_DRAFT = 64  # a chunk up to this length may be a draft, all of which can be taken back until the next chunk
-
-
-@dataclass
-class Usage:
-    """What a layer's cache holds. Outlives the cache: it has numbers only.
-
-    Attributes:
-        live: slots in use [B, K].
-        tokens: tokens seen [B], padding not counted.
-        kv_bytes: bytes allocated for KV rows, the overwritten rows held for a rollback included.
-        row_bytes: bytes of one key and value row.
-        row_values: numbers in one key and value row.
-    """
-
-    live: Tensor
-    tokens: Tensor
-    kv_bytes: int
-    row_bytes: int
-    row_values: int
-
-    @property
-    def dense_rows(self) -> int:
-        """Rows of a cache that keeps every token."""
-        return int(self.tokens.sum()) * self.live.shape[1]
-
-    @property
-    def dense_bytes(self) -> int:
-        """Bytes that a cache which keeps every token would need."""
-        return self.dense_rows * self.row_bytes
-
-    @property
-    def bf16_bytes(self) -> int:
-        """Bytes that a cache which keeps every token in bfloat16 would need."""
-        return self.dense_rows * self.row_values * 2
 
 
 @dataclass(frozen=True)

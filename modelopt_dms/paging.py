@@ -18,12 +18,10 @@ from modelopt_dms.ops import append_reference, door, regroup
 from modelopt_dms.ops.gating import Decided, GateInput
 from modelopt_dms.ops.paged import NO_PAGE, PAGE, LayerLists, PagePool, RowLayout
 from modelopt_dms.ops.rows import read_rows
-from modelopt_dms.ops.undo import UndoLog, decide_previous, take_back
+from modelopt_dms.ops.undo import LONGEST_DRAFT, UndoLog, decide_previous, take_back
+from modelopt_dms.usage import Usage
 
 NEVER = 2**31 - 1  # a position that no query has
-DRAFT = (
-    64  # tokens: while tokens can be taken back, a chunk up to this length can be taken back whole
-)
 
 
 class SharedPool:
@@ -239,7 +237,7 @@ class SharedPool:
 
 @dataclass
 class PagedUsage:
-    """What a layer's cache holds, as `pages.Usage`. Waits for the device when it is read, not when it is made.
+    """What a layer's cache holds. Waits for the device when it is settled, not when it is made.
 
     Attributes:
         state: the layer's lists, without their rows.
@@ -257,35 +255,17 @@ class PagedUsage:
     row_bytes: int
     row_values: int
 
-    @property
-    def live(self) -> Tensor:
-        """Slots in use [B, K]."""
-        return self.state.live.long()
-
-    @property
-    def tokens(self) -> Tensor:
-        """Tokens seen [B], padding not counted."""
-        return self.state.seen[:, 0] - self.padding
-
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes of the pages it owns, and of the rows held for a rollback."""
-        return int((self.state.table != NO_PAGE).sum()) * self.page_bytes + self.log_bytes
-
-    @property
-    def dense_rows(self) -> int:
-        """Rows of a cache that keeps every token."""
-        return int(self.tokens.sum()) * self.state.heads
-
-    @property
-    def dense_bytes(self) -> int:
-        """Bytes that a cache which keeps every token would need."""
-        return self.dense_rows * self.row_bytes
-
-    @property
-    def bf16_bytes(self) -> int:
-        """Bytes that a cache which keeps every token in bfloat16 would need."""
-        return self.dense_rows * self.row_values * 2
+    def settled(self) -> Usage:
+        """The numbers as they are now."""
+        state = self.state
+        pages = int((state.table != NO_PAGE).sum())
+        return Usage(
+            live=state.live.long(),
+            tokens=state.seen[:, 0] - self.padding,
+            kv_bytes=pages * self.page_bytes + self.log_bytes,
+            row_bytes=self.row_bytes,
+            row_values=self.row_values,
+        )
 
 
 class PagedSlots:
@@ -548,7 +528,7 @@ class PagedSlots:
             self.state.table = table
             self._count()
         if self.rollback and (self._log is None or self._log.tokens < self.rollback):
-            self._log = UndoLog.make(max(self.rollback, DRAFT), self.pool, self.state)
+            self._log = UndoLog.make(max(self.rollback, LONGEST_DRAFT), self.pool, self.state)
             self._recoverable = 0
             self._count()
 

@@ -44,7 +44,7 @@ def arguments(name: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     keep = torch.randn(B, K, T)
     gate = {"features": torch.randn(B, 8), "weight": torch.randn(K, 8), "evict": None}
     gate |= {"threshold": torch.zeros(K), "positions": torch.zeros(1, dtype=torch.long)}
-    gate |= {"gate_scale": 1.0, "offset": 0.0, "protect": 0}
+    gate |= {"scale": 1.0, "offset": 0.0, "protect": 0}
     chunk = {"starts": None, "first": lists.seen[:, 0].contiguous(), "expiry": None}
     training = (q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), keep.requires_grad_())
     return {

@@ -132,24 +132,24 @@ def decode_latent(q: Tensor, pool: PagePool, lists: LayerLists, scoring: Scoring
     return _decode_latent(q, **_state(pool, lists), **_scored(scoring))
 
 
+# An append's decisions, or what they are made from: the fields of `Decided` and of `LinearGate`.
+_GATE = {"evict": "Tensor?", "features": "Tensor?", "weight": "Tensor?", "threshold": "Tensor?"}
+_GATE |= {"positions": "Tensor?", "scale": "float?", "offset": "float?", "protect": "int?"}
+_LINEAR = tuple(name for name in _GATE if name != "evict")
+
+
 def _run_append(k: Tensor, v: Tensor, **given: Any) -> None:
     gate: GateInput
     if given["evict"] is not None:
         gate = Decided(given["evict"])
     else:
-        names = ("features", "weight", "threshold", "positions")
-        gate = LinearGate(
-            **{name: given[name] for name in names},
-            scale=given["gate_scale"],
-            offset=given["offset"],
-            protect=given["protect"],
-        )
+        gate = LinearGate(**{name: given[name] for name in _LINEAR})
     append.append_token(k, v, gate, *_together(given))
 
 
 _append_token = _op(
-    f"append_token(Tensor k, Tensor v, *, {_state_schema(True)}, Tensor? evict, Tensor? features, Tensor? weight, "
-    "Tensor? threshold, Tensor? positions, float gate_scale, float offset, int protect) -> ()",
+    f"append_token(Tensor k, Tensor v, *, {_state_schema(True)}, "
+    f"{', '.join(f'{kind} {name}' for name, kind in _GATE.items())}) -> ()",
     _run_append,
     _nothing,
 )
@@ -157,21 +157,8 @@ _append_token = _op(
 
 def append_token(k: Tensor, v: Tensor, gate: GateInput, pool: PagePool, lists: LayerLists) -> None:
     """See `append.append_token`."""
-    decided = gate if isinstance(gate, Decided) else None
-    linear = gate if isinstance(gate, LinearGate) else None
-    _append_token(
-        k,
-        v,
-        **_state(pool, lists),
-        evict=None if decided is None else decided.evict,
-        features=None if linear is None else linear.features,
-        weight=None if linear is None else linear.weight,
-        threshold=None if linear is None else linear.threshold,
-        positions=None if linear is None else linear.positions,
-        gate_scale=0.0 if linear is None else linear.scale,
-        offset=0.0 if linear is None else linear.offset,
-        protect=0 if linear is None else linear.protect,
-    )
+    given = {name: getattr(gate, name, None) for name in _GATE}
+    _append_token(k, v, **_state(pool, lists), **given)
 
 
 def _run_pack(k: Tensor, v: Tensor, evict: Tensor, valid: Tensor | None, **given: Any) -> None:

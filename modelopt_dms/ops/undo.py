@@ -11,6 +11,9 @@ from torch import Tensor
 
 from modelopt_dms.ops.paged import LayerLists, PagePool, RowLayout
 
+ROLLBACK = 24  # tokens that can be taken back unless more is asked for; assisted decoding drafts 20 by default
+LONGEST_DRAFT = 64  # a chunk up to this length may be a draft, all of which can be taken back until the next chunk
+
 
 @dataclass(frozen=True)
 class UndoLog:
