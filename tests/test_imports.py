@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "modelopt_dms"
 STAIRCASE = [
     {"kv_quant", "config", "shelf", "output", "data", "ratio", "processes", "usage"},
     {"ops"},
-    {"gate", "pages", "paging", "kv_format", "recipe"},
+    {"gate", "pages", "paging", "kv_format", "recipe", "engine"},
     {"cache", "gate_kinds", "schema", "compression", "previews"},
     {"page_attention"},
     {"attention"},
