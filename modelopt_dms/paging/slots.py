@@ -137,14 +137,7 @@ class PagedSlots:
 
         Of what is marked so far: with shift 1, call `decide_previous` first.
         """
-        state = self.state
-        pending = state.ring_evict & (state.ring_slot >= 0) & (state.ring_slot < length)
-        slots = torch.where(pending, state.ring_slot, length).long()  # [B, K, R]
-        last = (state.ring_positions() + self.window).to(torch.int32)
-        found = torch.full(
-            (self.B, self.K, length + 1), NEVER, dtype=torch.int32, device=last.device
-        )
-        return found.scatter_(2, slots, last)[..., :length]
+        return expiry_of(self.state, length)
 
     def read(self, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Rows [B, K, length, D] of keys and values in this dtype; zeros behind a list's end."""
@@ -332,3 +325,13 @@ class PagedSlots:
             pool.key_layout.row_bytes + pool.value_layout.row_bytes,
             self._row_values,
         )
+
+
+def expiry_of(state: LayerLists, length: int) -> Tensor:
+    """See `PagedSlots.expiry`."""
+    pending = state.ring_evict & (state.ring_slot >= 0) & (state.ring_slot < length)
+    slots = torch.where(pending, state.ring_slot, length).long()  # [B, K, R]
+    last = (state.ring_positions() + state.window).to(torch.int32)
+    shape = (*state.live.shape, length + 1)
+    found = torch.full(shape, NEVER, dtype=torch.int32, device=last.device)
+    return found.scatter_(2, slots, last)[..., :length]
