@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from modelopt_dms.convert import dms_modules
 from modelopt_dms.engine.manifest import Model
 from modelopt_dms.exporters.errors import ExportError
+from modelopt_dms.exporters.onnx import quantizers
 from modelopt_dms.kv_format import kv_formats
 from modelopt_dms.kv_quant import RowFormat
 from modelopt_dms.ops.decode import ROWS
@@ -52,6 +53,7 @@ def model_of(model: PreTrainedModel) -> Model:
         raise ExportError(
             f"{name} has {heads // kv_heads} query heads a KV head; kernels take {ROWS}"
         )
+    quantizers.check(model)
     numbers = {_numbers(x) for x in modules.values()}
     if len(numbers) > 1:
         raise ExportError(f"layers of {name} store keys and values differently; accepted: {ACCEPTED}")

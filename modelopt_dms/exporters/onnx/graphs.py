@@ -15,6 +15,7 @@ from modelopt_dms.engine.manifest import Model, Port
 from modelopt_dms.engine.operators import DOMAIN, VERSION
 from modelopt_dms.exporters.onnx.bodies import OPSET, functions
 from modelopt_dms.exporters.onnx.facts import scales_of
+from modelopt_dms.exporters.onnx.quantizers import as_nodes
 from modelopt_dms.exporters.onnx.slots import CHANGED, POOL, STATE, Facts
 from modelopt_dms.exporters.onnx.tracing import Decode, Prefill, traceable
 from modelopt_dms.ops.paged import PAGE
@@ -68,7 +69,7 @@ def trace(model: PreTrainedModel, facts: Model, sizes: Sizes, phase: str) -> Gra
     step = (Decode if phase == "decode" else Prefill)(model, slots, scales_of(model)).eval()
     tensors = [_example(port, model.device) for port in inputs]
     dims = [{0: Dim.DYNAMIC} for _ in inputs]
-    with traceable(model), warnings.catch_warnings():
+    with traceable(model), as_nodes(model, model.dtype), warnings.catch_warnings():
         # Of torch's own converters, about each other.
         warnings.simplefilter("ignore")
         program = torch.export.export(
