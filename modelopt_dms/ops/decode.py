@@ -28,12 +28,11 @@ from modelopt_dms.ops.decoding import (
     number_factor,
     word_codes,
 )
-from modelopt_dms.ops.paged import PAGE, LayerLists, PagePool, RowLayout
+from modelopt_dms.ops.paged import MOST_ROWS, PAGE, LayerLists, PagePool, RowLayout
 from modelopt_dms.ops.reference import Scoring
 from modelopt_dms.ops.variants import Variant
 
 LOG2E = 1.4426950408889634
-ROWS = 64  # query rows of an item, at most
 MIN_ROWS = 16  # as few as Triton gives to warpgroup tensor cores
 LISTS = 4096  # lengths that a program looks at together, at most
 PARTS = 16  # partial results that are joined at a time
@@ -450,7 +449,7 @@ def _shape(
         # Tensor cores take 64 rows of a transposed value part at a time, and 16 columns of a key part.
         (a, b), (va, vb) = _parts(keys.dim, 16), _parts(values.dim, 64)
         dim, dv = keys.dim, values.dim
-    rows = min(ROWS, max(MIN_ROWS, triton.next_power_of_2(group)))
+    rows = min(MOST_ROWS, max(MIN_ROWS, triton.next_power_of_2(group)))
     gain = scoring.scale * number_factor(keys.number, dot) * LOG2E
     # In float16, weights times row factors would lose what is small.
     weight_gain = 256.0 if dot == tl.float16 else 1.0

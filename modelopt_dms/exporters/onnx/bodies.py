@@ -11,7 +11,6 @@ from onnxscript import script
 from onnxscript.values import OnnxFunction
 
 from modelopt_dms.engine.operators import OPERATORS
-
 from modelopt_dms.exporters.onnx.rows import (
     ENCODE,
     FLOAT,
@@ -28,7 +27,7 @@ INT32 = 6
 
 @script(OWN, default_opset=op)
 def Masked(x, ok, other: float):
-    """x where ok, else a number."""
+    """Numbers of x where ok, another elsewhere."""
     return op.Where(ok, x, op.Constant(value_float=other))
 
 
@@ -64,7 +63,7 @@ def _cache_update(key_number: str, value_number: str) -> OnnxFunction:
     def DmsCacheUpdate(
         k, v, evict, active, scales, table, keys, values, live, seen, ring_slot, ring_evict, window: int, shift: int
     ):  # fmt: skip
-        """One token of every active sequence goes to the slot of the marked one that leaves the window, or a new one."""
+        """One token of every active sequence goes to the slot of the marked one that leaves, or a new one."""
         last = op.Constant(value_ints=[-1])
         zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
         ring = op.Constant(value_int=window) + one
@@ -195,7 +194,9 @@ def _prefill_attention(key_number: str, value_number: str) -> OnnxFunction:
         query = Grouped(q, table)  # [B, K, G, T, D]
         tokens = op.Range(zero, op.Squeeze(op.Shape(q, start=2, end=3)), one)
         rows = op.Unsqueeze(tokens, last)  # [T, 1]
-        begins = op.Unsqueeze(op.Cast(starts, to=INT64), op.Constant(value_ints=[1, 3]))  # [B, 1, T, 1]
+        begins = op.Unsqueeze(
+            op.Cast(starts, to=INT64), op.Constant(value_ints=[1, 3])
+        )  # [B, 1, T, 1]
 
         positions = op.Unsqueeze(op.Cast(first, to=INT64), last) + tokens  # [B, T]
         until = op.Unsqueeze(op.Cast(expiry, to=INT64), group)  # [B, K, 1, E]
@@ -255,6 +256,8 @@ def functions(key_number: str, value_number: str) -> list[FunctionProto]:
     for proto in found:
         # A node carries all attributes of its table's row, also those that a body does not look at.
         operator = OPERATORS.get(proto.name)
-        missing = [] if operator is None else [x for x in operator.attributes if x not in proto.attribute]
+        missing = (
+            [] if operator is None else [x for x in operator.attributes if x not in proto.attribute]
+        )
         proto.attribute.extend(missing)
     return found

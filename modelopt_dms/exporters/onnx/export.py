@@ -76,5 +76,3 @@ def write_graphs(
     )
     manifest.save(place)
     return manifest
-
-

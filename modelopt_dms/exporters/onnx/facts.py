@@ -13,8 +13,7 @@ from modelopt_dms.exporters.errors import ExportError
 from modelopt_dms.exporters.onnx import quantizers
 from modelopt_dms.kv_format import kv_formats
 from modelopt_dms.kv_quant import RowFormat
-from modelopt_dms.ops.decode import ROWS
-from modelopt_dms.ops.paged import LayerLists
+from modelopt_dms.ops.paged import MOST_ROWS, LayerLists
 
 ACCEPTED = "none, FP8 or int8 with calibrated scales, the same for all layers"
 _LOOKING_ROPE = ("dynamic", "longrope")
@@ -34,8 +33,8 @@ def model_of(model: PreTrainedModel) -> Model:
     others = config.num_hidden_layers - len(modules)
     if others:
         raise ExportError(
-            f"{name} has {others} layers without a gate (sliding-window, or left out by dms.layers); a graph holds models "
-            "all of whose attention layers are DMS layers"
+            f"{name} has {others} layers without a gate (sliding-window, or left out by dms.layers); a graph holds "
+            "models all of whose attention layers are DMS layers"
         )
     if any(hasattr(x, "expand_kv") for x in modules.values()):
         raise ExportError(f"{name} caches latents (MLA), which a graph cannot hold yet")
@@ -49,14 +48,16 @@ def model_of(model: PreTrainedModel) -> Model:
     first: Any = next(iter(modules.values()))
     gate, kv_heads = first.dms_gate, first.dms_gate.kv_heads
     heads, dim = config.num_attention_heads, first.head_dim
-    if heads // kv_heads > ROWS:
+    if heads // kv_heads > MOST_ROWS:
         raise ExportError(
-            f"{name} has {heads // kv_heads} query heads a KV head; kernels take {ROWS}"
+            f"{name} has {heads // kv_heads} query heads a KV head; kernels take {MOST_ROWS}"
         )
     quantizers.check(model)
     numbers = {_numbers(x) for x in modules.values()}
     if len(numbers) > 1:
-        raise ExportError(f"layers of {name} store keys and values differently; accepted: {ACCEPTED}")
+        raise ExportError(
+            f"layers of {name} store keys and values differently; accepted: {ACCEPTED}"
+        )
     keys, values = numbers.pop()
     eos = model.generation_config.eos_token_id
     return Model(

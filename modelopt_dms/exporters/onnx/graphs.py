@@ -127,7 +127,9 @@ def ports(facts: Model, sizes: Sizes, phase: str) -> tuple[tuple[Port, ...], tup
             state = f"{name}.{layer}"
             in_place = phase == "decode" or name in POOL
             outputs.append(
-                Port(f"new_{state}", *shapes[name], aliases=state if in_place else None, state=state)
+                Port(
+                    f"new_{state}", *shapes[name], aliases=state if in_place else None, state=state
+                )
             )
     return tuple(inputs), tuple(outputs)
 

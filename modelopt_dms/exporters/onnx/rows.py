@@ -106,7 +106,9 @@ def PlaceRows(store, codes, slots, table):
     size = op.Shape(store, start=1, end=2)
     wanted = op.Cast(slots, to=INT64)
     pages = op.Shape(table, start=2, end=3)
-    at = op.Clip(wanted / size, op.Constant(value_int=0), op.Squeeze(pages) - op.Constant(value_int=1))
+    at = op.Clip(
+        wanted / size, op.Constant(value_int=0), op.Squeeze(pages) - op.Constant(value_int=1)
+    )
     page = op.Cast(op.GatherElements(table, at, axis=2), to=INT64)
     row = page * size + op.Mod(wanted, size)
     row = op.Where(wanted < op.Constant(value_int=0), op.Constant(value_int=0), row)

@@ -5,6 +5,7 @@ Shapes as in `engine.operators`.
 """
 
 from dataclasses import dataclass, replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,7 +15,7 @@ from modelopt_dms.engine import operators
 from modelopt_dms.exporters.onnx.nodes import call
 from modelopt_dms.ops import Scoring, shift_decisions
 from modelopt_dms.ops.append_reference import plan_pack
-from modelopt_dms.ops.paged import PAGE, LayerLists
+from modelopt_dms.ops.paged import PAGE, LayerLists, padded_length
 from modelopt_dms.ops.undo import decide_previous
 from modelopt_dms.paging import PagedSlots
 from modelopt_dms.paging.slots import expiry_of
@@ -211,9 +212,6 @@ class GraphLayer(DMSLayer):
 
 def log2_bias(evict: Tensor) -> Tensor:
     """-inf where a token [B, K, T] is marked, padded as the kernel reads it."""
-    from modelopt_dms.ops.prefill_blocks import padded_length
-
     T = evict.shape[-1]
     bias = torch.zeros(evict.shape, device=evict.device).masked_fill(evict, float("-inf"))
     return F.pad(bias, (0, padded_length(T) - T))
-

@@ -31,7 +31,7 @@ class WeightsFile:
                 self._place(tensor.tobytes()),
                 tensor.nbytes,
                 tensor.dtype,
-                shape=tensor.shape,  # type: ignore[arg-type]
+                shape=tensor.shape,
                 name=value.name or "",
                 base_dir=self.directory,
             )
