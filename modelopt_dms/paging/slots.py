@@ -16,7 +16,7 @@ from modelopt_dms.kv_quant import RowFormat
 from modelopt_dms.ops import append_reference, door, regroup
 from modelopt_dms.ops.gating import Decided, GateInput
 from modelopt_dms.ops.paged import NO_PAGE, PAGE, LayerLists, PagePool, RowLayout
-from modelopt_dms.ops.prefill_reference import NEVER, expiry
+from modelopt_dms.ops.prefill_reference import expiry
 from modelopt_dms.ops.rows import read_rows
 from modelopt_dms.ops.undo import LONGEST_DRAFT, UndoLog, decide_previous, take_back
 from modelopt_dms.paging.pool import SharedPool

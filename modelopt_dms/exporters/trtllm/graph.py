@@ -4,6 +4,7 @@
 Knows neither TensorRT-LLM nor caches; positions come from the model's position_ids, as a serving engine gives them.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -49,7 +50,7 @@ def check_servable(model: PreTrainedModel) -> None:
 
 
 def prepare(
-    model: PreTrainedModel, ranges: dict[str, tuple[float | None, float | None]] | None = None
+    model: PreTrainedModel, ranges: Mapping[str, tuple[float, float]] | None = None
 ) -> PreTrainedModel:
     """Make a DMS model's attention layers nodes of the graph that `torch.export` takes; in place.
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two ops of a served graph: attention with decisions as an input, and the same on a cache that forgets.
 
-`gated_attention` is what a DMS model's layer becomes when its graph is taken; `cached_gated_attention` is what a serving
-engine puts in its place, with its metadata and the layer's tensors (`state`). Importing this registers them with PyTorch,
-and imports neither Triton nor TensorRT-LLM.
+`gated_attention` is what a DMS model's layer becomes when its graph is taken; `cached_gated_attention` is what a
+serving engine puts in its place, with its metadata and the layer's tensors (`state`). Importing this registers them
+with PyTorch, and imports neither Triton nor TensorRT-LLM.
 
 Shapes: B sequences, T tokens, H query heads, K KV heads; of a cached step, [B, T] is [1, all tokens] or [B, 1].
 """
@@ -41,7 +41,9 @@ def _schema(tensors: tuple[str, ...], changed: tuple[str, ...], rest: str) -> st
 _NUMBERS = "float scale, int window, int shift, float? key_amax, float? value_amax"
 
 
-def _gated_attention(query: Tensor, key: Tensor, value: Tensor, evict: Tensor, **given: Any) -> Tensor:
+def _gated_attention(
+    query: Tensor, key: Tensor, value: Tensor, evict: Tensor, **given: Any
+) -> Tensor:
     """Attention of whole sequences under the delayed-eviction mask.
 
     Args:
@@ -68,8 +70,8 @@ def _cached_gated_attention(
 ) -> Tensor:
     """Attention of new tokens of many sequences over what lives of them, after which they are taken in.
 
-    First come prompts, or parts of them, of any length; then single tokens. A sequence whose first token is at position 0
-    takes its slot over from whoever had it.
+    First come prompts, or parts of them, of any length; then single tokens. A sequence whose first token is at
+    position 0 takes its slot over from whoever had it.
 
     Args:
         query: [B, T, H, D].
@@ -105,7 +107,9 @@ def _cached_gated_attention(
     if singles:
         part = slice(prompt_tokens, prompt_tokens + singles)
         chosen = torch.tensor(slots[prompts : prompts + singles], device=q.device)
-        out[part] = _single(q[part], k[part], v[part], decisions[part], pool, lists, chosen, scoring)
+        out[part] = _single(
+            q[part], k[part], v[part], decisions[part], pool, lists, chosen, scoring
+        )
     pool.check(KNOB)
     return out.view(*query.shape[:3], v.shape[-1])
 
@@ -152,9 +156,7 @@ def _prompt(
         seen = min(int(first), own.table.shape[2] * PAGE)
         ends = expiry(own, seen) if seen else None
         outs.append(
-            door.attend_chunk(
-                new_q, new_k, new_v, governed, None, first, ends, pool, own, scoring
-            )
+            door.attend_chunk(new_q, new_k, new_v, governed, None, first, ends, pool, own, scoring)
         )
         raw_k, raw_v = (x[:, :, part].contiguous() for x in (k, v))
         door.pack(raw_k, raw_v, decisions, None, pool, own)
@@ -197,7 +199,9 @@ def _like_queries(query: Tensor, key: Tensor, value: Tensor, *args: Any, **given
 def _define(name: str, schema: str, function: Any, names: tuple[str, ...]) -> None:
     """Register an op whose arguments after the first four reach `function` by name."""
 
-    def run(query: Tensor, key: Tensor, value: Tensor, evict: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def run(
+        query: Tensor, key: Tensor, value: Tensor, evict: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
         given = dict.fromkeys(names[len(TENSORS) :])
         given |= dict(zip(names[len(TENSORS) :], args, strict=False)) | kwargs
         with torch.cuda.device_of(query):

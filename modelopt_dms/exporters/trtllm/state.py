@@ -59,11 +59,11 @@ class Layer:
         if name in POOL:
             # Only what is asked for gets memory: the other one of keys and values is made of rows without numbers.
             dims = (self.key_dim * (name == "keys"), self.value_dim * (name == "values"))
-            layouts = (
-                RowLayout.of(form, dim, self.dtype)
-                for form, dim in zip(formats(self.key_amax, self.value_amax), dims, strict=True)
+            forms = formats(self.key_amax, self.value_amax)
+            keys, values = (
+                RowLayout.of(form, dim, self.dtype) for form, dim in zip(forms, dims, strict=True)
             )
-            return getattr(PagePool.make(pages, *layouts, device), name)
+            return getattr(PagePool.make(pages, keys, values, device), name)
         active = torch.ones(slots, dtype=torch.bool, device=device)
         lists = LayerLists.make(slots, self.heads, most, self.window, self.shift, active)
         return getattr(lists, name)
@@ -98,12 +98,21 @@ def together(given: dict[str, Any], key: Tensor, value: Tensor) -> tuple[PagePoo
     """
     ranges = (given["key_amax"], given["value_amax"])
     forms = formats(*ranges)
-    layouts = [
+    keys, values = (
         RowLayout.of(form, x.shape[-1], x.dtype)
         for form, x in zip(forms, (key, value), strict=True)
-    ]
-    rows = {"key_scales": None, "value_scales": None}
-    pool = PagePool(*layouts, **rows, **{name: given[name] for name in POOL})
+    )
+    # Calibrated formats store no scales with their rows.
+    pool = PagePool(
+        keys,
+        values,
+        given["keys"],
+        given["values"],
+        key_scales=None,
+        value_scales=None,
+        free=given["free"],
+        counters=given["counters"],
+    )
     lists = LayerLists(
         given["window"],
         given["shift"],
