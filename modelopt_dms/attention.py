@@ -27,6 +27,8 @@ from modelopt_dms.pages import SlotLists
 from modelopt_dms.paging import PagedSlots
 
 ATTENTION_NAME = "dms"
+# Attention that becomes a node of somebody's graph, with the decisions as an input: `exporters.trtllm.graph`.
+GRAPH_ATTENTION_NAME = "dms_graph"
 
 # From one list's cached rows [L, .] to keys [N, L, D] and values [N, L, Dv].
 Expand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]

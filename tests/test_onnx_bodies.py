@@ -12,8 +12,8 @@ from modelopt_dms.ops import append_reference, decode_reference, prefill_referen
 from modelopt_dms.ops.gating import Decided
 from modelopt_dms.ops.paged import PAGE
 from modelopt_dms.ops.prefill_blocks import log2_bias
+from modelopt_dms.ops.prefill_reference import expiry
 from modelopt_dms.ops.reference import Scoring, shift_decisions
-from modelopt_dms.paging.slots import expiry_of
 
 B, K, G, D = 2, 2, 3, 16
 STORED = ["plain", "fp8", "int8"]
@@ -123,14 +123,14 @@ def test_a_chunk_reads_lists_and_itself(name: str, window: int, shift: int, padd
         starts = torch.where(tokens < torch.tensor([[0], [9]]), tokens, torch.tensor([[-1], [9]]))
         starts = starts.int()
     governed = shift_decisions(evict, shift)
-    first, expiry = layer.lists.seen[:, 0].contiguous(), expiry_of(layer.lists, 3 * PAGE)
+    first, until = layer.lists.seen[:, 0].contiguous(), expiry(layer.lists, 3 * PAGE)
     keep = torch.zeros(governed.shape).masked_fill(governed, float("-inf"))
     given = {"q": q, "k": k, "v": v, "bias": log2_bias(keep), "starts": starts, "first": first}
     facts = {"scale": 0.5, "softcap": 0.0, "window": window, **numbers(layer.formats)}
-    given |= {"expiry": expiry, **layer.tensors()}
+    given |= {"expiry": until, **layer.tensors()}
     found = run("DmsPrefillAttention", given, **facts)["out"]
     expected = prefill_reference.attend_chunk(
-        q, k, v, governed, starts, first, expiry, layer.pool, layer.lists, Scoring(0.5)
+        q, k, v, governed, starts, first, until, layer.pool, layer.lists, Scoring(0.5)
     )
     torch.testing.assert_close(found, expected)
 

@@ -16,9 +16,9 @@ from modelopt_dms.exporters.onnx.nodes import call
 from modelopt_dms.ops import Scoring, shift_decisions
 from modelopt_dms.ops.append_reference import plan_pack
 from modelopt_dms.ops.paged import PAGE, LayerLists, padded_length
+from modelopt_dms.ops.prefill_reference import expiry
 from modelopt_dms.ops.undo import decide_previous
 from modelopt_dms.paging import PagedSlots
-from modelopt_dms.paging.slots import expiry_of
 
 # Tensors of a layer that go through a graph, in its order; the table of pages only goes in.
 POOL = ("keys", "values")
@@ -157,7 +157,7 @@ class GraphSlots(PagedSlots):
                 "bias": log2_bias(shift_decisions(evict, facts.shift)),
                 "starts": starts,
                 "first": lists.seen[:, 0],
-                "expiry": expiry_of(lists, length),
+                "expiry": expiry(lists, length),
                 "scales": self.scales,
                 **{name: state[name] for name in ("keys", "values", "table", "live")},
             },
