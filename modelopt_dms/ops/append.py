@@ -107,7 +107,10 @@ def _append_kernel(
     OFFSET: tl.constexpr,
     PROTECT: tl.constexpr,
 ):
-    """One program per (sequence, KV head). C = 0: decided already. LOGGED: tokens of the undo log, 0 for none."""
+    """One program per (sequence, KV head). C = 0: decided already. LOGGED: tokens of the undo log, 0 for none.
+
+    Without a free list and its counters, a list that lacks a page takes none: its row goes to page 0, which nobody reads.
+    """
     index = tl.program_id(0)
     lists = tl.num_programs(0)
     sequence = index // K
@@ -157,14 +160,15 @@ def _append_kernel(
     if active == 0:
         return
 
-    if (page == 0) & (slot % PAGE == 0):
-        if fits:
-            left = tl.atomic_add(counters_ptr, -1, sem="relaxed") - 1
-            tl.atomic_min(counters_ptr + 1, left, sem="relaxed")
-            page = tl.load(free_ptr + left, mask=left >= 0, other=0)
-            tl.store(entry, page)
-        else:
-            tl.atomic_min(counters_ptr + 1, -1, sem="relaxed")
+    if free_ptr is not None:
+        if (page == 0) & (slot % PAGE == 0):
+            if fits:
+                left = tl.atomic_add(counters_ptr, -1, sem="relaxed") - 1
+                tl.atomic_min(counters_ptr + 1, left, sem="relaxed")
+                page = tl.load(free_ptr + left, mask=left >= 0, other=0)
+                tl.store(entry, page)
+            else:
+                tl.atomic_min(counters_ptr + 1, -1, sem="relaxed")
     row = one + page.to(tl.int64) * PAGE + slot % PAGE
     if LOGGED > 0:
         logged = (seen % LOGGED).to(tl.int64) * lists + index

@@ -295,14 +295,15 @@ def _decode(
 
 @triton.jit
 def _combine(
-    partial, partial_lse, spans, live, sinks,
+    partial, partial_lse, spans, live, sinks, whole,
     out,
     HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
     DV: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Join the partial results of row `program 1` of item `program 0`, in the order of programs; 0 for empty lists.
 
-    Tensors and names as in `_decode`. WIDTH is DV, padded; PARTS are joined at a time.
+    Tensors and names as in `_decode`. WIDTH is DV, padded; PARTS are joined at a time. Items that one program had whole
+    are in `out` already, or in `whole`, like `out`, and are copied.
     """
     STORED: tl.constexpr = min(GROUP, ROWS)
     item, row = tl.program_id(0), tl.program_id(1)
@@ -310,12 +311,16 @@ def _combine(
     group_row = item % BLOCKS * ROWS + row
     dims = tl.arange(0, WIDTH)
     ok = dims < DV
-    to = out + (lane.to(tl.int64) * GROUP + group_row) * DV + dims
+    at = (lane.to(tl.int64) * GROUP + group_row) * DV + dims
+    to = out + at
     if tl.load(live + lane) == 0:
         if group_row < GROUP:
             tl.store(to, tl.zeros([WIDTH], out.dtype.element_ty), mask=ok)
     else:
         first, last = tl.load(spans + 2 * item), tl.load(spans + 2 * item + 1)
+        if whole is not None:
+            if first == last and group_row < GROUP:
+                tl.store(to, tl.load(whole + at, mask=ok, other=0.0), mask=ok)
         if first < last and group_row < GROUP:
             top = float("-inf")
             weight = 0.0
@@ -416,7 +421,7 @@ def _launch(
         **shape, LISTS=min(LISTS, triton.next_power_of_2(items)), **options,
     )  # fmt: skip
     _combine[(items, stored)](
-        partial, partial_lse, spans, lists.live, scoring.sinks, out,
+        partial, partial_lse, spans, lists.live, scoring.sinks, None, out,
         HEADS=heads, GROUP=group, ROWS=rows, BLOCKS=blocks, DV=dv, WIDTH=triton.next_power_of_2(dv), PARTS=PARTS,
     )  # fmt: skip
     return out
@@ -550,6 +555,7 @@ def variants() -> list[Variant]:
             },
             {
                 "sinks": None,
+                "whole": None,
                 "HEADS": 8,
                 "GROUP": 4,
                 "ROWS": 16,
