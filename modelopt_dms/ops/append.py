@@ -109,7 +109,8 @@ def _append_kernel(
 ):
     """One program per (sequence, KV head). C = 0: decided already. LOGGED: tokens of the undo log, 0 for none.
 
-    Without a free list and its counters, a list that lacks a page takes none: its row goes to page 0, which nobody reads.
+    Without a free list and its counters, a list that lacks a page takes none: its row goes to page 0, which nobody
+    reads.
     """
     index = tl.program_id(0)
     lists = tl.num_programs(0)
@@ -160,7 +161,7 @@ def _append_kernel(
     if active == 0:
         return
 
-    if free_ptr is not None:
+    if free_ptr is not None:  # noqa: SIM102 (decided when compiled, the next when run)
         if (page == 0) & (slot % PAGE == 0):
             if fits:
                 left = tl.atomic_add(counters_ptr, -1, sem="relaxed") - 1

@@ -318,7 +318,7 @@ def _combine(
             tl.store(to, tl.zeros([WIDTH], out.dtype.element_ty), mask=ok)
     else:
         first, last = tl.load(spans + 2 * item), tl.load(spans + 2 * item + 1)
-        if whole is not None:
+        if whole is not None:  # noqa: SIM102 (decided when compiled, the next when run)
             if first == last and group_row < GROUP:
                 tl.store(to, tl.load(whole + at, mask=ok, other=0.0), mask=ok)
         if first < last and group_row < GROUP:

@@ -367,7 +367,10 @@ def variants() -> list[Variant]:
 
 def engine_chunk(shape: LayerShape, scoring: Scoring) -> Variant:
     """`attend_chunk` for an engine: of prompts that are padded; without pointers that it does not read."""
-    made = _variant("engine_chunk", shape, scoring, documents=True)
+    # Larger blocks of rows this wide would spill.
+    wide = max(shape.keys.dim, shape.values.dim) > 128
+    tile = Tile(64, 32, 8, 2) if wide else None
+    made = _variant("engine_chunk", shape, scoring, documents=True, tile=tile)
     unread = [x for x in ("key_scales", "value_scales") if _layout(shape, x).scales is None]
     unread += ["sinks"] if scoring.sinks is None else []
     types = {name: kind for name, kind in made.signature.items() if name not in unread}
@@ -381,10 +384,15 @@ def _layout(shape: LayerShape, name: str) -> RowLayout:
 
 
 def _variant(
-    name: str, shape: LayerShape, scoring: Scoring, *, documents: bool = False
+    name: str,
+    shape: LayerShape,
+    scoring: Scoring,
+    *,
+    documents: bool = False,
+    tile: Tile | None = None,
 ) -> Variant:
     """The kernel where rows expire; `documents`: they have starts."""
-    tile = chunk_tile(shape.keys.dim, shape.values.dim, shape.dtype)
+    tile = tile or chunk_tile(shape.keys.dim, shape.values.dim, shape.dtype)
     dot = TRITON_TYPES[shape.dtype]
     types = {x: pointer(shape.dtype) for x in ("q", "k", "v", "out")}
     types |= {x: "*fp32" for x in ("bias", "head_scales", "sinks")}

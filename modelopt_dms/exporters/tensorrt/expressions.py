@@ -63,7 +63,7 @@ def evaluate(
 
 
 def _quotient(node: ast.AST) -> ast.BinOp | None:
-    """a / b of a node that is ceil(a / b)."""
+    """The quotient in a node that is ceil(a / b)."""
     if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name)):
         return None
     if node.func.id != "ceil" or node.keywords or len(node.args) != 1:

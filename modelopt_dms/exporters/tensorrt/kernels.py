@@ -68,15 +68,14 @@ def layer_shape(model: Model) -> LayerShape:
             f"{model.heads} heads on {model.kv_heads} KV heads; expected a multiple, at most {MOST_GROUPED}"
         )
     dtype = DTYPES[model.dtype]
-    layouts = [
-        RowLayout(number, dim, dtype if number == "plain" else torch.uint8)  # type: ignore[arg-type]
-        for number, dim in (
-            (model.key_number, model.key_dim),
-            (model.value_number, model.value_dim),
-        )
-    ]
+    keys = _layout(model.key_number, model.key_dim, dtype)
+    values = _layout(model.value_number, model.value_dim, dtype)
     group = model.heads // model.kv_heads
-    return LayerShape(*layouts, model.kv_heads, group, dtype, model.window, model.shift)
+    return LayerShape(keys, values, model.kv_heads, group, dtype, model.window, model.shift)
+
+
+def _layout(number: Any, dim: int, dtype: torch.dtype) -> RowLayout:
+    return RowLayout(number, dim, dtype if number == "plain" else torch.uint8)
 
 
 def decode_programs(model: Model, multiprocessors: int = MULTIPROCESSORS) -> int:

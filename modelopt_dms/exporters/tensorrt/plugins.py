@@ -64,7 +64,8 @@ def register(manifest: Manifest, directory: str | Path) -> None:
     kernels = {x.operator: x for x in manifest.kernels}
     if missing := [x for x in OPERATORS if x not in kernels]:
         raise ExportError(
-            f"{directory} holds no kernels of {', '.join(missing)}; export with `--format tensorrt`, without plugin_free"
+            f"{directory} holds no kernels of {', '.join(missing)}; export with `--format tensorrt`, "
+            "without plugin_free"
         )
     found = {}
     for name, operator in OPERATORS.items():
