@@ -31,20 +31,24 @@ MOST_GROUPED = 64  # query heads of a KV head that one item of the decode kernel
 
 
 @dataclass(frozen=True)
-class _Launch:
+class Launch:
     """How an op's kernel is compiled and launched.
 
     Attributes:
         variant: what is compiled.
         grid: expressions of dims.
         integers: expression of every int32 parameter by its name in the kernel, in the kernel's order.
-        names: tensors whose parameter bears another name in the kernel.
+        names: the op's names of tensors that bear another one in the kernel.
     """
 
     variant: Variant
     grid: tuple[str, str, str]
     integers: dict[str, str]
     names: dict[str, str]
+
+    def tensor(self, parameter: str) -> str:
+        """The op's name of the tensor that a pointer of the kernel points to."""
+        return self.names.get(parameter, parameter.removesuffix("_ptr"))
 
 
 def layer_shape(model: Model) -> LayerShape:
@@ -116,8 +120,8 @@ def compile_kernels(
         "key_number": model.key_number,
         "value_number": model.value_number,
     }
-    launches = _launches(shape, scoring, chunk, batch * model.kv_heads)
-    return [_compiled(name, launch, values) for name, launch in launches.items()]
+    made = launches(shape, scoring, chunk, batch * model.kv_heads)
+    return [_compiled(name, launch, values) for name, launch in made.items()]
 
 
 def write_kernels(directory: Path, compiled: Iterable[tuple[Kernel, str]]) -> tuple[Kernel, ...]:
@@ -143,30 +147,31 @@ def _need_triton() -> None:
         ) from error
 
 
-def _launches(shape: LayerShape, scoring: Scoring, chunk: int, items: int) -> dict[str, _Launch]:
+def launches(shape: LayerShape, scoring: Scoring, chunk: int, items: int) -> dict[str, Launch]:
+    """How every op's kernel is compiled and launched, for chunks of so many tokens and about so many lists."""
     from modelopt_dms.ops import append, decode, prefill_chunk
 
     lists = "B * K"
     attention = prefill_chunk.engine_chunk(shape, scoring)
     pack = append.engine_pack(shape)
     return {
-        "DmsCacheUpdate": _Launch(
+        "DmsCacheUpdate": Launch(
             append.engine_append(shape), (lists, "1", "1"), {"pages": "P"}, {}
         ),
-        "DmsDecodePartial": _Launch(
+        "DmsDecodePartial": Launch(
             decode.engine_decode(shape, scoring, items),
             ("programs", "1", "1"),
             {"items": lists, "pages": "P"},
             {"out": "whole"},
         ),
-        "DmsDecodeCombine": _Launch(decode.engine_combine(shape), (lists, "rows", "1"), {}, {}),
-        "DmsPrefillAttention": _Launch(
+        "DmsDecodeCombine": Launch(decode.engine_combine(shape), (lists, "rows", "1"), {}, {}),
+        "DmsPrefillAttention": Launch(
             attention,
             (f"ceil(T / {attention.constexprs['M']})", "B * H", "1"),
             {"T": "T", "window": str(min(shape.window, chunk)), "P": "P", "E": "E // 64"},
             {"head_scales": "scales"},
         ),
-        "DmsPrefillWrite": _Launch(
+        "DmsPrefillWrite": Launch(
             pack,
             (f"ceil(T / {pack.constexprs['ROWS']})", lists, "1"),
             {"tokens": "T", "pages": "P"},
@@ -175,7 +180,7 @@ def _launches(shape: LayerShape, scoring: Scoring, chunk: int, items: int) -> di
     }
 
 
-def _compiled(name: str, launch: _Launch, values: dict[str, Any]) -> tuple[Kernel, str]:
+def _compiled(name: str, launch: Launch, values: dict[str, Any]) -> tuple[Kernel, str]:
     operator, variant = OPERATORS[name], launch.variant
     made = compile_variant(variant)
     ptx = rewrite(made.ptx, operator, _parameters(name, launch), len(launch.integers))
@@ -204,7 +209,7 @@ def _compiled(name: str, launch: _Launch, values: dict[str, Any]) -> tuple[Kerne
     return kernel, ptx
 
 
-def _parameters(name: str, launch: _Launch) -> list[tuple[str, str]]:
+def _parameters(name: str, launch: Launch) -> list[tuple[str, str]]:
     """What the kernel's parameters are in `ptx.schema`, and their types, in the kernel's order."""
     operator, variant = OPERATORS[name], launch.variant
     inputs = {x.name for x in operator.inputs}
@@ -217,7 +222,7 @@ def _parameters(name: str, launch: _Launch) -> list[tuple[str, str]]:
         if not kind.startswith("*"):
             found.append((f"int_{list(launch.integers).index(parameter)}", "u32"))
             continue
-        tensor = launch.names.get(parameter, parameter.removesuffix("_ptr"))
+        tensor = launch.tensor(parameter)
         # What is changed in place is reached through the output's pointer; the input's stays unused.
         role = f"in_{tensor}" if tensor in inputs else f"out_{tensor}"
         found.append((f"out_{changed[tensor]}" if tensor in changed else role, POINTER))
