@@ -28,12 +28,11 @@ from modelopt_dms.ops.decoding import (
     number_factor,
     word_codes,
 )
-from modelopt_dms.ops.paged import PAGE, LayerLists, LayerShape, PagePool, RowLayout
+from modelopt_dms.ops.paged import MOST_ROWS, PAGE, LayerLists, LayerShape, PagePool, RowLayout
 from modelopt_dms.ops.reference import Scoring
 from modelopt_dms.ops.variants import Variant, pointer
 
 LOG2E = 1.4426950408889634
-ROWS = 64  # query rows of an item, at most
 MIN_ROWS = 16  # as few as Triton gives to warpgroup tensor cores
 LISTS = 4096  # lengths that a program looks at together, at most
 PARTS = 16  # partial results that are joined at a time
@@ -485,7 +484,7 @@ def _shape(
 
 def _query_rows(group: int) -> int:
     """Query rows of an item."""
-    return min(ROWS, max(MIN_ROWS, triton.next_power_of_2(group)))
+    return min(MOST_ROWS, max(MIN_ROWS, triton.next_power_of_2(group)))
 
 
 def _dot(model: tl.dtype, keys: RowLayout, values: RowLayout) -> tl.dtype:

@@ -20,6 +20,9 @@ NO_PAGE = (
     0  # page 0 is never given out: what has no page reads and writes there, where nobody looks
 )
 
+PADDING = 128  # the most keys or queries of a block of prefill kernels
+MOST_ROWS = 64  # query heads of a KV head that decode kernels take at a time
+
 Number = Literal["plain", "fp8", "int8", "nvfp4"]
 
 
@@ -290,3 +293,8 @@ def _scales(form: RowFormat | None, heads: int) -> tuple[Tensor, Tensor]:
         return torch.ones(heads), torch.ones(heads)
     encode, decode = form.factors()
     return encode.cpu().expand(heads), decode.cpu().expand(heads)
+
+
+def padded_length(T: int) -> int:
+    """Length of vectors [T] that prefill kernels read in blocks and a block ahead, without asking where they end."""
+    return -(-T // PADDING) * PADDING + PADDING

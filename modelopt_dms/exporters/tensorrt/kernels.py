@@ -18,7 +18,7 @@ from modelopt_dms.engine.manifest import Kernel, Model
 from modelopt_dms.engine.operators import OPERATORS
 from modelopt_dms.exporters.errors import ExportError
 from modelopt_dms.exporters.tensorrt.ptx import POINTER, check_signature, rewrite
-from modelopt_dms.ops.paged import LayerShape, RowLayout
+from modelopt_dms.ops.paged import MOST_ROWS, LayerShape, RowLayout
 from modelopt_dms.ops.reference import Scoring
 from modelopt_dms.ops.variants import Variant, assemble, compile_variant
 
@@ -27,7 +27,6 @@ DIRECTORY = "kernels"
 MULTIPROCESSORS = 132  # of H100 SXM and H200
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 NUMBERS = ("plain", "fp8", "int8")
-MOST_GROUPED = 64  # query heads of a KV head that one item of the decode kernel takes
 
 
 @dataclass(frozen=True)
@@ -67,9 +66,9 @@ def layer_shape(model: Model) -> LayerShape:
             raise ExportError(
                 f"{name}={getattr(model, name)!r}: kernels of engines read {', '.join(NUMBERS)}"
             )
-    if model.heads % model.kv_heads or model.heads // model.kv_heads > MOST_GROUPED:
+    if model.heads % model.kv_heads or model.heads // model.kv_heads > MOST_ROWS:
         raise ExportError(
-            f"{model.heads} heads on {model.kv_heads} KV heads; expected a multiple, at most {MOST_GROUPED}"
+            f"{model.heads} heads on {model.kv_heads} KV heads; expected a multiple, at most {MOST_ROWS}"
         )
     dtype = DTYPES[model.dtype]
     keys = _layout(model.key_number, model.key_dim, dtype)
