@@ -1,22 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a compressed model is written as, for those who serve it."""
+"""What a compressed model is written as, for those who serve it.
+
+Importing this loads no transformers: what builds TensorRT engines runs where there is none.
+"""
 
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modelopt_dms.exporters.errors import ExportError
-from modelopt_dms.exporters.hf import RECIPE_FILE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from modelopt_dms.exporters.hf import RECIPE_FILE
     from modelopt_dms.recipe import Recipe
 
 __all__ = ["FORMATS", "RECIPE_FILE", "ExportError", "export"]
 
 # Formats by name, and the module that holds their function `export_<name>`.
 FORMATS = {"hf": "hf", "onnx": "onnx.export", "trtllm": "trtllm.checkpoint"}
+
+
+def __getattr__(name: str) -> Any:
+    if name != "RECIPE_FILE":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from modelopt_dms.exporters.hf import RECIPE_FILE
+
+    return RECIPE_FILE
 
 
 def export(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What goes wrong in exports."""
+"""What goes wrong in exports. Needs nothing, so that those who build engines need neither torch nor transformers."""
 
 
 class ExportError(ValueError):

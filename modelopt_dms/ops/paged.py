@@ -81,6 +81,29 @@ class RowLayout:
 
 
 @dataclass(frozen=True)
+class LayerShape:
+    """What is the same for a layer's every launch, so that kernels are compiled for it.
+
+    Attributes:
+        keys: how key rows are stored.
+        values: likewise.
+        heads: KV heads.
+        group: query heads of each.
+        dtype: of queries, and of rows before they are stored.
+        window: W.
+        shift: 1 if a token's decision governs the token before it, else 0.
+    """
+
+    keys: RowLayout
+    values: RowLayout
+    heads: int
+    group: int
+    dtype: torch.dtype = torch.bfloat16
+    window: int = 256
+    shift: int = 0
+
+
+@dataclass(frozen=True)
 class PagePool:
     """Pages, and which of them are free. Page i holds PAGE key rows and PAGE value rows.
 
