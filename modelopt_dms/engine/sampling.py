@@ -62,7 +62,9 @@ def _sample(logits: Tensor, samplers: list[Sampler]) -> Tensor:
 
     temperature = column([x.sampling.temperature for x in samplers])
     top_p = column([x.sampling.top_p for x in samplers])
-    probability, order = (logits.double() / temperature).softmax(-1).sort(stable=True, dim=-1, descending=True)
+    probability, order = (
+        (logits.double() / temperature).softmax(-1).sort(stable=True, dim=-1, descending=True)
+    )
     before = probability.cumsum(-1) - probability
     kept = torch.where(before < top_p, probability, 0.0)  # the first is always kept
     total = kept.cumsum(-1)

@@ -23,7 +23,7 @@ SMALL = ("table", "live", "seen", "ring_slot", "ring_evict")
 
 def dtype_of(port: Port) -> torch.dtype:
     """The dtype of a port's tensor."""
-    return getattr(torch, port.dtype)  # type: ignore[no-any-return]
+    return getattr(torch, port.dtype)
 
 
 def shape_of(port: Port, batch: int, pages: int) -> tuple[int, ...]:
@@ -137,7 +137,7 @@ class State:
 
     def read_live(self) -> NDArray[np.int32]:
         """Live slots [L, B, K]; waits for the device."""
-        return self.stacks["live"].cpu().numpy().copy()  # type: ignore[no-any-return]
+        return self.stacks["live"].cpu().numpy().copy()
 
 
 def check_feeds(phase: Phase, feeds: dict[str, Tensor], batch: int) -> None:
