@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this machine has of what an engine needs, and which command installs the rest. Needs nothing installed itself."""
+"""What this machine has of what an engine needs, and which command installs the rest. Needs none of it."""
 
 import importlib
 import platform
@@ -14,7 +14,7 @@ from typing import Any
 from modelopt_dms.engine.checks import NEWEST, OLDEST, version_of
 
 HOPPER = (9, 0)
-PIP = f"{sys.executable} -m pip install"
+PIP = "python -m pip install"
 
 
 @dataclass(frozen=True)
