@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from modelopt_dms.cli.options import err, out
@@ -180,11 +181,15 @@ def doctor() -> None:
     from modelopt_dms.exporters.tensorrt.doctor import examine
 
     findings = examine()
-    table = Table("", "what", "state", "needed to", "what to do")
+    table = Table("", "what", "state", "needed to")
     for x in findings:
         mark = "[green]ok[/green]" if x.good else "[red]--[/red]"
-        table.add_row(mark, x.what, x.state, x.needed_for, x.fix)
+        table.add_row(mark, x.what, escape(x.state), x.needed_for)
     out.print(table)
+    for x in findings:
+        if x.fix:
+            # Not in the table: a command must be there in full, on one line.
+            out.print(f"{x.what}: {x.fix}", markup=False, highlight=False, soft_wrap=True)
     wanting = [x for x in findings if not x.good and x.needed_for == "build and run"]
     if wanting:
         out.print("Engines cannot be built or run here: " + ", ".join(x.what for x in wanting))

@@ -96,6 +96,8 @@ class Session:
     def step(self) -> bool:
         """Let requests in, read a chunk of every prompt that is not read yet, decode a token of all others.
 
+        No request gets more than one token.
+
         Returns:
             Whether there is more to do.
 
@@ -109,11 +111,10 @@ class Session:
             self._arrivals += 1
             row = free.pop(0)
             self._slots[row] = _Slot(row, request, ids, self._arrivals)
+        decoding = [x.row for x in self._slots.values() if not x.reading]
         for slot in [x for x in self._slots.values() if x.reading]:
             self._read_chunk(slot)
-        decoding = [x.row for x in self._slots.values() if not x.reading]
-        if decoding:
-            self._decode(decoding)
+        self._decode([x for x in decoding if x in self._slots])
         return bool(self._waiting or self._slots)
 
     def run(self) -> None:
