@@ -160,14 +160,14 @@ def inspect(directory: EngineDir) -> None:
     out.print(facts)
     for name in manifest.phases:
         out.print(_ports(manifest, name))
-    kernels = Table("kernel of", "file", "for", "threads", "shared", "grid", "sha256")
     for x in manifest.kernels:
-        grid = ", ".join(x.grid)
-        kernels.add_row(
-            x.operator, x.file, x.arch, str(x.threads), str(x.shared), grid, x.sha256[:12]
+        out.print(
+            f"{x.operator}: {x.file}, {x.arch}, {x.threads} threads, {x.shared} bytes shared, "
+            f"grid ({', '.join(x.grid)}), integers ({', '.join(x.integers)}), sha256 {x.sha256[:12]}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
         )
-    if manifest.kernels:
-        out.print(kernels)
     built = Table("build", "")
     for name, value in (manifest.build or {"engines": "not built yet"}).items():
         if name != "kernels":
