@@ -116,8 +116,7 @@ def test_a_build_calls_what_the_bindings_have(
     calls = world.double
 
     module = calls.module
-    flags = module.NetworkDefinitionCreationFlag  # type: ignore[attr-defined]
-    strong = sum(1 << int(x) for x in (flags.STRONGLY_TYPED, flags.PREFER_AOT_PYTHON_PLUGINS))
+    strong = 1 << int(module.NetworkDefinitionCreationFlag.STRONGLY_TYPED)  # type: ignore[attr-defined]
     assert calls.named("Builder.create_network") == [{"flags": strong}] * 2
     shapes = {
         (i // 17, x["input"]): (x["min"], x["opt"], x["max"])
@@ -281,6 +280,9 @@ def test_pages_are_as_many_as_memory_holds(
     small: Any = FakeGpu(free_bytes=manifest.model.page_bytes * 20)
     assert TensorRTBackend(tmp_path, gpu=small).state.pages == 15  # 80 %, and nobody's page
     assert TensorRTBackend(tmp_path, gpu=small, pages=7).state.pages == 7
+    full: Any = FakeGpu(free_bytes=1 << 10)
+    with pytest.raises(ValueError, match="0 MiB free, which hold 0 pages; one sequence needs 4"):
+        TensorRTBackend(tmp_path, gpu=full)
 
 
 def test_the_log_keeps_errors_and_no_warnings() -> None:

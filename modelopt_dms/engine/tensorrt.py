@@ -155,6 +155,11 @@ class TensorRTBackend:
             )
         copies = 1 if shared else 2 * model.layers  # the state, and what the graphs return
         room = int(MEMORY_SHARE * self._gpu.free_bytes) // (model.page_bytes * copies) - 1
+        if asked is None and room < model.layers * model.kv_heads:
+            raise EngineError(
+                f"the GPU has {self._gpu.free_bytes >> 20} MiB free, which hold {max(room, 0)} pages; one sequence "
+                f"needs {model.layers * model.kv_heads} at least"
+            )
         return asked or min(most, room)
 
     def _capture(self) -> Callable[[], None]:

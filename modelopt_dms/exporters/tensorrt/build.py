@@ -168,12 +168,9 @@ class _Builder:
         """The serialized engine of a phase."""
         phase = self._manifest.phases[name]
         trt = self._trt
-        flags = trt.NetworkDefinitionCreationFlag
         # Ignored by TensorRT 11, where there is nothing else; 10 needs it.
-        chosen = 1 << int(flags.STRONGLY_TYPED)
-        if not self._manifest.plugin_free:
-            chosen |= 1 << int(flags.PREFER_AOT_PYTHON_PLUGINS)
-        network = self._builder.create_network(chosen)
+        strong = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+        network = self._builder.create_network(strong)
         self._parse(network, phase)
         config = self._config()
         config.add_optimization_profile(self._profile(phase, name))
