@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 __all__ = ["FORMATS", "RECIPE_FILE", "ExportError", "export"]
 
 # Formats by name, and the module that holds their function `export_<name>`.
-FORMATS = {"hf": "hf", "onnx": "onnx.export", "trtllm": "trtllm.checkpoint"}
+FORMATS = {
+    "hf": "hf",
+    "onnx": "onnx.export",
+    "tensorrt": "tensorrt.export",
+    "trtllm": "trtllm.checkpoint",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -178,6 +178,30 @@ def DmsDecodeCombine(whole, partial, partial_lse, spans, live):
     return op.CastLike(op.Reshape(out, op.Shape(whole)), whole)
 
 
+@script(OWN, default_opset=op)
+def SeenByChunk(q, bias, starts, first, expiry, live, window: int):
+    """Which of the E slots of lists and of the T tokens of a chunk each of its queries sees: [B, K, T, E + T]."""
+    last, group = op.Constant(value_ints=[-1]), op.Constant(value_ints=[2])
+    zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
+    tokens = op.Range(zero, op.Squeeze(op.Shape(q, start=2, end=3)), one)
+    queries = op.Unsqueeze(tokens, last)  # [T, 1]
+    heads = op.Constant(value_ints=[1, 3])
+    begins = op.Unsqueeze(op.Cast(starts, to=INT64), heads)  # [B, 1, T, 1]
+
+    positions = op.Unsqueeze(op.Cast(first, to=INT64), last) + tokens  # [B, T]
+    until = op.Unsqueeze(op.Cast(expiry, to=INT64), group)  # [B, K, 1, E]
+    slots = op.Range(zero, op.Squeeze(op.Shape(expiry, start=2, end=3)), one)
+    ends = op.Unsqueeze(op.Cast(live, to=INT64), op.Constant(value_ints=[2, 3]))
+    held = op.And(op.Unsqueeze(positions, heads) <= until, slots < ends)
+    readable = op.And(held, begins < zero)  # [B, K, T, E]
+
+    here = op.Slice(bias, op.Constant(value_ints=[0]), op.Shape(q, start=2, end=3), last)
+    marked = op.Unsqueeze(here, group) < op.Constant(value_float=0.0)  # [B, K, 1, T]
+    gone = op.And(queries - tokens > op.Constant(value_int=window), marked)  # [B, K, T, T]
+    own = op.And(op.And(tokens <= queries, tokens >= begins), op.Not(gone))
+    return op.Concat(readable, own, axis=-1)
+
+
 def _prefill_attention(key_number: str, value_number: str) -> OnnxFunction:
     read_keys, read_values = READ[key_number], READ[value_number]
 
@@ -188,29 +212,12 @@ def _prefill_attention(key_number: str, value_number: str) -> OnnxFunction:
     ):  # fmt: skip
         """Attention of T new tokens over what lives and among themselves, marked ones hidden behind the window."""
         last, group = op.Constant(value_ints=[-1]), op.Constant(value_ints=[2])
-        zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
+        one = op.Constant(value_int=1)
         old_k = read_keys(keys, table, op.Gather(scales, one))  # [B, K, E, D]
         old_v = read_values(values, table, op.Gather(scales, op.Constant(value_int=3)))
         query = Grouped(q, table)  # [B, K, G, T, D]
-        tokens = op.Range(zero, op.Squeeze(op.Shape(q, start=2, end=3)), one)
-        rows = op.Unsqueeze(tokens, last)  # [T, 1]
-        begins = op.Unsqueeze(
-            op.Cast(starts, to=INT64), op.Constant(value_ints=[1, 3])
-        )  # [B, 1, T, 1]
-
-        positions = op.Unsqueeze(op.Cast(first, to=INT64), last) + tokens  # [B, T]
-        until = op.Unsqueeze(op.Cast(expiry, to=INT64), group)  # [B, K, 1, E]
-        readable = op.Unsqueeze(positions, op.Constant(value_ints=[1, 3])) <= until
-        slots = op.Range(zero, op.Squeeze(op.Shape(old_k, start=2, end=3)), one)
-        ends = op.Unsqueeze(op.Cast(live, to=INT64), op.Constant(value_ints=[2, 3]))
-        readable = op.And(op.And(readable, slots < ends), begins < zero)  # [B, K, T, E]
-
-        here = op.Slice(bias, op.Constant(value_ints=[0]), op.Shape(q, start=2, end=3), last)
-        marked = op.Unsqueeze(here, group) < op.Constant(value_float=0.0)  # [B, K, 1, T]
-        gone = op.And(rows - tokens > op.Constant(value_int=window), marked)  # [B, K, T, T]
-        own = op.And(op.And(tokens <= rows, tokens >= begins), op.Not(gone))
-
-        ok = op.Unsqueeze(op.Concat(readable, own, axis=-1), group)  # [B, K, 1, T, E + T]
+        seen = SeenByChunk(q, bias, starts, first, expiry, live, window)  # [B, K, T, E + T]
+        ok = op.Unsqueeze(seen, group)
         all_k = op.Concat(old_k, op.Cast(k, to=FLOAT), axis=2)
         all_v = op.Concat(old_v, op.Cast(v, to=FLOAT), axis=2)
         scores = Masked(Scores(query, op.Unsqueeze(all_k, group), scale, softcap), ok, -3.0e38)
@@ -237,18 +244,22 @@ def _prefill_write(key_number: str, value_number: str) -> OnnxFunction:
     return DmsPrefillWrite
 
 
-def functions(key_number: str, value_number: str) -> list[FunctionProto]:
-    """The bodies of all ops, and what they call, for one pair of number formats."""
+def functions(
+    key_number: str, value_number: str, attending: list[OnnxFunction] | None = None
+) -> list[FunctionProto]:
+    """The bodies of all ops, and what they call.
+
+    Args:
+        key_number: number format of keys.
+        value_number: of values.
+        attending: in place of the bodies that attend, with what these call; see `native`.
+    """
     formats = (key_number, value_number)
-    ours = [
-        _cache_update(*formats),
-        _decode_partial(*formats),
-        DmsDecodeCombine,
-        _prefill_attention(*formats),
-        _prefill_write(*formats),
-    ]
+    if attending is None:
+        attending = [_decode_partial(*formats), DmsDecodeCombine, _prefill_attention(*formats)]
+    ours = [_cache_update(*formats), _prefill_write(*formats), *attending]
     called = [
-        AllSlots, PlaceRows, Masked, Choose, Scores, Grouped,
+        AllSlots, PlaceRows, Masked, Choose, Scores, Grouped, SeenByChunk,
         *{x.name: x for x in (READ[key_number], READ[value_number])}.values(),
         *{x.name: x for x in (ENCODE[key_number], ENCODE[value_number])}.values(),
     ]  # fmt: skip

@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """The directory of an ONNX export: two graphs, their weights once, a manifest, and what a tokenizer needs."""
 
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
 import onnx_ir as ir
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modelopt_dms.engine.manifest import PHASES, Kernel, Manifest, Phase
+from modelopt_dms.engine.manifest import PHASES, Kernel, Manifest, Model, Phase
 from modelopt_dms.exporters.errors import ExportError
 from modelopt_dms.exporters.hf import write_companions
 from modelopt_dms.exporters.onnx.facts import model_of
-from modelopt_dms.exporters.onnx.graphs import Sizes, trace
+from modelopt_dms.exporters.onnx.graphs import Sizes, scoring_of, trace
 from modelopt_dms.exporters.onnx.weights import WeightsFile
 from modelopt_dms.ops.paged import PAGE
+from modelopt_dms.ops.reference import Scoring
 from modelopt_dms.output import check_output, staged
 from modelopt_dms.recipe import Recipe
 
@@ -61,42 +63,66 @@ def export_onnx(
         ExportError: a model or a size that no graph can have.
         OutputError: the directory cannot be written to without losing something.
     """
-    model_of(model)
+    facts = model_of(model)
     sizes = sizes_of(model, chunk, max_length, programs=1)
     target = check_output(output_dir)
     with staged(target) as place:
-        write_graphs(model, place, sizes)
+        written = write_graphs(model, place, facts, sizes)
         write_companions(place, tokenizer, recipe)
+        manifest_of(facts, sizes, written.phases).save(place)
     return target
 
 
+@dataclass(frozen=True)
+class Written:
+    """What `write_graphs` wrote.
+
+    Attributes:
+        phases: for the manifest.
+        scoring: of all attention; None where nobody asks.
+    """
+
+    phases: dict[str, Phase]
+    scoring: Scoring | None
+
+
 def write_graphs(
-    model: PreTrainedModel,
-    place: Path,
-    sizes: Sizes,
-    kernels: tuple[Kernel, ...] = (),
-) -> Manifest:
-    """Write all into an empty directory.
+    model: PreTrainedModel, place: Path, facts: Model, sizes: Sizes, *, plugin_free: bool = False
+) -> Written:
+    """Write both graphs and their weights into an empty directory.
 
     Args:
         model: a DMS model.
         place: the directory.
+        facts: of the model, see `facts.model_of`.
         sizes: what is fixed in the graphs.
-        kernels: for the manifest.
-
-    Raises:
-        ExportError: a graph cannot hold the model.
+        plugin_free: standard ops only; else ours, with bodies.
     """
-    facts = model_of(model)
     weights = WeightsFile(place)
-    phases = {}
+    phases, scoring = {}, None
     for phase in PHASES:
-        graph = trace(model, facts, sizes, phase)
+        graph = trace(model, facts, sizes, phase, plugin_free)
+        if phase == "decode" and not plugin_free:
+            scoring = scoring_of(graph.model)
         weights.take(graph.model)
         file = f"{phase}.onnx"
         ir.save(graph.model, place / file)
-        phases[phase] = Phase(file, graph.inputs, graph.outputs)
-    manifest = Manifest(
+        outputs = graph.outputs
+        if plugin_free:  # nothing is changed in place
+            outputs = tuple(replace(x, aliases=None) for x in outputs)
+        phases[phase] = Phase(file, graph.inputs, outputs)
+    return Written(phases, scoring)
+
+
+def manifest_of(
+    facts: Model,
+    sizes: Sizes,
+    phases: dict[str, Phase],
+    kernels: tuple[Kernel, ...] = (),
+    plugin_free: bool = False,
+) -> Manifest:
+    """The manifest of an exported directory."""
+    return Manifest(
         facts,
         PAGE,
         sizes.pages_per_list,
@@ -104,7 +130,6 @@ def write_graphs(
         sizes.programs,
         phases,
         kernels,
+        plugin_free,
         made_by={x: version(x) for x in ("modelopt-dms", "torch", "transformers", "onnx")},
     )
-    manifest.save(place)
-    return manifest

@@ -7,18 +7,22 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import InlinePass, RemoveUnusedNodesPass
 from torch import Tensor
 from torch.export import Dim
 from transformers import PreTrainedModel
 
 from modelopt_dms.engine.manifest import Model, Port
-from modelopt_dms.engine.operators import DOMAIN, VERSION
+from modelopt_dms.engine.operators import DECODE_PARTIAL, DOMAIN, VERSION
+from modelopt_dms.exporters.errors import ExportError
+from modelopt_dms.exporters.onnx import native
 from modelopt_dms.exporters.onnx.bodies import OPSET, functions
 from modelopt_dms.exporters.onnx.facts import scales_of
 from modelopt_dms.exporters.onnx.quantizers import as_nodes
 from modelopt_dms.exporters.onnx.slots import CHANGED, POOL, STATE, Facts
 from modelopt_dms.exporters.onnx.tracing import Decode, Prefill, traceable
 from modelopt_dms.ops.paged import PAGE
+from modelopt_dms.ops.reference import Scoring
 
 # Sizes to trace with: no two alike, and none 1, so that torch keeps them apart.
 _BATCH, _PAGES = 3, 5
@@ -48,7 +52,9 @@ class Graph:
     outputs: tuple[Port, ...]
 
 
-def trace(model: PreTrainedModel, facts: Model, sizes: Sizes, phase: str) -> Graph:
+def trace(
+    model: PreTrainedModel, facts: Model, sizes: Sizes, phase: str, plugin_free: bool = False
+) -> Graph:
     """One graph of a model.
 
     Args:
@@ -56,6 +62,7 @@ def trace(model: PreTrainedModel, facts: Model, sizes: Sizes, phase: str) -> Gra
         facts: of it, see `facts.model_of`.
         sizes: what is fixed.
         phase: "decode" or "prefill".
+        plugin_free: standard ops only, with ONNX's own Attention; else ours, with bodies.
     """
     inputs, outputs = ports(facts, sizes, phase)
     slots = Facts(
@@ -88,13 +95,15 @@ def trace(model: PreTrainedModel, facts: Model, sizes: Sizes, phase: str) -> Gra
         )
     assert found is not None
     graph: Any = found.model
-    for proto in functions(facts.key_number, facts.value_number):
-        function = ir.from_proto(proto)
-        graph.functions[function.identifier()] = function
-    graph.opset_imports[DOMAIN] = VERSION
+    _add_bodies(graph, facts, plugin_free)
     graph.producer_name, graph.producer_version = "modelopt_dms", None
     _name_dims(graph, inputs, outputs)
     _replace_bool_where(graph)
+    if plugin_free:
+        InlinePass()(graph)
+        graph.functions.clear()
+        RemoveUnusedNodesPass()(graph)
+        graph.opset_imports.pop(DOMAIN)
     return Graph(graph, inputs, outputs)
 
 
@@ -140,6 +149,20 @@ def _example(port: Port, device: torch.device) -> Tensor:
     return torch.zeros(shape, dtype=getattr(torch, port.dtype), device=device)
 
 
+def _add_bodies(graph: ir.Model, facts: Model, plugin_free: bool) -> None:
+    """Put what our ops mean into a graph."""
+    formats = (facts.key_number, facts.value_number)
+    attending = native.attending(*formats) if plugin_free else None
+    for proto in functions(*formats, attending):
+        function = ir.from_proto(proto)
+        graph.functions[function.identifier()] = function
+    graph.opset_imports[DOMAIN] = VERSION
+    if plugin_free:
+        # What else there is means the same in both versions.
+        for owner in (graph, *graph.functions.values()):
+            owner.opset_imports[""] = native.OPSET
+
+
 def _name_dims(graph: ir.Model, inputs: tuple[Port, ...], outputs: tuple[Port, ...]) -> None:
     """Call the dynamic dims what the ports call them; torch has names of its own, one for every tensor."""
     for values, named in ((graph.graph.inputs, inputs), (graph.graph.outputs, outputs)):
@@ -163,3 +186,22 @@ def _replace_bool_where(graph: ir.Model) -> None:
         ir.convenience.replace_nodes_and_values(
             graph.graph, node, [node], new, node.outputs, both.outputs
         )
+
+
+def scoring_of(graph: ir.Model) -> Scoring:
+    """How all attention of a traced decode step is scored.
+
+    Raises:
+        ExportError: not all layers alike.
+    """
+    found = {
+        (node.attributes["scale"].as_float(), node.attributes["softcap"].as_float())
+        for node in graph.graph
+        if node.op_type == DECODE_PARTIAL.name
+    }
+    if len(found) != 1:
+        raise ExportError(
+            f"layers score attention differently ((scale, softcap): {sorted(found)}); kernels of engines are for one"
+        )
+    scale, softcap = found.pop()
+    return Scoring(scale, softcap or None)
