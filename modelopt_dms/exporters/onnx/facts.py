@@ -12,10 +12,8 @@ from modelopt_dms.engine.manifest import Model
 from modelopt_dms.exporters.errors import ExportError
 from modelopt_dms.exporters.onnx import quantizers
 from modelopt_dms.kv_format import kv_formats
-from modelopt_dms.kv_quant import RowFormat
 from modelopt_dms.ops.paged import MOST_ROWS, LayerLists
 
-ACCEPTED = "none, FP8 or int8 with calibrated scales, the same for all layers"
 _LOOKING_ROPE = ("dynamic", "longrope")
 
 
@@ -56,7 +54,7 @@ def model_of(model: PreTrainedModel) -> Model:
     numbers = {_numbers(x) for x in modules.values()}
     if len(numbers) > 1:
         raise ExportError(
-            f"layers of {name} store keys and values differently; accepted: {ACCEPTED}"
+            f"layers of {name} store keys and values differently; a graph has one format"
         )
     keys, values = numbers.pop()
     eos = model.generation_config.eos_token_id
@@ -91,14 +89,5 @@ def scales_of(model: PreTrainedModel) -> list[Tensor]:
 
 
 def _numbers(module: Any) -> tuple[str, str]:
-    keys, values = (_number(x) for x in kv_formats(module))
+    keys, values = ("plain" if x is None else x.name for x in kv_formats(module))
     return keys, values
-
-
-def _number(form: RowFormat | None) -> str:
-    if form is None:
-        return "plain"
-    if form.name == "nvfp4" or form.amax is None:
-        kind = "NVFP4" if form.name == "nvfp4" else f"{form.name} with a scale a row"
-        raise ExportError(f"a graph cannot store a KV cache in {kind}; accepted: {ACCEPTED}")
-    return form.name

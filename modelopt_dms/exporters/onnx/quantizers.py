@@ -14,9 +14,11 @@ from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import Tensor, nn
 
 from modelopt_dms.exporters.errors import ExportError
+from modelopt_dms.kv_quant import E4M3_MAX, INT8_MAX
 
 ACCEPTED = "FP8 (e4m3) or int8 with calibrated scales"
-_CODES = {(4, 3): (torch.float8_e4m3fn, 448.0, 17), 8: (torch.int8, 127.0, 3)}
+# By ModelOpt's num_bits: dtype of codes, the largest, and ONNX's number of that dtype.
+_CODES = {(4, 3): (torch.float8_e4m3fn, E4M3_MAX, 17), 8: (torch.int8, INT8_MAX, 3)}
 
 
 def check(model: nn.Module) -> None:
@@ -29,12 +31,12 @@ def check(model: nn.Module) -> None:
         reason = None
         if quantizer.num_bits not in _CODES or quantizer.block_sizes is not None:
             reason = f"num_bits {quantizer.num_bits}, block_sizes {quantizer.block_sizes}"
-        elif quantizer.amax is None or quantizer._dynamic:
+        elif quantizer._dynamic or (amax := _amax(quantizer)) is None:
             reason = "no calibrated amax"
         elif quantizer.rotate_is_enabled or quantizer.bias is not None:
             reason = "a rotation or an affine bias"
-        elif sum(size > 1 for size in quantizer.amax.shape) > 1:
-            reason = f"an amax of shape {tuple(quantizer.amax.shape)}"
+        elif sum(size > 1 for size in amax.shape) > 1:
+            reason = f"an amax of shape {tuple(amax.shape)}"
         if reason is not None:
             raise ExportError(
                 f"{name} quantizes in a way that a graph cannot ({reason}); accepted: {ACCEPTED}"
@@ -92,7 +94,7 @@ def _weight(quantizer: Any, weight: Tensor) -> Callable[[Tensor], Tensor]:
     """What stands in for a weight quantizer: the codes are made once, here, and go into the graph."""
     dtype, largest, _ = _CODES[quantizer.num_bits]
     facts = _stage_scale(quantizer, weight.dtype)
-    amax = quantizer.amax.float()
+    amax = _amax(quantizer)
     scaled = weight.detach().float() * (largest / torch.where(amax == 0, 1.0, amax))
     scaled = scaled.clamp(-largest, largest)
     codes = scaled.round().to(dtype) if dtype == torch.int8 else scaled.to(dtype)
@@ -117,13 +119,20 @@ def _dequantized(codes: Tensor, scale: Tensor, facts: dict[str, int], like: Tens
 
 def _stage_scale(quantizer: Any, dtype: torch.dtype) -> dict[str, int]:
     """Put the scale, one or one for each index of an axis, where tracing finds it; the nodes' attributes."""
-    amax = quantizer.amax.detach().float()
+    amax = _amax(quantizer)
     scale = (torch.where(amax == 0, 1.0, amax) / _CODES[quantizer.num_bits][1]).to(dtype)
     if amax.numel() == 1:
         quantizer.register_buffer("onnx_scale", scale.reshape(()), persistent=False)
         return {}
     quantizer.register_buffer("onnx_scale", scale.flatten(), persistent=False)
     return {"axis": next(i for i, size in enumerate(amax.shape) if size > 1)}
+
+
+def _amax(quantizer: Any) -> Any:
+    """Calibrated amax in float32, or None."""
+    if quantizer._use_constant_amax:
+        return torch.tensor(E4M3_MAX)
+    return None if quantizer.amax is None else quantizer.amax.detach().float()
 
 
 def _enabled(model: nn.Module) -> list[tuple[str, Any]]:
