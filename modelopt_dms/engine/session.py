@@ -130,6 +130,8 @@ class Session:
         sampling: Sampling | None = None,
     ) -> list[list[int]]:
         """New tokens for each prompt; see `submit` and `step` for what it raises."""
+        for prompt in prompts:  # none is queued if one cannot be taken
+            check_prompt(prompt, max_new_tokens, self.manifest)
         requests = [self.submit(x, max_new_tokens, sampling) for x in prompts]
         self.run()
         return [x.tokens for x in requests]
