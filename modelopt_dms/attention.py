@@ -27,6 +27,8 @@ from modelopt_dms.pages import SlotLists
 from modelopt_dms.paging import PagedSlots
 
 ATTENTION_NAME = "dms"
+# Attention that becomes a node of somebody's graph, with the decisions as an input: `exporters.trtllm.graph`.
+GRAPH_ATTENTION_NAME = "dms_graph"
 
 # From one list's cached rows [L, .] to keys [N, L, D] and values [N, L, Dv].
 Expand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -88,6 +90,8 @@ def dms_attention(
             log_keep = step.log_keep.expand(-1, key.shape[1], -1)
             window = module.dms_gate.window
             out = door.prefill_attention(query, key, value, log_keep, window, mask, scoring)
+        elif (attend := getattr(step.layer.slots, "attend", None)) is not None:
+            out = attend(step, query, key, value, scoring)  # a graph is being exported
         elif isinstance(step.layer.slots, PagedSlots):
             out = attend_pages(module, query, key, value, mask, scoring)
         else:

@@ -352,8 +352,9 @@ def quantization_to_dict(config: QuantizationConfig) -> dict[str, Any]:
 class ExportConfig(ModeloptBaseConfig):
     """What `compress` writes besides the model itself."""
 
-    format: Literal["hf"] = ModeloptField(
+    format: Literal["hf", "trtllm"] = ModeloptField(
         default="hf",
         title="Export format",
-        description="'hf': ModelOpt's unified Hugging Face checkpoint, weights packed, for serving engines.",
+        description="'hf': ModelOpt's unified Hugging Face checkpoint, weights packed, for serving engines. 'trtllm': "
+        "the same, with what makes TensorRT-LLM's AutoDeploy serve it.",
     )

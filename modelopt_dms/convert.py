@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from modelopt_dms.attention import ATTENTION_NAME, register_attention
+from modelopt_dms.attention import ATTENTION_NAME, GRAPH_ATTENTION_NAME, register_attention
 from modelopt_dms.cache import LayerStep, adopt
 from modelopt_dms.config import DMSConfig
 from modelopt_dms.gate import EvictionGate, hidden_input
@@ -107,7 +107,7 @@ def plan_conversion(
     plan: dict[str, tuple[nn.Module, EvictionGate]] = {}
     left_alone: dict[str, str] = {}
     for name, module in model.named_modules():
-        if not _is_attention(module):
+        if not is_attention(module):
             continue
         reason = _reason_to_leave(module)
         if reason is None and not any(fnmatch(name, pattern) for pattern in config.layers):
@@ -125,7 +125,7 @@ def plan_conversion(
     return plan, left_alone
 
 
-def _is_attention(module: nn.Module) -> bool:
+def is_attention(module: nn.Module) -> bool:
     """What transformers' attention classes have in common; linear attention and decoder layers lack is_causal."""
     return (
         isinstance(getattr(module, "layer_idx", None), int)
@@ -183,6 +183,10 @@ def _text_config(module: Any) -> Any:
 def _stage_step(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Before a layer's forward: decide about its tokens, and make its cache layer one that can forget."""
     gate: EvictionGate = module.dms_gate
+    if module.config._attn_implementation == GRAPH_ATTENTION_NAME:
+        hidden = hidden_input(args, kwargs)
+        module.dms_step = LayerStep(None, None, gate.decide(hidden, _positions(hidden, kwargs, 0)))
+        return
     if module.config._attn_implementation != ATTENTION_NAME:
         raise RuntimeError(
             f"attn_implementation is {module.config._attn_implementation!r}, but a DMS model runs only with "

@@ -6,9 +6,11 @@ Tensors there: `weight` packed (FP8; NVFP4 two a byte), `weight_scale` and `weig
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from modelopt_dms.kv_quant import BLOCK, E2M1_MAX, E4M3_MAX, Nvfp4
@@ -52,6 +54,43 @@ def unpack(stored: dict[str, Tensor], path: Path) -> tuple[dict[str, Tensor], di
             weights[key], found = _unpack_weight(key, tensor, stored)
             ranges |= found
     return weights, ranges
+
+
+def kv_ranges(path: Path, layers: Iterable[str]) -> dict[str, tuple[float, float]]:
+    """Ranges of FP8 keys and values by the names of attention layers; none where the KV cache is not quantized.
+
+    Args:
+        path: directory of any checkpoint.
+        layers: names of the attention layers that are asked for.
+
+    Raises:
+        CheckpointError: the cache is quantized otherwise, or a layer has more than one scale.
+    """
+    if not is_packed(path):
+        return {}
+    found = json.loads((path / PACKED_FILE).read_text(encoding="utf-8"))["quantization"]
+    number = found.get("kv_cache_quant_algo")
+    if number not in ("FP8", None):
+        raise CheckpointError(
+            f"{path}: kv_cache_quant_algo={number!r}; accepted here: 'FP8' or none"
+        )
+    if number is None:
+        return {}
+    scales: dict[str, Tensor] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as stored:
+            keys = [x for x in list(stored.keys()) if x.endswith((".k_scale", ".v_scale"))]
+            scales |= {key: stored.get_tensor(key) for key in keys}
+    several = [key for key, x in scales.items() if x.numel() > 1]
+    if several:
+        raise CheckpointError(f"{path}: {several[0]} holds a scale a head; accepted here: one")
+
+    def largest(layer: str, kind: str) -> float:
+        # Without a scale stored, FP8 numbers are what they say.
+        scale = scales.get(f"{layer}.{kind}_proj.{kind}_scale")
+        return E4M3_MAX * (1.0 if scale is None else float(scale))
+
+    return {layer: (largest(layer, "k"), largest(layer, "v")) for layer in layers}
 
 
 def _unpack_weight(

@@ -123,14 +123,22 @@ def tune(
 
 
 def export(
-    model: Annotated[Path, typer.Argument(help="Directory of a compressed, quantized model.")],
+    model: Annotated[
+        Path,
+        typer.Argument(help="Directory of a compressed model; for the format hf, a quantized one."),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the result.")],
-    format: Annotated[str, typer.Option(help="hf: ModelOpt's unified checkpoint.")] = "hf",
+    format: Annotated[
+        str,
+        typer.Option(
+            help="hf: ModelOpt's unified checkpoint. trtllm: that, for TensorRT-LLM's AutoDeploy."
+        ),
+    ] = "hf",
     dtype: DtypeOpt = Dtype.auto,
     device: DeviceOpt = None,
     trust_remote_code: TrustOpt = False,
 ) -> None:
-    """Write a quantized model for serving, weights packed."""
+    """Write a model for serving; weights of a quantized one are packed."""
     from modelopt_dms.exporters import RECIPE_FILE
     from modelopt_dms.exporters import export as write
     from modelopt_dms.loading import load

@@ -1,6 +1,75 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a compressed model is written as, for those who serve it."""
+"""What a compressed model is written as, for those who serve it.
 
-from modelopt_dms.exporters.hf import RECIPE_FILE, ExportError, export
+Importing this loads no transformers: what builds TensorRT engines runs where there is none.
+"""
 
-__all__ = ["RECIPE_FILE", "ExportError", "export"]
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from modelopt_dms.exporters.errors import ExportError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from modelopt_dms.exporters.hf import RECIPE_FILE
+    from modelopt_dms.recipe import Recipe
+
+__all__ = ["FORMATS", "RECIPE_FILE", "ExportError", "export"]
+
+# Formats by name, and the module that holds their function `export_<name>`.
+FORMATS = {"hf": "hf", "onnx": "onnx.export", "trtllm": "trtllm.checkpoint"}
+
+
+def __getattr__(name: str) -> Any:
+    if name != "RECIPE_FILE":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from modelopt_dms.exporters.hf import RECIPE_FILE
+
+    return RECIPE_FILE
+
+
+def export(
+    model: "PreTrainedModel",
+    output_dir: str | Path,
+    format: str = "hf",
+    *,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    recipe: "Recipe | None" = None,
+    **options: Any,
+) -> Path:
+    """Write a model for serving.
+
+    Args:
+        model: compressed; not changed.
+        output_dir: new or empty.
+        format: "hf", ModelOpt's unified Hugging Face checkpoint of a quantized model; "onnx", graphs of a decode step
+            and a prefill chunk; "trtllm", a checkpoint together with what makes TensorRT-LLM's AutoDeploy serve it.
+        tokenizer: written along with the model.
+        recipe: written along with the model.
+        **options: of the format; see `exporters.onnx.export.export_onnx`.
+
+    Raises:
+        ExportError: unknown format, or a model that the format cannot hold.
+        OutputError: the directory cannot be written to without losing something.
+    """
+    if format not in FORMATS:
+        raise ExportError(_refusal(format))
+    write = getattr(import_module(f"{__name__}.{FORMATS[format]}"), f"export_{format}")
+    return write(model, output_dir, tokenizer=tokenizer, recipe=recipe, **options)
+
+
+def _refusal(format: str) -> str:
+    accepted = f"accepted: {', '.join(FORMATS)}"
+    plain = format.lower().replace("-", "_")
+    if plain in ("tensorrt_llm", "trt_llm"):
+        return f"format={format!r} is not known; TensorRT-LLM's is 'trtllm' ({accepted})"
+    if "trtllm" in plain or "tensorrt_llm" in plain:
+        return (
+            f"format={format!r}: TensorRT-LLM builds no engines any more (trtllm-build was removed after 1.3.0rc20; "
+            "LLM(backend='tensorrt') raises), and its C++ runtime never knew lengths of KV heads of their own. Use "
+            "'tensorrt' for a TensorRT engine with our own runtime, or 'trtllm' for TensorRT-LLM's AutoDeploy; 1.2.1, "
+            f"the last release with trtllm-build, serves plain models only ({accepted})"
+        )
+    return f"format={format!r} is not known; {accepted}"

@@ -9,64 +9,72 @@ from typing import Any
 from modelopt.torch.export import export_hf_checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from modelopt_dms.exporters.errors import ExportError
 from modelopt_dms.output import check_output, staged
 from modelopt_dms.packed import PACKED_FILE
 from modelopt_dms.quantization import quantizes
 from modelopt_dms.recipe import Recipe, recipe_to_yaml
 
-FORMATS = ("hf",)
 RECIPE_FILE = "dms_recipe.yaml"
 
 
-class ExportError(ValueError):
-    """An export that cannot be made; the message says why."""
-
-
-def export(
+def export_hf(
     model: PreTrainedModel,
     output_dir: str | Path,
-    format: str = "hf",
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     recipe: Recipe | None = None,
 ) -> Path:
-    """Write a quantized model for serving; `modelopt_dms.load` reads it back.
+    """Write a quantized model as ModelOpt's unified Hugging Face checkpoint; `modelopt_dms.load` reads it back.
 
     ModelOpt packs the weights in place, so this works on a copy and needs the memory of a second model.
 
     Args:
         model: compressed and quantized; not changed.
         output_dir: new or empty.
-        format: "hf", ModelOpt's unified Hugging Face checkpoint.
         tokenizer: written along with the model.
         recipe: written along with the model.
 
     Raises:
-        ExportError: unknown format, a model without quantizers, or with some that ModelOpt cannot pack.
+        ExportError: a model without quantizers, or with some that ModelOpt cannot pack.
         OutputError: the directory cannot be written to without losing something.
     """
-    if format not in FORMATS:
-        raise ExportError(f"format={format!r} is not known; accepted: {', '.join(FORMATS)}")
     if not quantizes(model):
         raise ExportError(
             "no quantizer of the model is enabled, so there is nothing to pack; save_pretrained writes it as it is"
         )
     target = check_output(output_dir)
+    with staged(target) as place:
+        write_packed(model, place)
+        write_companions(place, tokenizer, recipe)
+    return target
+
+
+def write_packed(model: PreTrainedModel, place: Path) -> None:
+    """Write weights, scales, gates and configs of a quantized model into a directory.
+
+    Raises:
+        ExportError: quantizers that ModelOpt cannot pack.
+    """
     packed: Any = copy.deepcopy(model)
     packed.config.architectures = [_plain_name(model)]
-    with staged(target) as place:
-        try:
-            export_hf_checkpoint(packed, dtype=model.dtype, export_dir=place)
-        except (AssertionError, RuntimeError, ValueError) as error:
-            raise ExportError(
-                f"ModelOpt's unified checkpoint cannot hold this quantization ({error}); use save_pretrained"
-            ) from error
-        _add_dms(place / PACKED_FILE, model)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(place)
-        if recipe is not None:
-            (place / RECIPE_FILE).write_text(recipe_to_yaml(recipe), encoding="utf-8")
-    return target
+    try:
+        export_hf_checkpoint(packed, dtype=model.dtype, export_dir=place)
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ExportError(
+            f"ModelOpt's unified checkpoint cannot hold this quantization ({error}); use save_pretrained"
+        ) from error
+    _add_dms(place / PACKED_FILE, model)
+
+
+def write_companions(
+    place: Path, tokenizer: PreTrainedTokenizerBase | None, recipe: Recipe | None
+) -> None:
+    """Write what goes along with a model, where there is any."""
+    if tokenizer is not None:
+        tokenizer.save_pretrained(place)
+    if recipe is not None:
+        (place / RECIPE_FILE).write_text(recipe_to_yaml(recipe), encoding="utf-8")
 
 
 def _plain_name(model: PreTrainedModel) -> str:

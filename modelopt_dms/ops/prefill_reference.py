@@ -14,6 +14,8 @@ from modelopt_dms.ops.reference import (
 )
 from modelopt_dms.ops.rows import read_rows
 
+NEVER = 2**31 - 1  # a position that no query has
+
 
 def attend_chunk(
     q: Tensor,
@@ -69,3 +71,20 @@ def attend_chunk(
     new, new_lse = prefill_partial(q, k, v, keep_logprob, lists.window, mask, scoring)
     out, lse = merge_partials(old.flatten(1, 2), old_lse.flatten(1, 2), new, new_lse)
     return with_sinks(out, lse, scoring.sinks)
+
+
+def expiry(lists: LayerLists, length: int) -> Tensor:
+    """The last position [B, K, length] int32 of a query that may read what is in each slot; NEVER without end.
+
+    Of what is marked so far: with shift 1, decide about the last token first.
+
+    Args:
+        lists: of one layer.
+        length: slots of every list to look at.
+    """
+    pending = lists.ring_evict & (lists.ring_slot >= 0) & (lists.ring_slot < length)
+    slots = torch.where(pending, lists.ring_slot, length).long()  # [B, K, R]
+    last = (lists.ring_positions() + lists.window).to(torch.int32)
+    shape = (lists.batch, lists.heads, length + 1)
+    found = torch.full(shape, NEVER, dtype=torch.int32, device=last.device)
+    return found.scatter_(2, slots, last)[..., :length]

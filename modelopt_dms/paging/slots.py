@@ -16,12 +16,11 @@ from modelopt_dms.kv_quant import RowFormat
 from modelopt_dms.ops import append_reference, door, regroup
 from modelopt_dms.ops.gating import Decided, GateInput
 from modelopt_dms.ops.paged import NO_PAGE, PAGE, LayerLists, PagePool, RowLayout
+from modelopt_dms.ops.prefill_reference import expiry
 from modelopt_dms.ops.rows import read_rows
 from modelopt_dms.ops.undo import LONGEST_DRAFT, UndoLog, decide_previous, take_back
 from modelopt_dms.paging.pool import SharedPool
 from modelopt_dms.usage import Usage
-
-NEVER = 2**31 - 1  # a position that no query has
 
 
 @dataclass
@@ -133,18 +132,8 @@ class PagedSlots:
         decide_previous(self.state, decisions)
 
     def expiry(self, length: int) -> Tensor:
-        """The last position [B, K, length] int32 of a query that may read what is in each slot; NEVER without end.
-
-        Of what is marked so far: with shift 1, call `decide_previous` first.
-        """
-        state = self.state
-        pending = state.ring_evict & (state.ring_slot >= 0) & (state.ring_slot < length)
-        slots = torch.where(pending, state.ring_slot, length).long()  # [B, K, R]
-        last = (state.ring_positions() + self.window).to(torch.int32)
-        found = torch.full(
-            (self.B, self.K, length + 1), NEVER, dtype=torch.int32, device=last.device
-        )
-        return found.scatter_(2, slots, last)[..., :length]
+        """The last position [B, K, length] int32 of a query that may read each slot; see `prefill_reference.expiry`."""
+        return expiry(self.state, length)
 
     def read(self, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Rows [B, K, length, D] of keys and values in this dtype; zeros behind a list's end."""
