@@ -283,6 +283,13 @@ def test_prompts_that_the_graphs_cannot_take_are_refused(
         session(1).submit(prompt, tokens)
 
 
+def test_no_prompt_is_queued_if_one_cannot_be_taken() -> None:
+    running = session(1)
+    with pytest.raises(EngineError, match="empty"):
+        running.generate([[1, 2], []], 3)
+    assert not running.step()
+
+
 def test_a_prompt_may_fill_the_lists_to_the_last_slot() -> None:
     changes = {"window": 300, "pages_per_list": 1}
     prompt = prompts(58)[0]

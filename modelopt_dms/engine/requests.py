@@ -57,6 +57,33 @@ class Request:
             self.on_token(self, token)
 
 
+@dataclass(eq=False)
+class Slot:
+    """A request in a batch slot.
+
+    Attributes:
+        row: of the batch.
+        request: that has it.
+        ids: to read: the prompt, and what was generated before the request was put back.
+        arrival: counts requests as they got a batch slot.
+        chunks_read: of the ids.
+        reading: there are more.
+    """
+
+    row: int
+    request: Request
+    ids: tuple[int, ...]
+    arrival: int
+    chunks_read: int = 0
+    reading: bool = True
+
+    def next_chunk(self, size: int) -> tuple[int, int]:
+        """Where the next chunk begins and ends; only the first may be shorter than the others."""
+        chunks = -(-len(self.ids) // size)
+        end = len(self.ids) - (chunks - 1 - self.chunks_read) * size
+        return max(end - size, 0), end
+
+
 @dataclass
 class Stats:
     """What a session did.

@@ -8,7 +8,6 @@ without asking the device, and reads the lengths back now and then.
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,25 +15,13 @@ from torch import Tensor
 from modelopt_dms.engine.backend import Backend
 from modelopt_dms.engine.manifest import Manifest
 from modelopt_dms.engine.pages import PageTables
-from modelopt_dms.engine.requests import OnToken, Request, Stats, check_prompt
+from modelopt_dms.engine.requests import OnToken, Request, Slot, Stats, check_prompt
 from modelopt_dms.engine.sampling import Sampling, choose
 from modelopt_dms.ops.paged import OutOfPagesError
 
 AHEAD = 16  # decode steps that pages are taken for at once: the table is copied that seldom
 SETTLE_EVERY = 64  # decode steps between two readings of the lengths
 KNOB = "give it more (--pages), or use fewer batch slots or shorter sequences"
-
-
-@dataclass(eq=False)
-class _Slot:
-    """A request in a batch slot: what it has to read, how far it is, and since when it is there."""
-
-    row: int
-    request: Request
-    ids: tuple[int, ...]
-    arrival: int
-    chunks_read: int = 0
-    reading: bool = True
 
 
 class Session:
@@ -62,7 +49,7 @@ class Session:
         )
         self.stats = Stats()
         self._waiting: deque[Request] = deque()
-        self._slots: dict[int, _Slot] = {}
+        self._slots: dict[int, Slot] = {}
         self._arrivals = 0
         self._hold = False  # after a request was put back, none comes in before another is done
         self._stale = False  # the device's tables are not those of the host
@@ -110,7 +97,7 @@ class Session:
             ids = (*request.prompt, *request.tokens)
             self._arrivals += 1
             row = free.pop(0)
-            self._slots[row] = _Slot(row, request, ids, self._arrivals)
+            self._slots[row] = Slot(row, request, ids, self._arrivals)
         decoding = [x.row for x in self._slots.values() if not x.reading]
         for slot in [x for x in self._slots.values() if x.reading]:
             self._read_chunk(slot)
@@ -142,19 +129,17 @@ class Session:
         max_new_tokens: int = 128,
         sampling: Sampling | None = None,
     ) -> list[list[int]]:
-        """New tokens for each prompt."""
-        for prompt in prompts:
+        """New tokens for each prompt; see `submit` and `step` for what it raises."""
+        for prompt in prompts:  # none is queued if one cannot be taken
             check_prompt(prompt, max_new_tokens, self.manifest)
         requests = [self.submit(x, max_new_tokens, sampling) for x in prompts]
         self.run()
         return [x.tokens for x in requests]
 
-    def _read_chunk(self, slot: _Slot) -> None:
+    def _read_chunk(self, slot: Slot) -> None:
         """Read the next chunk of a prompt; the last one gives the next token."""
         T = self.manifest.chunk
-        # The first chunk is padded on its left, so that the others are full.
-        end = len(slot.ids) - (-(-len(slot.ids) // T) - 1 - slot.chunks_read) * T
-        start = max(end - T, 0)
+        start, end = slot.next_chunk(T)
         if slot.row not in self._slots or not self._make_room([slot.row], end - start):
             return
         began = time.perf_counter()
@@ -210,7 +195,7 @@ class Session:
         self.stats.peak_pages = max(self.stats.peak_pages, self.tables.in_use)
         return self.backend.run(phase, feeds, row)
 
-    def _take(self, slot: _Slot, token: int) -> None:
+    def _take(self, slot: Slot, token: int) -> None:
         """Give a request its next token, and its batch slot to the next request if it is done."""
         self.stats.new_tokens += 1
         request = slot.request
@@ -222,7 +207,7 @@ class Session:
                 self._leave(slot)
                 self._hold = False
 
-    def _leave(self, slot: _Slot) -> None:
+    def _leave(self, slot: Slot) -> None:
         """Empty a batch slot."""
         del self._slots[slot.row]
         self.tables.release(slot.row)
