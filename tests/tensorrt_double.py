@@ -158,7 +158,9 @@ class Double:
 def _refuse(this: Any, name: str, value: Any) -> None:
     """Objects of the bindings take no attributes of others; what user code derives from them does."""
     own = getattr(type(this), name, None)
-    if isinstance(own, property):
+    if name == "__class__":  # the bindings' way to cast
+        object.__setattr__(this, name, value)
+    elif isinstance(own, property):
         own.__set__(this, value)
     elif "__setattr__" in vars(type(this)):
         raise AttributeError(f"{type(this).__name__} has no attribute {name}")
@@ -214,7 +216,10 @@ class World:
         self.build_error: str | None = None
         self.known_cache = True
         self.ports: dict[str, tuple[str, tuple[int, ...]]] = {}
-        self.double = Double(surface, {**self._building(), **self._running()})
+        behaviours = {**self._building(), **self._running()}
+        if "IAttention" in surface["classes"]:
+            behaviours |= self._attending()
+        self.double = Double(surface, behaviours)
 
     def _building(self) -> dict[str, Behaviour]:
         def make(name: str) -> Behaviour:
@@ -245,6 +250,22 @@ class World:
             ),
             "ParserError.node_name": lambda this: self.errors[this.index][0],
             "ParserError.desc": lambda this: self.errors[this.index][1],
+        }
+
+    def _attending(self) -> dict[str, Behaviour]:
+        """A network's second layer is attention."""
+
+        def kind(this: Any) -> Any:
+            kinds = self.double.module.LayerType  # type: ignore[attr-defined]
+            return kinds.ATTENTION_OUTPUT if this.index == 1 else kinds.SCATTER
+
+        return {
+            "INetworkDefinition.num_layers": lambda this: 3,
+            "INetworkDefinition.get_layer": lambda this, index: self.double.make(
+                "ILayer", index=index
+            ),
+            "ILayer.type": kind,
+            "IAttentionOutputLayer.attention": lambda this: self.double.make("IAttention"),
         }
 
     def _running(self) -> dict[str, Behaviour]:

@@ -206,6 +206,8 @@ def test_plugin_free_graphs_are_built_as_they_are(
     world = use(monkeypatch, real, manifest)
     build(tmp_path, BuildOptions(refit=False), gpu=GPU)
     assert world.parsed[1][0] == (tmp_path / "prefill.onnx").read_bytes()
+    if "IAttention" in real["classes"]:
+        assert world.double.named("IAttention.decomposable=") == [{"value": True}] * 2
     assert not world.double.named("IBuilderConfig.set_preview_feature")
     assert not world.double.named("IBuilderConfig.set_flag")
     assert not world.double.named("IBuilderConfig.create_timing_cache")

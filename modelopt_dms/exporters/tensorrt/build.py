@@ -172,6 +172,8 @@ class _Builder:
         strong = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
         network = self._builder.create_network(strong)
         self._parse(network, phase)
+        if self._manifest.plugin_free:
+            _let_decompose(trt, network)
         config = self._config()
         config.add_optimization_profile(self._profile(phase, name))
         cache = self._load_cache(config)
@@ -242,3 +244,14 @@ class _Builder:
                 # Of another TensorRT or GPU: start anew, the file will be replaced.
                 config.set_timing_cache(config.create_timing_cache(b""), False)
         return path
+
+
+def _let_decompose(trt: ModuleType, network: Any) -> None:
+    """Allow attention to become other layers where TensorRT has no kernel for its dims, its dtype or this GPU."""
+    attention = getattr(trt.LayerType, "ATTENTION_OUTPUT", None)  # from TensorRT 10.14 on
+    for index in range(network.num_layers if attention is not None else 0):
+        layer = network.get_layer(index)
+        if layer.type == attention:
+            # How TensorRT's Python API casts a layer to its own class.
+            layer.__class__ = trt.IAttentionOutputLayer
+            layer.attention.decomposable = True
