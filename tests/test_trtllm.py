@@ -47,7 +47,8 @@ GATES: dict[str, dict[str, Any]] = {
 @cache
 def with_graph(gate: str) -> tuple[PreTrainedModel, Any]:
     """A model with gates of a kind, and its graph, which takes seconds to get; a test leaves both as they were."""
-    model = build_dms("llama", **GATES[gate])
+    layers = {"num_hidden_layers": 2 if gate == "adapter" else 1}
+    model = build_dms("llama", base=layers, **GATES[gate])
     return model, take(model)
 
 
@@ -287,6 +288,25 @@ def test_the_lists_are_as_long_as_those_of_our_own_cache(
         assert live[1].max() < 49  # something was evicted
         table = server.caches[f"r{9 * i + 4}_table"]
         assert not table[0].any() and table[1].any()
+
+
+def test_the_kernels_compute_what_the_reference_does(
+    double: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interpreted; slices and copies of the engine's tensors are what they are given."""
+    model, found = with_graph("residual")
+    server = engine(double, found)
+    ids = tokens(1, 20, seed=6)
+    want = logits(model, ids)[0]
+    row = ids[0].tolist()
+    monkeypatch.setattr("modelopt_dms.ops.door.choose", lambda impl, device: "triton")
+    with monkeypatch.context() as patch:
+        patch.setattr("modelopt_dms.exporters.trtllm.ops.CHUNK", 8)
+        whole, part = server.step([(2, 0, row[:18]), (0, 0, row[:9])])
+    assert distance(whole, want[:18]) < 1e-5 and distance(part, want[:9]) < 1e-5
+    for i in range(2):
+        outs = server.step([], [(0, 9 + i, row[9 + i]), (2, 18 + i, row[18 + i])])
+        assert distance(torch.cat(outs), want[[9 + i, 18 + i]]) < 1e-5
 
 
 def test_a_prompt_in_parts_equals_the_whole(
