@@ -90,6 +90,8 @@ def dms_attention(
             log_keep = step.log_keep.expand(-1, key.shape[1], -1)
             window = module.dms_gate.window
             out = door.prefill_attention(query, key, value, log_keep, window, mask, scoring)
+        elif (attend := getattr(step.layer.slots, "attend", None)) is not None:
+            out = attend(step, query, key, value, scoring)  # a graph is being exported
         elif isinstance(step.layer.slots, PagedSlots):
             out = attend_pages(module, query, key, value, mask, scoring)
         else:

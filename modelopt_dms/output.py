@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 STAGING_DIR = ".staging"
+LAST = ("config.json", "dms_engine.json")
 
 
 class OutputError(ValueError):
@@ -56,7 +57,7 @@ def staged(target: Path) -> Iterator[Path]:
     except Exception:
         shutil.rmtree(staging if existed else target)
         raise
-    # config.json goes last: without it the directory is not a model, and the next run starts over.
-    for path in sorted(staging.iterdir(), key=lambda x: x.name == "config.json"):
+    # Without the last ones the directory is not a model, and the next run starts over.
+    for path in sorted(staging.iterdir(), key=lambda x: x.name in LAST):
         os.replace(path, target / path.name)
     staging.rmdir()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: modelopt-dms {compress, preview, traces, generate, eval, tune, export, recipes}.
+"""The command line: modelopt-dms {compress, preview, traces, generate, eval, tune, export, engine, recipes}.
 
 Heavy imports stand inside the commands, so that --help answers at once.
 """
@@ -12,6 +12,7 @@ import typer
 from rich.markup import escape
 
 from modelopt_dms.cli.asking import evaluate, generate
+from modelopt_dms.cli.engines import engine_app
 from modelopt_dms.cli.feeding import preview, traces
 from modelopt_dms.cli.listing import recipes_app
 from modelopt_dms.cli.making import compress, export, tune
@@ -32,6 +33,7 @@ app.command()(generate)
 app.command("eval")(evaluate)
 app.command()(tune)
 app.command()(export)
+app.add_typer(engine_app, name="engine")
 app.add_typer(recipes_app, name="recipes", invoke_without_command=True)
 
 
@@ -46,10 +48,19 @@ def main() -> None:
     except KeyboardInterrupt:
         err.print("[red]interrupted[/red]; the same command goes on from the newest checkpoint")
         sys.exit(130)
-    except (ValueError, OSError, FloatingPointError) as error:
-        if os.environ.get(DEBUG):
+    except Exception as error:
+        if os.environ.get(DEBUG) or not _expected(error):
             raise
         err.print(
             f"[bold red]error:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True
         )
         sys.exit(1)
+
+
+def _expected(error: Exception) -> bool:
+    """Whether the message says it all."""
+    if isinstance(error, (ValueError, OSError, FloatingPointError)):
+        return True
+    # Who raised this one has imported it, and torch with it.
+    paged = sys.modules.get("modelopt_dms.ops.paged")
+    return paged is not None and isinstance(error, paged.OutOfPagesError)

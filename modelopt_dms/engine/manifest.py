@@ -73,6 +73,7 @@ class Kernel:
         shared: bytes of dynamic shared memory.
         grid: three expressions of the op's dims (names of `operators`), such as "B * K".
         integers: int32 arguments between inputs and outputs, likewise.
+        attributes: of the op, that the kernel was compiled for.
     """
 
     operator: str
@@ -84,6 +85,7 @@ class Kernel:
     shared: int
     grid: tuple[str, str, str]
     integers: tuple[str, ...]
+    attributes: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a compressed model is written as, for those who serve it."""
+"""What a compressed model is written as, for those who serve it.
+
+Importing this loads no transformers: what builds TensorRT engines runs where there is none.
+"""
 
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from modelopt_dms.exporters.hf import RECIPE_FILE, ExportError
+from modelopt_dms.exporters.errors import ExportError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from modelopt_dms.exporters.hf import RECIPE_FILE
     from modelopt_dms.recipe import Recipe
 
 __all__ = ["FORMATS", "RECIPE_FILE", "ExportError", "export"]
 
 # Formats by name, and the module that holds their function `export_<name>`.
-FORMATS = {"hf": "hf", "trtllm": "trtllm.checkpoint"}
+FORMATS = {"hf": "hf", "onnx": "onnx.export", "trtllm": "trtllm.checkpoint"}
+
+
+def __getattr__(name: str) -> Any:
+    if name != "RECIPE_FILE":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from modelopt_dms.exporters.hf import RECIPE_FILE
+
+    return RECIPE_FILE
 
 
 def export(
@@ -25,16 +37,18 @@ def export(
     *,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     recipe: "Recipe | None" = None,
+    **options: Any,
 ) -> Path:
     """Write a model for serving.
 
     Args:
         model: compressed; not changed.
         output_dir: new or empty.
-        format: "hf", ModelOpt's unified Hugging Face checkpoint of a quantized model; "trtllm", the same or a plain
-            checkpoint together with what makes TensorRT-LLM's AutoDeploy serve it.
+        format: "hf", ModelOpt's unified Hugging Face checkpoint of a quantized model; "onnx", graphs of a decode step
+            and a prefill chunk; "trtllm", a checkpoint together with what makes TensorRT-LLM's AutoDeploy serve it.
         tokenizer: written along with the model.
         recipe: written along with the model.
+        **options: of the format; see `exporters.onnx.export.export_onnx`.
 
     Raises:
         ExportError: unknown format, or a model that the format cannot hold.
@@ -43,7 +57,7 @@ def export(
     if format not in FORMATS:
         raise ExportError(_refusal(format))
     write = getattr(import_module(f"{__name__}.{FORMATS[format]}"), f"export_{format}")
-    return write(model, output_dir, tokenizer=tokenizer, recipe=recipe)
+    return write(model, output_dir, tokenizer=tokenizer, recipe=recipe, **options)
 
 
 def _refusal(format: str) -> str:

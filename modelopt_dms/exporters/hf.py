@@ -9,16 +9,13 @@ from typing import Any
 from modelopt.torch.export import export_hf_checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from modelopt_dms.exporters.errors import ExportError
 from modelopt_dms.output import check_output, staged
 from modelopt_dms.packed import PACKED_FILE
 from modelopt_dms.quantization import quantizes
 from modelopt_dms.recipe import Recipe, recipe_to_yaml
 
 RECIPE_FILE = "dms_recipe.yaml"
-
-
-class ExportError(ValueError):
-    """An export that cannot be made; the message says why."""
 
 
 def export_hf(

@@ -15,9 +15,9 @@ from torch import Tensor
 from modelopt_dms.ops.append_reference import Plan, claim, commit, plan_pack
 from modelopt_dms.ops.encoding import copy_rows, load_rows, store_rows
 from modelopt_dms.ops.gating import Decided, GateInput, LinearGate
-from modelopt_dms.ops.paged import PAGE, LayerLists, PagePool, RowLayout
+from modelopt_dms.ops.paged import PAGE, LayerLists, LayerShape, PagePool, RowLayout
 from modelopt_dms.ops.undo import UndoLog
-from modelopt_dms.ops.variants import Variant
+from modelopt_dms.ops.variants import Variant, pointer
 
 FEATURES = 2048  # at a time, of the gate's dot product
 NUMBERS = 2048  # of a tile of rows that a program stores
@@ -107,7 +107,11 @@ def _append_kernel(
     OFFSET: tl.constexpr,
     PROTECT: tl.constexpr,
 ):
-    """One program per (sequence, KV head). C = 0: decided already. LOGGED: tokens of the undo log, 0 for none."""
+    """One program per (sequence, KV head). C = 0: decided already. LOGGED: tokens of the undo log, 0 for none.
+
+    Without a free list and its counters, a list that lacks a page takes none: its row goes to page 0, which nobody
+    reads.
+    """
     index = tl.program_id(0)
     lists = tl.num_programs(0)
     sequence = index // K
@@ -157,14 +161,15 @@ def _append_kernel(
     if active == 0:
         return
 
-    if (page == 0) & (slot % PAGE == 0):
-        if fits:
-            left = tl.atomic_add(counters_ptr, -1, sem="relaxed") - 1
-            tl.atomic_min(counters_ptr + 1, left, sem="relaxed")
-            page = tl.load(free_ptr + left, mask=left >= 0, other=0)
-            tl.store(entry, page)
-        else:
-            tl.atomic_min(counters_ptr + 1, -1, sem="relaxed")
+    if free_ptr is not None:  # noqa: SIM102 (decided when compiled, the next when run)
+        if (page == 0) & (slot % PAGE == 0):
+            if fits:
+                left = tl.atomic_add(counters_ptr, -1, sem="relaxed") - 1
+                tl.atomic_min(counters_ptr + 1, left, sem="relaxed")
+                page = tl.load(free_ptr + left, mask=left >= 0, other=0)
+                tl.store(entry, page)
+            else:
+                tl.atomic_min(counters_ptr + 1, -1, sem="relaxed")
     row = one + page.to(tl.int64) * PAGE + slot % PAGE
     if LOGGED > 0:
         logged = (seen % LOGGED).to(tl.int64) * lists + index
@@ -496,75 +501,93 @@ def _move_constants(layouts: tuple[RowLayout, RowLayout], ring: int) -> dict[str
 
 def variants() -> list[Variant]:
     """What is compiled for Hopper: 8 KV heads, a window of 256, decisions that govern their own token."""
+
+    def both(keys: RowLayout, values: RowLayout | None = None, heads: int = 8) -> LayerShape:
+        return LayerShape(keys, values or keys, heads, 1)
+
     bf16 = torch.bfloat16
-    fp8, rows = RowLayout("fp8", 128, torch.uint8), RowLayout("fp8", 128, torch.uint8, True)
     formats = {
-        "bf16": (RowLayout("plain", 128, bf16),) * 2,
-        "fp8": (fp8, fp8),
-        "fp8_rows": (rows, rows),
-        "int8": (RowLayout("int8", 128, torch.uint8),) * 2,
-        "nvfp4": (RowLayout("nvfp4", 128, torch.uint8),) * 2,
+        "bf16": both(RowLayout("plain", 128, bf16)),
+        "fp8": both(RowLayout("fp8", 128, torch.uint8)),
+        "fp8_rows": both(RowLayout("fp8", 128, torch.uint8, True)),
+        "int8": both(RowLayout("int8", 128, torch.uint8)),
+        "nvfp4": both(RowLayout("nvfp4", 128, torch.uint8)),
     }
-    narrow = (RowLayout("plain", 64, bf16),) * 2
-    latent = (RowLayout("plain", 512, bf16), RowLayout("plain", 64, bf16))
-    found = [_append_variant(f"append_{name}", x, 8, 4096) for name, x in formats.items()]
+    narrow = both(RowLayout("plain", 64, bf16))
+    latent = both(RowLayout("plain", 512, bf16), RowLayout("plain", 64, bf16), 1)
+    found = [_append_variant(f"append_{name}", x, 4096) for name, x in formats.items()]
     found += [
-        _append_variant("append_bf16_decided", formats["bf16"], 8, 0),
-        _append_variant("append_bf16_logged", formats["bf16"], 8, 4096, logged=256),
-        _append_variant("append_bf16_d64", narrow, 8, 2048),
-        _append_variant("append_bf16_latent", latent, 1, 2048),
+        _append_variant("append_bf16_decided", formats["bf16"], 0),
+        _append_variant("append_bf16_logged", formats["bf16"], 4096, logged=256),
+        _append_variant("append_bf16_d64", narrow, 2048),
+        _append_variant("append_bf16_latent", latent, 2048),
     ]
-    found += [_pack_variant(f"pack_{name}", x, 8) for name, x in formats.items()]
+    found += [_pack_variant(f"pack_{name}", x) for name, x in formats.items()]
     found += [
-        _pack_variant("pack_bf16_d64", narrow, 8),
-        _pack_variant("pack_bf16_latent", latent, 1),
+        _pack_variant("pack_bf16_d64", narrow),
+        _pack_variant("pack_bf16_latent", latent),
         _move_variant("move_nvfp4", formats["nvfp4"]),
     ]
     return found
 
 
+def engine_append(shape: LayerShape) -> Variant:
+    """`append_token` for an engine: of decided tokens, and the host gives pages."""
+    return _append_variant("engine_append", shape, 0, takes_pages=False)
+
+
+def engine_pack(shape: LayerShape) -> Variant:
+    """`pack` for an engine: rows to slots that are known."""
+    return _pack_variant("engine_pack", shape)
+
+
 def _append_variant(
-    name: str, layouts: tuple[RowLayout, RowLayout], heads: int, features: int, logged: int = 0
+    name: str, shape: LayerShape, features: int, *, logged: int = 0, takes_pages: bool = True
 ) -> Variant:
-    types = {"k_ptr": "*bf16", "v_ptr": "*bf16", "active_ptr": "*u8", "scales_ptr": "*fp32"}
+    layouts = (shape.keys, shape.values)
+    model = pointer(shape.dtype)
+    types = {"k_ptr": model, "v_ptr": model, "active_ptr": "*u8", "scales_ptr": "*fp32"}
     if features:
-        types |= {"features_ptr": "*bf16", "weight_ptr": "*fp32"}
+        types |= {"features_ptr": model, "weight_ptr": "*fp32"}
         types |= {"threshold_ptr": "*fp32", "positions_ptr": "*i64"}
     else:
         types["evict_ptr"] = "*u8"
-    types |= {"free_ptr": "*i32", "pages": "i32"} | _stored_types(layouts)
-    types |= {f"{x}_ptr": "*i32" for x in ("table", "live", "seen", "ring_slot", "counters")}
+    if takes_pages:
+        types |= {"free_ptr": "*i32", "counters_ptr": "*i32"}
+    types |= {"pages": "i32"} | _stored_types(layouts)
+    types |= {f"{x}_ptr": "*i32" for x in ("table", "live", "seen", "ring_slot")}
     types["ring_evict_ptr"] = "*u8"
     if logged:
         types |= {f"log_{x}": kind for x, kind in _stored_types(layouts).items()}
         types |= {"log_expired_ptr": "*i32", "log_marked_ptr": "*u8", "log_live_ptr": "*i32"}
-    constants = _append_constants(layouts, heads, 256, 0, logged)
+    constants = _append_constants(layouts, shape.heads, shape.window, shape.shift, logged)
     constants |= _linear_constants(features, False, False, 100.0, 5.0, 0)
     return _variant(name, _append_kernel, types, constants, 4 if features else 1)
 
 
-def _pack_variant(name: str, layouts: tuple[RowLayout, RowLayout], heads: int) -> Variant:
-    types = {"k_ptr": "*bf16", "v_ptr": "*bf16", "slots_ptr": "*i32", "table_ptr": "*i32"}
+def _pack_variant(name: str, shape: LayerShape) -> Variant:
+    layouts, model = (shape.keys, shape.values), pointer(shape.dtype)
+    types = {"k_ptr": model, "v_ptr": model, "slots_ptr": "*i32", "table_ptr": "*i32"}
     types |= {"scales_ptr": "*fp32", "tokens": "i32", "pages": "i32"} | _stored_types(layouts)
-    return _variant(name, _pack_kernel, types, _pack_constants(layouts, heads), 4)
+    return _variant(name, _pack_kernel, types, _pack_constants(layouts, shape.heads), 4)
 
 
-def _move_variant(name: str, layouts: tuple[RowLayout, RowLayout]) -> Variant:
+def _move_variant(name: str, shape: LayerShape) -> Variant:
+    layouts = (shape.keys, shape.values)
     types = {f"{x}_ptr": "*i32" for x in ("sources", "targets", "count", "table")}
     types |= {"pages": "i32"} | _stored_types(layouts)
-    return _variant(name, _move_kernel, types, _move_constants(layouts, 257), 4)
+    return _variant(name, _move_kernel, types, _move_constants(layouts, shape.window + 1), 4)
 
 
 def _stored_types(layouts: tuple[RowLayout, RowLayout]) -> dict[str, str]:
     """Triton types of the pool's tensors; those that do not exist are left out."""
-    names = {torch.bfloat16: "*bf16", torch.uint8: "*u8", torch.float32: "*fp32"}
     found = {}
     for name, scales, layout in zip(
         ("keys_ptr", "values_ptr"), ("key_scales_ptr", "value_scales_ptr"), layouts, strict=True
     ):
-        found[name] = names[layout.dtype]
+        found[name] = pointer(layout.dtype)
         if layout.scales is not None:
-            found[scales] = names[layout.scales[1]]
+            found[scales] = pointer(layout.scales[1])
     return found
 
 

@@ -96,13 +96,16 @@ class Plan:
     moves: Moves | None
 
 
-def plan_pack(evict: Tensor, valid: Tensor | None, lists: LayerLists) -> Plan:
+def plan_pack(
+    evict: Tensor, valid: Tensor | None, lists: LayerLists, *, shrinks: bool = True
+) -> Plan:
     """Find slots for T tokens: the survivors fill the holes of what expires, then the end of the list.
 
     Args:
         evict: decisions [B, K, T] bool, as made by these tokens' hidden states.
         valid: False [B, T] for padding, which is never kept; None if there is none.
         lists: are not changed.
+        shrinks: whether a list may become shorter, because padding comes while others expire.
     """
     T = evict.shape[-1]
     active = lists.active[:, None, None]
@@ -126,8 +129,8 @@ def plan_pack(evict: Tensor, valid: Tensor | None, lists: LayerLists) -> Plan:
     holes, filled = _in_front(lists.ring_slot, expired & (lists.ring_slot < live[..., None]))
     ring_slot, moves = lists.ring_slot, None
     rank = keep.cumsum(-1, dtype=torch.int32) - 1  # [B, K, T]
-    if valid is not None:
-        # Padding takes no slots while others expire: a list may shrink.
+    if valid is not None and shrinks:
+        # Padding takes no slots while others expire.
         ring_slot, moves = _shorten(lists, expired, holes, live)
         rank += moves.count[..., None]
     hole = holes.gather(2, rank.clamp(0, lists.ring - 1).long())

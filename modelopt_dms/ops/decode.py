@@ -28,12 +28,11 @@ from modelopt_dms.ops.decoding import (
     number_factor,
     word_codes,
 )
-from modelopt_dms.ops.paged import PAGE, LayerLists, PagePool, RowLayout
+from modelopt_dms.ops.paged import MOST_ROWS, PAGE, LayerLists, LayerShape, PagePool, RowLayout
 from modelopt_dms.ops.reference import Scoring
-from modelopt_dms.ops.variants import Variant
+from modelopt_dms.ops.variants import Variant, pointer
 
 LOG2E = 1.4426950408889634
-ROWS = 64  # query rows of an item, at most
 MIN_ROWS = 16  # as few as Triton gives to warpgroup tensor cores
 LISTS = 4096  # lengths that a program looks at together, at most
 PARTS = 16  # partial results that are joined at a time
@@ -295,14 +294,15 @@ def _decode(
 
 @triton.jit
 def _combine(
-    partial, partial_lse, spans, live, sinks,
+    partial, partial_lse, spans, live, sinks, whole,
     out,
     HEADS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
     DV: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Join the partial results of row `program 1` of item `program 0`, in the order of programs; 0 for empty lists.
 
-    Tensors and names as in `_decode`. WIDTH is DV, padded; PARTS are joined at a time.
+    Tensors and names as in `_decode`. WIDTH is DV, padded; PARTS are joined at a time. Items that one program had whole
+    are in `out` already, or in `whole`, like `out`, and are copied.
     """
     STORED: tl.constexpr = min(GROUP, ROWS)
     item, row = tl.program_id(0), tl.program_id(1)
@@ -310,12 +310,16 @@ def _combine(
     group_row = item % BLOCKS * ROWS + row
     dims = tl.arange(0, WIDTH)
     ok = dims < DV
-    to = out + (lane.to(tl.int64) * GROUP + group_row) * DV + dims
+    at = (lane.to(tl.int64) * GROUP + group_row) * DV + dims
+    to = out + at
     if tl.load(live + lane) == 0:
         if group_row < GROUP:
             tl.store(to, tl.zeros([WIDTH], out.dtype.element_ty), mask=ok)
     else:
         first, last = tl.load(spans + 2 * item), tl.load(spans + 2 * item + 1)
+        if whole is not None:  # noqa: SIM102 (decided when compiled, the next when run)
+            if first == last and group_row < GROUP:
+                tl.store(to, tl.load(whole + at, mask=ok, other=0.0), mask=ok)
         if first < last and group_row < GROUP:
             top = float("-inf")
             weight = 0.0
@@ -416,7 +420,7 @@ def _launch(
         **shape, LISTS=min(LISTS, triton.next_power_of_2(items)), **options,
     )  # fmt: skip
     _combine[(items, stored)](
-        partial, partial_lse, spans, lists.live, scoring.sinks, out,
+        partial, partial_lse, spans, lists.live, scoring.sinks, None, out,
         HEADS=heads, GROUP=group, ROWS=rows, BLOCKS=blocks, DV=dv, WIDTH=triton.next_power_of_2(dv), PARTS=PARTS,
     )  # fmt: skip
     return out
@@ -450,7 +454,7 @@ def _shape(
         # Tensor cores take 64 rows of a transposed value part at a time, and 16 columns of a key part.
         (a, b), (va, vb) = _parts(keys.dim, 16), _parts(values.dim, 64)
         dim, dv = keys.dim, values.dim
-    rows = min(ROWS, max(MIN_ROWS, triton.next_power_of_2(group)))
+    rows = _query_rows(group)
     gain = scoring.scale * number_factor(keys.number, dot) * LOG2E
     # In float16, weights times row factors would lose what is small.
     weight_gain = 256.0 if dot == tl.float16 else 1.0
@@ -476,6 +480,11 @@ def _shape(
         "TILE": LATENT_TILE if latent else PAGE,
         "DOT": dot,
     }
+
+
+def _query_rows(group: int) -> int:
+    """Query rows of an item."""
+    return min(MOST_ROWS, max(MIN_ROWS, triton.next_power_of_2(group)))
 
 
 def _dot(model: tl.dtype, keys: RowLayout, values: RowLayout) -> tl.dtype:
@@ -525,78 +534,92 @@ def variants() -> list[Variant]:
     simple = Scoring(128**-0.5)
     capped = Scoring(256**-0.5, 50.0)
     sinks = Scoring(64**-0.5, None, torch.zeros(64))
+    bf16 = LayerShape(plain(128), plain(128), 8, 4)
+    halves = LayerShape(half, half, 8, 4, torch.float16)
     return [
-        _variant("decode_bf16_d128_g4", plain(128), plain(128), 8, 4, simple),
-        _variant("decode_fp16_d128_g4", half, half, 8, 4, simple),
-        _variant("decode_fp8_d128_g4", fp8, fp8, 8, 4, simple),
-        _variant("decode_nvfp4_d128_g4", nvfp4, nvfp4, 8, 4, simple),
-        _variant("decode_fp8_nvfp4_d128_g16", fp8, nvfp4, 2, 16, simple),
-        _variant("decode_int8_rows_d128_g4", int8, int8, 8, 4, simple),
-        _variant("decode_bf16_fp8_d128_g4", plain(128), fp8, 8, 4, simple),
-        _variant("decode_bf16_d64_g8_sinks", plain(64), plain(64), 8, 8, sinks),
-        _variant("decode_bf16_d96_g1", plain(96), plain(96), 32, 1, simple),
-        _variant("decode_bf16_d256_g2_capped", plain(256), plain(256), 8, 2, capped),
-        _variant("decode_latent_h16", plain(512), plain(64), 1, 16, simple, latent=True),
-        _variant("decode_latent_h128", plain(512), plain(64), 1, 128, simple, latent=True),
-        Variant(
-            "decode_combine_d128_g4",
-            _combine,
-            {
-                "partial": "*fp32",
-                "partial_lse": "*fp32",
-                "spans": "*i32",
-                "live": "*i32",
-                "out": "*bf16",
-            },
-            {
-                "sinks": None,
-                "HEADS": 8,
-                "GROUP": 4,
-                "ROWS": 16,
-                "BLOCKS": 1,
-                "DV": 128,
-                "WIDTH": 128,
-                "PARTS": PARTS,
-            },
+        _variant("decode_bf16_d128_g4", bf16, simple),
+        _variant("decode_fp16_d128_g4", halves, simple),
+        _variant("decode_fp8_d128_g4", LayerShape(fp8, fp8, 8, 4), simple),
+        _variant("decode_nvfp4_d128_g4", LayerShape(nvfp4, nvfp4, 8, 4), simple),
+        _variant("decode_fp8_nvfp4_d128_g16", LayerShape(fp8, nvfp4, 2, 16), simple),
+        _variant("decode_int8_rows_d128_g4", LayerShape(int8, int8, 8, 4), simple),
+        _variant("decode_bf16_fp8_d128_g4", LayerShape(plain(128), fp8, 8, 4), simple),
+        _variant("decode_bf16_d64_g8_sinks", LayerShape(plain(64), plain(64), 8, 8), sinks),
+        _variant("decode_bf16_d96_g1", LayerShape(plain(96), plain(96), 32, 1), simple),
+        _variant("decode_bf16_d256_g2_capped", LayerShape(plain(256), plain(256), 8, 2), capped),
+        _variant(
+            "decode_latent_h16", LayerShape(plain(512), plain(64), 1, 16), simple, latent=True
         ),
+        _variant(
+            "decode_latent_h128", LayerShape(plain(512), plain(64), 1, 128), simple, latent=True
+        ),
+        _combine_variant("decode_combine_d128_g4", bf16),
     ]
 
 
+def engine_decode(shape: LayerShape, scoring: Scoring, items: int) -> Variant:
+    """`decode_attention` for an engine: the part before `engine_combine`, for at most about this many lists."""
+    lists = min(LISTS, triton.next_power_of_2(max(1, items)))
+    return _variant("engine_decode", shape, scoring, lists=lists)
+
+
+def engine_combine(shape: LayerShape) -> Variant:
+    """The part that joins; what `engine_decode` had whole comes in a tensor of its own."""
+    return _combine_variant("engine_combine", shape, apart=True)
+
+
+def engine_programs(shape: LayerShape, multiprocessors: int) -> int:
+    """Programs of `engine_decode` that a Hopper GPU with so many multiprocessors holds at a time."""
+    rows = _query_rows(shape.group)
+    return _tuning(shape.keys, shape.values, rows, False)[1] * multiprocessors
+
+
 def _variant(
-    name: str,
-    keys: RowLayout,
-    values: RowLayout,
-    heads: int,
-    group: int,
-    scoring: Scoring,
-    *,
-    latent: bool = False,
+    name: str, shape: LayerShape, scoring: Scoring, *, lists: int = 1024, latent: bool = False
 ) -> Variant:
-    """`_decode` for a model whose dtype is that of its plain rows, else bfloat16."""
-    model = "fp16" if torch.float16 in (keys.dtype, values.dtype) else "bf16"
-    dot = _dot(tl.float16 if model == "fp16" else tl.bfloat16, keys, values)
+    """`_decode`."""
+    keys, values, model = shape.keys, shape.values, pointer(shape.dtype)
     signature: dict[str, str | None] = {
-        "q": f"*{model}",
-        "keys": f"*{model}" if keys.number == "plain" else "*i32",
+        "q": model,
+        "keys": model if keys.number == "plain" else "*i32",
         "key_scales": _scale_pointer(keys),
-        "values": f"*{model}" if values.number == "plain" else "*i32",
+        "values": model if values.number == "plain" else "*i32",
         "value_scales": _scale_pointer(values),
         "table": "*i32",
         "live": "*i32",
         "scales": "*fp32",
-        "sinks": None if scoring.sinks is None else f"*{model}",
+        "sinks": None if scoring.sinks is None else model,
         "items": "i32",
         "pages": "i32",
-        "out": f"*{model}",
+        "out": model,
         "partial": "*fp32",
         "partial_lse": "*fp32",
         "spans": "*i32",
     }
-    shape = _shape(keys, values, heads, group, scoring, dot, latent)
-    options, _ = _tuning(keys, values, shape["ROWS"], latent)
+    dot = _dot(_DTYPES[shape.dtype], keys, values)
+    constants = _shape(keys, values, shape.heads, shape.group, scoring, dot, latent)
+    options, _ = _tuning(keys, values, constants["ROWS"], latent)
     present = {name: kind for name, kind in signature.items() if kind is not None}
     absent = {name: None for name, kind in signature.items() if kind is None}
-    return Variant(name, _decode, present, absent | shape | {"LISTS": 1024}, **options)
+    return Variant(name, _decode, present, absent | constants | {"LISTS": lists}, **options)
+
+
+def _combine_variant(name: str, shape: LayerShape, *, apart: bool = False) -> Variant:
+    """`_combine` without sinks; `apart`: what one program had whole is not in `out` yet."""
+    rows, dv, model = _query_rows(shape.group), shape.values.dim, pointer(shape.dtype)
+    types = {"partial": "*fp32", "partial_lse": "*fp32", "spans": "*i32", "live": "*i32"}
+    types |= {"whole": model, "out": model} if apart else {"out": model}
+    constants = {
+        "sinks": None,
+        "HEADS": shape.heads,
+        "GROUP": shape.group,
+        "ROWS": rows,
+        "BLOCKS": triton.cdiv(shape.group, rows),
+        "DV": dv,
+        "WIDTH": triton.next_power_of_2(dv),
+        "PARTS": PARTS,
+    }
+    return Variant(name, _combine, types, constants if apart else constants | {"whole": None})
 
 
 def _scale_pointer(layout: RowLayout) -> str | None:

@@ -20,6 +20,9 @@ NO_PAGE = (
     0  # page 0 is never given out: what has no page reads and writes there, where nobody looks
 )
 
+PADDING = 128  # the most keys or queries of a block of prefill kernels
+MOST_ROWS = 64  # query heads of a KV head that decode kernels take at a time
+
 Number = Literal["plain", "fp8", "int8", "nvfp4"]
 
 
@@ -75,6 +78,29 @@ class RowLayout:
         """Bytes of a row, scales included."""
         scales = 0 if self.scales is None else self.scales[0] * self.scales[1].itemsize
         return self.codes * self.dtype.itemsize + scales
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """What is the same for a layer's every launch, so that kernels are compiled for it.
+
+    Attributes:
+        keys: how key rows are stored.
+        values: likewise.
+        heads: KV heads.
+        group: query heads of each.
+        dtype: of queries, and of rows before they are stored.
+        window: W.
+        shift: 1 if a token's decision governs the token before it, else 0.
+    """
+
+    keys: RowLayout
+    values: RowLayout
+    heads: int
+    group: int
+    dtype: torch.dtype = torch.bfloat16
+    window: int = 256
+    shift: int = 0
 
 
 @dataclass(frozen=True)
@@ -267,3 +293,8 @@ def _scales(form: RowFormat | None, heads: int) -> tuple[Tensor, Tensor]:
         return torch.ones(heads), torch.ones(heads)
     encode, decode = form.factors()
     return encode.cpu().expand(heads), decode.cpu().expand(heads)
+
+
+def padded_length(T: int) -> int:
+    """Length of vectors [T] that prefill kernels read in blocks and a block ahead, without asking where they end."""
+    return -(-T // PADDING) * PADDING + PADDING

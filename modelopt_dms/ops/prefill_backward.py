@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from modelopt_dms.ops.paged import padded_length
 from modelopt_dms.ops.prefill_blocks import (
     Tile,
     delayed,
@@ -24,7 +25,6 @@ from modelopt_dms.ops.prefill_blocks import (
     log2_bias,
     own_starts,
     padded,
-    padded_length,
     scored,
     scoring_constants,
     store_rows,

@@ -14,12 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from modelopt_dms.ops.paged import PADDING, padded_length
 from modelopt_dms.ops.reference import Scoring
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # Where maxima start: below every score, and finite, so that a row whose keys are all -inf yields 0 and not NaN.
 FLOOR = tl.constexpr(-1.0e30)
-PAD = tl.constexpr(128)  # the most keys or queries of a block
+PAD = tl.constexpr(PADDING)
 TRITON_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
@@ -62,11 +63,6 @@ def dot_type(dtype: torch.dtype) -> Any:
     """What the operands of dots are cast to: in the interpreter float32, as it multiplies bfloat16 wrongly."""
     interpreted = triton.knobs.runtime.interpret
     return tl.float32 if interpreted else TRITON_TYPES[dtype]
-
-
-def padded_length(T: int) -> int:
-    """As `padded`."""
-    return triton.cdiv(T, PAD.value) * PAD.value + PAD.value
 
 
 def log2_bias(keep_logprob: Tensor) -> Tensor:

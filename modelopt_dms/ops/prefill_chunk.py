@@ -5,6 +5,8 @@ The meaning is `ops.prefill_reference.attend_chunk`. Forward only. Asks the host
 device.
 """
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -12,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from modelopt_dms.ops.decoding import from_e2m1, from_e4m3, from_int8, number_factor, word_codes
-from modelopt_dms.ops.paged import PAGE, LayerLists, PagePool, RowLayout
+from modelopt_dms.ops.paged import PAGE, LayerLists, LayerShape, PagePool, RowLayout
 from modelopt_dms.ops.prefill_blocks import (
     FLOOR,
     TRITON_TYPES,
@@ -31,7 +33,7 @@ from modelopt_dms.ops.prefill_blocks import (
     with_sink,
 )
 from modelopt_dms.ops.reference import Scoring
-from modelopt_dms.ops.variants import Variant
+from modelopt_dms.ops.variants import Variant, pointer
 
 
 def chunk_tile(D: int, DV: int, dtype: torch.dtype) -> Tile:
@@ -346,43 +348,72 @@ def page_constants(keys: RowLayout, values: RowLayout, dot: tl.dtype) -> dict[st
 
 def variants() -> list[Variant]:
     """What we ship for sm_90a."""
+
+    def shape(layout: RowLayout) -> LayerShape:
+        return LayerShape(layout, layout, 8, 4)
+
     plain = RowLayout("plain", 128, torch.bfloat16)
     fp8 = RowLayout("fp8", 128, torch.uint8)
     nvfp4 = RowLayout("nvfp4", 128, torch.uint8)
     fp8_rows = RowLayout("fp8", 128, torch.uint8, per_row=True)
+    simple, capped = Scoring(128**-0.5), Scoring(128**-0.5, 50.0, torch.zeros(32))
     return [
-        _variant("bf16", plain, False),
-        _variant("fp8", fp8, False),
-        _variant("nvfp4", nvfp4, False),
-        _variant("fp8_rows_full", fp8_rows, True),
+        _variant("prefill_chunk_bf16_d128", shape(plain), simple),
+        _variant("prefill_chunk_fp8_d128", shape(fp8), simple),
+        _variant("prefill_chunk_nvfp4_d128", shape(nvfp4), simple),
+        _variant("prefill_chunk_fp8_rows_full_d128", shape(fp8_rows), capped, documents=True),
     ]
 
 
-def _variant(name: str, layout: RowLayout, full: bool) -> Variant:
-    """The kernel for pages of this layout at head dim 128; `full` has documents, softcap and sinks."""
-    D, G = layout.dim, 4
-    tile = chunk_tile(D, D, torch.bfloat16)
-    types = {x: "*bf16" for x in ("q", "k", "v", "out")}
+def engine_chunk(shape: LayerShape, scoring: Scoring) -> Variant:
+    """`attend_chunk` for an engine: of prompts that are padded; without pointers that it does not read."""
+    # Larger blocks of rows this wide would spill.
+    wide = max(shape.keys.dim, shape.values.dim) > 128
+    tile = Tile(64, 32, 8, 2) if wide else None
+    made = _variant("engine_chunk", shape, scoring, documents=True, tile=tile)
+    unread = [x for x in ("key_scales", "value_scales") if _layout(shape, x).scales is None]
+    unread += ["sinks"] if scoring.sinks is None else []
+    types = {name: kind for name, kind in made.signature.items() if name not in unread}
+    return replace(
+        made, signature=types, constexprs=made.constexprs | {name: None for name in unread}
+    )
+
+
+def _layout(shape: LayerShape, name: str) -> RowLayout:
+    return shape.keys if name.startswith("key") else shape.values
+
+
+def _variant(
+    name: str,
+    shape: LayerShape,
+    scoring: Scoring,
+    *,
+    documents: bool = False,
+    tile: Tile | None = None,
+) -> Variant:
+    """The kernel where rows expire; `documents`: they have starts."""
+    tile = tile or chunk_tile(shape.keys.dim, shape.values.dim, shape.dtype)
+    dot = TRITON_TYPES[shape.dtype]
+    types = {x: pointer(shape.dtype) for x in ("q", "k", "v", "out")}
     types |= {x: "*fp32" for x in ("bias", "head_scales", "sinks")}
     types |= {x: "*i32" for x in ("starts", "first", "expiry", "table", "live")}
     types |= {x: "i32" for x in ("T", "window", "P", "E")}
-    types["keys"] = types["values"] = "*bf16" if layout.number == "plain" else "*i32"
-    scale = "*u8" if layout.number == "nvfp4" else "*fp32"
-    types["key_scales"] = types["value_scales"] = scale
+    for codes, scales in (("keys", "key_scales"), ("values", "value_scales")):
+        layout = _layout(shape, codes)
+        types[codes] = pointer(layout.dtype) if layout.number == "plain" else "*i32"
+        types[scales] = "*u8" if layout.number == "nvfp4" else "*fp32"
     constants = {
-        **scoring_constants(Scoring(D**-0.5, 50.0 if full else None)),
-        **head_constants(D, D),
-        **page_constants(layout, layout, TRITON_TYPES[torch.bfloat16]),
-        "H": 8 * G,
-        "G": G,
+        **scoring_constants(scoring),
+        **head_constants(shape.keys.dim, shape.values.dim),
+        **page_constants(shape.keys, shape.values, dot),
+        "H": shape.heads * shape.group,
+        "G": shape.group,
         "M": tile.queries,
         "N": tile.keys,
         "PAGE": PAGE,
-        "HAS_STARTS": full,
+        "HAS_STARTS": documents,
         "HAS_EXPIRY": True,
-        "HAS_SINKS": full,
-        "DOT": tl.bfloat16,
+        "HAS_SINKS": scoring.sinks is not None,
+        "DOT": dot,
     }
-    return Variant(
-        f"prefill_chunk_{name}_d{D}", _chunk_kernel, types, constants, tile.warps, tile.stages
-    )
+    return Variant(name, _chunk_kernel, types, constants, tile.warps, tile.stages)

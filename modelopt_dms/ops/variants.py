@@ -15,6 +15,13 @@ from typing import Any
 # What runs on H100 and H200; PTX 8.7 is what drivers of CUDA 12.8 and later take.
 ARCH = 90
 PTX_VERSION = 87
+# What Triton calls torch's dtypes.
+TYPE_NAMES = {
+    "torch.bfloat16": "bf16",
+    "torch.float16": "fp16",
+    "torch.float32": "fp32",
+    "torch.uint8": "u8",
+}
 COUNTED = ("HMMA", "HGMMA", "LDGSTS", "LDL", "STL", "MUFU", "BAR")
 
 
@@ -37,6 +44,11 @@ class Variant:
     constexprs: dict[str, Any] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 3
+
+
+def pointer(dtype: Any) -> str:
+    """Triton's type of a pointer to elements of this torch dtype."""
+    return f"*{TYPE_NAMES[str(dtype)]}"
 
 
 @dataclass(frozen=True)
@@ -99,11 +111,35 @@ def compile_variant(variant: Variant) -> Compiled:
     return Compiled(compiled.asm["ptx"], registers, spills, shared, sass)
 
 
-def _assembled(cubin: bytes) -> tuple[int, int, dict[str, int]]:
-    """Registers, spilled bytes and counted instructions of machine code."""
+def assemble(ptx: str, arch: str) -> tuple[int, int]:
+    """Registers of a thread, and bytes that it spills, of PTX text with one entry.
+
+    Raises:
+        RuntimeError: the assembler refused.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        source = Path(directory) / "kernel.ptx"
+        source.write_text(ptx, encoding="utf-8")
+        command = [_tools() / "ptxas", "-v", f"--gpu-name={arch}", source, "-o", f"{source}.cubin"]
+        made = subprocess.run(
+            [str(x) for x in command], capture_output=True, text=True, check=False
+        )
+    if made.returncode:
+        raise RuntimeError(f"ptxas refused a kernel: {made.stderr.strip()[-2000:]}")
+    spills = [int(x) for x in re.findall(r"(\d+) bytes (?:stack frame|spill \w+)", made.stderr)]
+    return int(_found(r"Used (\d+) registers", made.stderr)), max(spills)
+
+
+def _tools() -> Path:
+    """Where Triton keeps NVIDIA's assembler and disassembler."""
     import triton
 
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+def _assembled(cubin: bytes) -> tuple[int, int, dict[str, int]]:
+    """Registers, spilled bytes and counted instructions of machine code."""
+    tools = _tools()
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands about exported graphs and engines: build, run, bench, inspect, doctor."""
+
+import json
+import sys
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from modelopt_dms.cli.options import err, out
+
+if TYPE_CHECKING:
+    from modelopt_dms.engine.manifest import Manifest
+    from modelopt_dms.engine.requests import Request
+    from modelopt_dms.engine.session import Session
+
+engine_app = typer.Typer(
+    help="Build, run and look at the engines of an exported directory.", no_args_is_help=True
+)
+
+
+class BackendChoice(str, Enum):
+    """What runs the graphs."""
+
+    auto = "auto"
+    tensorrt = "tensorrt"
+    onnxruntime = "onnxruntime"
+
+
+EngineDir = Annotated[
+    Path, typer.Argument(help="Directory that `export --format onnx` or `tensorrt` wrote.")
+]
+BackendOpt = Annotated[
+    BackendChoice,
+    typer.Option(help="auto: TensorRT if engines were built, else onnxruntime on the CPU."),
+]
+PagesOpt = Annotated[
+    int | None,
+    typer.Option(min=1, help="Pages of 64 slots of the KV cache. [default: all that may be used]"),
+]
+GraphOpt = Annotated[
+    bool, typer.Option("--graph/--no-graph", help="TensorRT: decode by a CUDA graph.")
+]
+
+
+@engine_app.command()
+def build(
+    directory: EngineDir,
+    batch: Annotated[int, typer.Option(min=1, help="Batch slots of the decode step.")] = 8,
+    pages: PagesOpt = None,
+    workspace: Annotated[
+        int | None, typer.Option(min=1, help="MiB of scratch that TensorRT may use.")
+    ] = None,
+    refit: Annotated[
+        bool, typer.Option("--refit/--no-refit", help="Weights can be replaced later.")
+    ] = True,
+    timing_cache: Annotated[
+        Path | None, typer.Option(help="File of kernel times; makes the next build quick.")
+    ] = None,
+) -> None:
+    """Build TensorRT engines, on the GPU that will run them."""
+    from modelopt_dms.exporters.tensorrt.build import BuildOptions
+    from modelopt_dms.exporters.tensorrt.build import build as build_engines
+
+    scratch = None if workspace is None else workspace << 20
+    options = BuildOptions(batch, pages, scratch, refit, timing_cache)
+    manifest = build_engines(directory, options, say=lambda x: err.print(x, highlight=False))
+    assert manifest.build is not None
+    out.print(f"built in {manifest.build['seconds']} s: {directory}", highlight=False)
+
+
+@engine_app.command()
+def run(
+    directory: EngineDir,
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", help="Text to continue; '-' reads standard input.")
+    ],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the most probable tokens only.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed for sampling.")] = 0,
+    backend: BackendOpt = BackendChoice.auto,
+    pages: PagesOpt = None,
+    graph: GraphOpt = True,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Show times, and what the KV cache held at the end.")
+    ] = False,
+) -> None:
+    """Continue a prompt, streaming."""
+    import torch
+
+    from modelopt_dms.engine.opening import open_session
+    from modelopt_dms.engine.sampling import Sampling
+
+    sampling = Sampling(temperature, top_p, seed)
+    session = open_session(directory, backend.value, pages=pages, graph=graph)
+    text = sys.stdin.read() if prompt == "-" else prompt
+
+    from transformers import TextStreamer
+
+    from modelopt_dms.cli.opening import load_tokenizer
+
+    tokenizer = load_tokenizer(str(directory), trust=False)
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    request = session.submit(tokenizer(text)["input_ids"], max_new_tokens, sampling)
+    for token in session.stream(request):
+        streamer.put(torch.tensor([token]))
+    streamer.end()
+    if stats:
+        out.print(_summary(session, request), highlight=False)
+
+
+@engine_app.command()
+def bench(
+    directory: EngineDir,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="onnxruntime: batch slots. [default: 1]")
+    ] = None,
+    prompt_length: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 512,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate for each.")] = 64,
+    backend: BackendOpt = BackendChoice.auto,
+    pages: PagesOpt = None,
+    graph: GraphOpt = True,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the figures here.")
+    ] = None,
+) -> None:
+    """Time prefill and decode on random prompts."""
+    from modelopt_dms.engine.bench import bench as measure
+    from modelopt_dms.engine.opening import open_session
+
+    session = open_session(directory, backend.value, batch=batch, pages=pages, graph=graph)
+    figures = asdict(measure(session, prompt_length, new_tokens))
+    if json_file is not None:
+        json_file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    table = Table("figure", "value")
+    for name, value in figures.items():
+        table.add_row(name.replace("_", " "), f"{value:,.2f}" if value % 1 else f"{value:,.0f}")
+    out.print(table)
+
+
+@engine_app.command()
+def inspect(directory: EngineDir) -> None:
+    """Show the model, what goes in and out, kernels, and what engines were built for."""
+    from modelopt_dms.engine.manifest import Manifest
+
+    manifest = Manifest.load(directory)
+    facts = Table("model", "", title=str(directory))
+    for name, value in asdict(manifest.model).items():
+        facts.add_row(name, str(value))
+    for name in ("page", "pages_per_list", "max_length", "chunk", "programs", "plugin_free"):
+        facts.add_row(name, str(getattr(manifest, name)))
+    for name, version in manifest.made_by.items():
+        facts.add_row(f"made by {name}", version)
+    out.print(facts)
+    for name in manifest.phases:
+        out.print(_ports(manifest, name))
+    for x in manifest.kernels:
+        out.print(
+            f"{x.operator}: {x.file}, {x.arch}, {x.threads} threads, {x.shared} bytes shared, "
+            f"grid ({', '.join(x.grid)}), integers ({', '.join(x.integers)}), sha256 {x.sha256[:12]}",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+    built = Table("build", "")
+    for name, value in (manifest.build or {"engines": "not built yet"}).items():
+        if name != "kernels":
+            built.add_row(name, str(value))
+    out.print(built)
+
+
+@engine_app.command()
+def doctor() -> None:
+    """Say what is installed here, what is missing, and which command installs it."""
+    from modelopt_dms.exporters.tensorrt.doctor import examine
+
+    findings = examine()
+    table = Table("", "what", "state", "needed to")
+    for x in findings:
+        mark = "[green]ok[/green]" if x.good else "[red]--[/red]"
+        table.add_row(mark, x.what, escape(x.state), x.needed_for)
+    out.print(table)
+    for x in findings:
+        if x.fix:
+            # Not in the table: a command must be there in full, on one line.
+            out.print(f"{x.what}: {x.fix}", markup=False, highlight=False, soft_wrap=True)
+    wanting = [x for x in findings if not x.good and x.needed_for == "build and run"]
+    if wanting:
+        out.print("Engines cannot be built or run here: " + ", ".join(x.what for x in wanting))
+        raise typer.Exit(1)
+    out.print("Engines can be built and run here.")
+
+
+def _ports(manifest: "Manifest", name: str) -> Table:
+    """Inputs and outputs of a phase; of layers, the first one's."""
+    phase = manifest.phases[name]
+    layers = manifest.model.layers
+    engine = phase.engine or "no engine yet"
+    table = Table(
+        "", "name", "dtype", "shape", "same memory as", title=f"{name}: {phase.graph}, {engine}"
+    )
+    for side, ports in (("in", phase.inputs), ("out", phase.outputs)):
+        for port in ports:
+            kind, dot, layer = port.name.partition(".")
+            if dot and layer != "0":
+                continue
+            shown = f"{kind}.0 .. {kind}.{layers - 1}" if dot and layers > 1 else port.name
+            shape = " x ".join(str(x) for x in port.shape)
+            table.add_row(side, shown, port.dtype, shape, port.aliases or "")
+    return table
+
+
+def _summary(session: "Session", request: "Request") -> str:
+    """Times, and what the KV cache held."""
+    stats, model = session.stats, session.manifest.model
+    decode = 1000 * stats.decode_seconds / max(stats.decode_steps, 1)
+    size = stats.peak_pages * model.page_bytes / 2**20
+    return (
+        f"{request.seen} tokens, {request.live:.1f} live in a list on average; {stats.peak_pages} pages at most "
+        f"({size:.2f} MiB)\nprefill {1000 * stats.prefill_seconds:.1f} ms, decode {decode:.2f} ms a step, "
+        f"{stats.decode_steps} steps; ended by {request.finish}"
+    )

@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a directory's TensorRT engines: addresses, streams, the decode step as a CUDA graph. Knows no requests.
+
+An output that is its input, changed in place, is bound to the address of that input; others are copied over their
+input's tensor afterwards. No tensor moves between two decode steps, so that one graph fits them all.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modelopt_dms.engine.checks import Found, check_engine, check_ports, check_version
+from modelopt_dms.engine.errors import EngineError
+from modelopt_dms.engine.gpu import Gpu
+from modelopt_dms.engine.manifest import Manifest, Phase
+from modelopt_dms.engine.state import (
+    POOLS,
+    State,
+    aliased,
+    check_feeds,
+    dtype_of,
+    shape_of,
+)
+
+MEMORY_SHARE = 0.8  # of what is free goes into pages, if nobody says how many
+
+
+def import_tensorrt() -> ModuleType:
+    """The module.
+
+    Raises:
+        EngineError: it is not installed, or not of a version that we know.
+    """
+    try:
+        import tensorrt
+    except ImportError as error:
+        raise EngineError(
+            f"TensorRT is not installed ({error}); `pip install 'modelopt-dms[tensorrt]'`, and "
+            "`modelopt-dms engine doctor` says what else is missing"
+        ) from error
+    check_version(tensorrt.__version__)
+    return tensorrt
+
+
+def make_log(trt: ModuleType) -> Any:
+    """A logger that keeps the errors in `errors`: TensorRT's calls return None and say there why."""
+
+    class Log(trt.ILogger):  # type: ignore[name-defined]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, msg: str) -> None:
+            levels = trt.ILogger.Severity
+            if severity in (levels.INTERNAL_ERROR, levels.ERROR):
+                self.errors.append(msg.strip())
+
+        def text(self) -> str:
+            return "; ".join(self.errors[-3:]) or "it does not say why"
+
+    return Log()
+
+
+class TensorRTBackend:
+    """A directory's engines on a GPU.
+
+    Attributes:
+        manifest: of the directory.
+        state: of the batch slots that the engines were built for.
+    """
+
+    def __init__(
+        self,
+        directory: str | Path,
+        manifest: Manifest | None = None,
+        *,
+        pages: int | None = None,
+        graph: bool = True,
+        gpu: Gpu | None = None,
+    ) -> None:
+        """Load the engines.
+
+        Args:
+            directory: that was exported, and built.
+            manifest: of it, if it was read already.
+            pages: that can be given out; None: as many as lists can need, memory holds and the engine takes.
+            graph: decode by a CUDA graph.
+            gpu: to run on.
+
+        Raises:
+            EngineError: TensorRT, the GPU or the engines are missing or do not fit each other.
+            ManifestError: files or engines are not what the manifest says.
+        """
+        directory = Path(directory)
+        self.manifest = manifest = manifest or Manifest.load(directory)
+        trt = import_tensorrt()
+        self._gpu = gpu = gpu or Gpu()
+        check_engine(manifest, directory, trt.__version__, gpu.capability)
+        self._log = make_log(trt)
+        self._runtime = trt.Runtime(self._log)
+        engines = {x: self._load(trt, directory, x) for x in manifest.phases}
+        build = manifest.build or {}
+        # In place, layers touch pages of their own only: one buffer serves them all.
+        shared = all(aliased(manifest, x) for x in POOLS)
+        pages = self._pages(pages, build, shared)
+        self.state = State(manifest, build["batch"], pages, gpu.device, shared)
+        self._runs = {
+            "decode": _Execution(engines["decode"], manifest.phases["decode"], self.state, gpu),
+            # A batch slot's part of a tensor is not aligned as TensorRT wants it: the row is copied.
+            "prefill": _Execution(
+                engines["prefill"], manifest.phases["prefill"], self.state.staging(1), gpu
+            ),
+        }
+        self._replay = self._capture() if graph else None
+
+    def run(self, phase: str, feeds: dict[str, Tensor], row: int | None = None) -> Tensor:
+        """Run an engine; see `backend.Backend`."""
+        execution = self._runs[phase]
+        check_feeds(self.manifest.phases[phase], feeds, execution.state.batch)
+        with self._gpu.on_stream() as stream:
+            for name, buffer in execution.feeds.items():
+                buffer.copy_(feeds[name])
+            if row is not None:
+                execution.state.copy_small(self.state, slice(row, row + 1), slice(None))
+            if phase == "decode" and self._replay is not None:
+                self._replay()
+            else:
+                execution.launch(stream)
+            if row is not None:
+                self.state.copy_small(execution.state, slice(None), slice(row, row + 1))
+        return execution.results["logits"]
+
+    def _load(self, trt: ModuleType, directory: Path, name: str) -> Any:
+        """Deserialize an engine, and compare what it takes and gives with the manifest."""
+        phase = self.manifest.phases[name]
+        path = directory / str(phase.engine)
+        engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
+        if engine is None:
+            raise EngineError(f"TensorRT cannot load {path}: {self._log.text()}")
+        inputs, outputs = ports_of(trt, engine)
+        check_ports(f"{path.name}, inputs", phase.inputs, inputs)
+        check_ports(f"{path.name}, outputs", phase.outputs, outputs)
+        return engine
+
+    def _pages(self, asked: int | None, build: dict[str, Any], shared: bool) -> int:
+        """Pages that can be given out."""
+        model, most = self.manifest.model, int(build["pages"])
+        if asked is not None and asked > most:
+            raise EngineError(
+                f"pages={asked} is more than the {most} that the engine was built for; build it with --pages {asked}"
+            )
+        copies = 1 if shared else 2 * model.layers  # the state, and what the graphs return
+        room = int(MEMORY_SHARE * self._gpu.free_bytes) // (model.page_bytes * copies) - 1
+        if asked is None and room < model.layers * model.kv_heads:
+            raise EngineError(
+                f"the GPU has {self._gpu.free_bytes >> 20} MiB free, which hold {max(room, 0)} pages; one sequence "
+                f"needs {model.layers * model.kv_heads} at least"
+            )
+        return asked or min(most, room)
+
+    def _capture(self) -> Callable[[], None]:
+        """The decode step as a CUDA graph. No batch slot is active yet: running it changes nothing."""
+        execution = self._runs["decode"]
+        try:
+            # TensorRT allocates in the first run, and that cannot be captured.
+            with self._gpu.on_stream() as stream:
+                execution.launch(stream)
+            return self._gpu.capture(execution.launch)
+        except RuntimeError as error:
+            raise EngineError(
+                f"the decode step cannot be captured as a CUDA graph ({error}); run it without: --no-graph"
+            ) from error
+
+
+class _Execution:
+    """One engine, its addresses bound.
+
+    Attributes:
+        state: that it reads and changes.
+        feeds: buffers of its other inputs.
+        results: outputs that are tensors of their own.
+    """
+
+    def __init__(self, engine: Any, phase: Phase, state: State, gpu: Gpu) -> None:
+        self.state = state
+        self._phase = phase
+        self._context = engine.create_execution_context()
+        if self._context is None:
+            raise EngineError(f"TensorRT has no memory for a context of {phase.engine}")
+        self.feeds: dict[str, Tensor] = {}
+        self.results: dict[str, Tensor] = {}
+        self._moves: list[tuple[Tensor, Tensor]] = []
+        for port in phase.inputs:
+            if state.has(port.name):
+                tensor = state.tensor(port.name)
+            else:
+                shape = shape_of(port, state.batch, state.pages + 1)
+                tensor = torch.zeros(shape, dtype=dtype_of(port), device=gpu.device)
+                self.feeds[port.name] = tensor
+            self._must(self._context.set_input_shape(port.name, tuple(tensor.shape)), port.name)
+            self._bind(port.name, tensor)
+        for port in phase.outputs:
+            if port.aliases is not None:
+                self._bind(port.name, state.tensor(port.aliases))
+                continue
+            shape = shape_of(port, state.batch, state.pages + 1)
+            tensor = torch.zeros(shape, dtype=dtype_of(port), device=gpu.device)
+            self.results[port.name] = tensor
+            self._bind(port.name, tensor)
+            if port.state is not None:
+                self._moves.append((state.tensor(port.state), tensor))
+
+    def launch(self, stream: int) -> None:
+        """Put a run, and the copies of what is not changed in place, on the current stream, whose handle this is."""
+        self._must(self._context.execute_async_v3(stream), "execute_async_v3")
+        for old, new in self._moves:
+            old.copy_(new)
+
+    def _bind(self, name: str, tensor: Tensor) -> None:
+        self._must(self._context.set_tensor_address(name, tensor.data_ptr()), name)
+
+    def _must(self, done: bool, what: str) -> None:
+        if not done:
+            raise EngineError(f"TensorRT refuses {what} of {self._phase.engine}")
+
+
+def ports_of(trt: ModuleType, engine: Any) -> tuple[Found, Found]:
+    """What an engine takes, and what it gives."""
+    types = {
+        trt.DataType.FLOAT: "float32",
+        trt.DataType.HALF: "float16",
+        trt.DataType.BF16: "bfloat16",
+        trt.DataType.INT8: "int8",
+        trt.DataType.INT32: "int32",
+        trt.DataType.INT64: "int64",
+        trt.DataType.BOOL: "bool",
+        trt.DataType.UINT8: "uint8",
+    }
+    found: tuple[Found, Found] = ({}, {})
+    for i in range(engine.num_io_tensors):
+        name = engine.get_tensor_name(i)
+        given = engine.get_tensor_mode(name) == trt.TensorIOMode.OUTPUT
+        dtype = engine.get_tensor_dtype(name)
+        shape = tuple(engine.get_tensor_shape(name))
+        found[given][name] = types.get(dtype, str(dtype)), shape
+    return found

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two graphs of a model, traced by torch.onnx, with the bodies of our ops; and their ports. Writes no file."""
+
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor
+from torch.export import Dim
+from transformers import PreTrainedModel
+
+from modelopt_dms.engine.manifest import Model, Port
+from modelopt_dms.engine.operators import DOMAIN, VERSION
+from modelopt_dms.exporters.onnx.bodies import OPSET, functions
+from modelopt_dms.exporters.onnx.facts import scales_of
+from modelopt_dms.exporters.onnx.quantizers import as_nodes
+from modelopt_dms.exporters.onnx.slots import CHANGED, POOL, STATE, Facts
+from modelopt_dms.exporters.onnx.tracing import Decode, Prefill, traceable
+from modelopt_dms.ops.paged import PAGE
+
+# Sizes to trace with: no two alike, and none 1, so that torch keeps them apart.
+_BATCH, _PAGES = 3, 5
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is fixed in graphs.
+
+    Attributes:
+        chunk: T, tokens of a prefill chunk.
+        pages_per_list: P.
+        programs: that share a decode step's tiles.
+    """
+
+    chunk: int
+    pages_per_list: int
+    programs: int
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A traced graph and what goes in and out."""
+
+    model: ir.Model
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+
+
+def trace(model: PreTrainedModel, facts: Model, sizes: Sizes, phase: str) -> Graph:
+    """One graph of a model.
+
+    Args:
+        model: in eval mode.
+        facts: of it, see `facts.model_of`.
+        sizes: what is fixed.
+        phase: "decode" or "prefill".
+    """
+    inputs, outputs = ports(facts, sizes, phase)
+    slots = Facts(
+        facts.window,
+        facts.shift,
+        facts.key_number,
+        facts.value_number,
+        sizes.programs,
+        facts.heads // facts.kv_heads,
+    )
+    step = (Decode if phase == "decode" else Prefill)(model, slots, scales_of(model)).eval()
+    tensors = [_example(port, model.device) for port in inputs]
+    dims = [{0: Dim.DYNAMIC} for _ in inputs]
+    with traceable(model), as_nodes(model, model.dtype), warnings.catch_warnings():
+        # Of torch's own converters, about each other.
+        warnings.simplefilter("ignore")
+        program = torch.export.export(
+            step,
+            tuple(tensors),
+            dynamic_shapes=(*dims[:3], tuple(dims[3:])),
+            strict=False,
+        )
+        found = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[x.name for x in inputs],
+            output_names=[x.name for x in outputs],
+            verbose=False,
+        )
+    assert found is not None
+    graph: Any = found.model
+    for proto in functions(facts.key_number, facts.value_number):
+        function = ir.from_proto(proto)
+        graph.functions[function.identifier()] = function
+    graph.opset_imports[DOMAIN] = VERSION
+    graph.producer_name, graph.producer_version = "modelopt_dms", None
+    _name_dims(graph, inputs, outputs)
+    _replace_bool_where(graph)
+    return Graph(graph, inputs, outputs)
+
+
+def ports(facts: Model, sizes: Sizes, phase: str) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
+    """What goes into a graph and comes out, in its order."""
+    K, P = facts.kv_heads, sizes.pages_per_list
+    rows = {
+        "keys": (facts.key_number, facts.key_dim),
+        "values": (facts.value_number, facts.value_dim),
+    }
+    T = 1 if phase == "decode" else sizes.chunk
+    inputs = [Port("input_ids", "int64", ("batch", T)), Port("positions", "int64", ("batch", T))]
+    if phase == "decode":
+        inputs.append(Port("active", "bool", ("batch",)))
+    else:
+        inputs.append(Port("padding", "int32", ("batch",)))
+    outputs = [Port("logits", "float32", ("batch", facts.vocabulary))]
+    shapes: dict[str, tuple[str, tuple[int | str, ...]]] = {
+        "table": ("int32", ("batch", K, P)),
+        "live": ("int32", ("batch", K)),
+        "seen": ("int32", ("batch", K)),
+        "ring_slot": ("int32", ("batch", K, facts.window + 1)),
+        "ring_evict": ("bool", ("batch", K, facts.window + 1)),
+    }
+    for name, (number, dim) in rows.items():
+        shapes[name] = (facts.dtype if number == "plain" else "int8", ("pages", PAGE, dim))
+    for layer in range(facts.layers):
+        inputs += [Port(f"{name}.{layer}", *shapes[name]) for name in STATE]
+        for name in CHANGED:
+            state = f"{name}.{layer}"
+            in_place = phase == "decode" or name in POOL
+            outputs.append(
+                Port(
+                    f"new_{state}", *shapes[name], aliases=state if in_place else None, state=state
+                )
+            )
+    return tuple(inputs), tuple(outputs)
+
+
+def _example(port: Port, device: torch.device) -> Tensor:
+    sizes = {"batch": _BATCH, "pages": _PAGES}
+    shape = [sizes[x] if isinstance(x, str) else x for x in port.shape]
+    return torch.zeros(shape, dtype=getattr(torch, port.dtype), device=device)
+
+
+def _name_dims(graph: ir.Model, inputs: tuple[Port, ...], outputs: tuple[Port, ...]) -> None:
+    """Call the dynamic dims what the ports call them; torch has names of its own, one for every tensor."""
+    for values, named in ((graph.graph.inputs, inputs), (graph.graph.outputs, outputs)):
+        for value, port in zip(values, named, strict=True):
+            assert value.name == port.name, f"{value.name} stands where {port.name} should"
+            value.shape = ir.Shape(port.shape)
+
+
+def _replace_bool_where(graph: ir.Model) -> None:
+    """Where of bools becomes And, Or and Not: onnxruntime has no such kernel."""
+    for node in [x for x in graph.graph if x.op_type == "Where"]:
+        which, this, that = node.inputs
+        if node.outputs[0].dtype != ir.DataType.BOOL:
+            continue
+        taken, other = ir.node("And", [which, this]), ir.node("Not", [which])
+        left = ir.node("And", [other.outputs[0], that])
+        both = ir.node("Or", [taken.outputs[0], left.outputs[0]])
+        new = [taken, other, left, both]
+        for made in new:
+            made.outputs[0].dtype = ir.DataType.BOOL
+        ir.convenience.replace_nodes_and_values(
+            graph.graph, node, [node], new, node.outputs, both.outputs
+        )

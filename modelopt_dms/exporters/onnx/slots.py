@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A layer's slots as tensors of a graph: what `paging.PagedSlots` does with kernels becomes nodes of our ops.
+
+Shapes as in `engine.operators`.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from modelopt_dms.cache import DMSLayer, LayerStep
+from modelopt_dms.engine import operators
+from modelopt_dms.exporters.onnx.nodes import call
+from modelopt_dms.ops import Scoring, shift_decisions
+from modelopt_dms.ops.append_reference import plan_pack
+from modelopt_dms.ops.paged import PAGE, LayerLists, padded_length
+from modelopt_dms.ops.prefill_reference import expiry
+from modelopt_dms.ops.undo import decide_previous
+from modelopt_dms.paging import PagedSlots
+
+# Tensors of a layer that go through a graph, in its order; the table of pages only goes in.
+POOL = ("keys", "values")
+LISTS = ("live", "seen", "ring_slot", "ring_evict")
+STATE = (*POOL, "table", *LISTS)
+CHANGED = (*POOL, *LISTS)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is the same for all layers of a model.
+
+    Attributes:
+        window: W.
+        shift: 1 if a token's decision governs the token before it.
+        key_number: "plain", "fp8" or "int8".
+        value_number: likewise.
+        programs: that share a decode step's tiles.
+        rows: query heads of a KV head, as the decode kernel stores them.
+    """
+
+    window: int
+    shift: int
+    key_number: str
+    value_number: str
+    programs: int
+    rows: int
+
+    @property
+    def formats(self) -> dict[str, str]:
+        """As attributes."""
+        return {"key_number": self.key_number, "value_number": self.value_number}
+
+
+class GraphSlots(PagedSlots):
+    """One layer's slots while a graph is traced.
+
+    Attributes:
+        state_in: the layer's tensors by name, replaced by the step.
+        scales: [4, K] float32, see `ops.paged.LayerLists`.
+        active: [B] bool; decode only.
+        padding: [B] int32, tokens on the left of the chunk that are padding; prefill only.
+    """
+
+    def __init__(
+        self,
+        facts: Facts,
+        state: dict[str, Tensor],
+        scales: Tensor,
+        active: Tensor | None,
+        padding: Tensor | None,
+    ) -> None:
+        self.window, self.shift = facts.window, facts.shift
+        self.facts = facts
+        self.tensors = dict(state)
+        self.scales = scales
+        self.active = active
+        self.padding_left = padding
+        self.seen = 0  # positions come in as a tensor; what asks for a number gets none
+        self.usage = None  # type: ignore[assignment]
+
+    def attend(self, step: LayerStep, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> Tensor:
+        """Attention [B, H, T, DV] of the new tokens, and the layer's next state.
+
+        Args:
+            step: what the layer's hooks staged.
+            q: queries [B, H, T, D].
+            k: keys [B, K, T, D], as they will be read from the cache.
+            v: values [B, K, T, DV], likewise.
+            scoring: scale and softcap.
+        """
+        assert step.layer is not None
+        rows = step.layer.take_incoming()
+        scored = {"scale": scoring.scale, "softcap": scoring.softcap or 0.0}
+        if self.active is not None:
+            return self._decode(step, q, rows, scored)
+        return self._prefill(step, q, (k, v), rows, scored)
+
+    def _decode(
+        self, step: LayerStep, q: Tensor, rows: tuple[Tensor, Tensor], scored: dict[str, float]
+    ) -> Tensor:
+        facts, state = self.facts, self.tensors
+        assert step.undecided is not None
+        k, v = (x[:, :, 0] for x in rows)
+        evict = step.undecided.decide(k.shape[1]).expand(-1, k.shape[1])
+        given = {"k": k, "v": v, "evict": evict, "active": self.active, "scales": self.scales}
+        changed = call(
+            operators.CACHE_UPDATE,
+            {**given, **state},  # type: ignore[dict-item]
+            window=facts.window,
+            shift=facts.shift,
+            **facts.formats,
+        )
+        state |= {name: changed[f"new_{name}"] for name in CHANGED}
+        read = {name: state[name] for name in ("keys", "values", "table", "live")}
+        parts = call(
+            operators.DECODE_PARTIAL,
+            {"q": q[:, :, 0], "scales": self.scales, **read},
+            programs=facts.programs,
+            rows=facts.rows,
+            value_dim=v.shape[-1],
+            **scored,
+            **facts.formats,
+        )
+        out = call(operators.DECODE_COMBINE, {**parts, "live": state["live"]})["out"]
+        return out[:, :, None]
+
+    def _prefill(
+        self,
+        step: LayerStep,
+        q: Tensor,
+        read: tuple[Tensor, Tensor],
+        rows: tuple[Tensor, Tensor],
+        scored: dict[str, float],
+    ) -> Tensor:
+        facts, state = self.facts, self.tensors
+        assert step.evict is not None and self.padding_left is not None
+        k, v = read
+        K, T = k.shape[1:3]
+        evict = step.evict.expand(-1, K, -1)
+        lists = self._lists(q.shape[0])
+        decide_previous(lists, evict[..., 0])
+        tokens = torch.arange(T, dtype=torch.int32, device=q.device)
+        padding = self.padding_left[:, None]
+        valid = tokens >= padding  # [B, T]
+        # Without padding, -1: a query sees what was before the chunk.
+        starts = torch.where(padding > 0, padding, -1)
+        starts = torch.where(valid, starts, tokens).to(torch.int32)
+        length = lists.table.shape[2] * PAGE
+        out = call(
+            operators.PREFILL_ATTENTION,
+            {
+                "q": q,
+                "k": k,
+                "v": v,
+                "bias": log2_bias(shift_decisions(evict, facts.shift)),
+                "starts": starts,
+                "first": lists.seen[:, 0],
+                "expiry": expiry(lists, length),
+                "scales": self.scales,
+                **{name: state[name] for name in ("keys", "values", "table", "live")},
+            },
+            window=facts.window,
+            **scored,
+            **facts.formats,
+        )["out"]
+        # Padding comes on empty lists only, so that none can shrink.
+        plan = plan_pack(evict, valid, lists, shrinks=False)
+        written = call(
+            operators.PREFILL_WRITE,
+            {
+                "k": rows[0],
+                "v": rows[1],
+                "slots": plan.slots,
+                "scales": self.scales,
+                **{name: state[name] for name in ("keys", "values", "table")},
+            },
+            **facts.formats,
+        )
+        self.tensors = {
+            **state,
+            "keys": written["new_keys"],
+            "values": written["new_values"],
+            "live": plan.live,
+            "seen": lists.seen + T,
+            "ring_slot": plan.ring_slot,
+            "ring_evict": plan.ring_evict,
+        }
+        return out
+
+    def _lists(self, batch: int) -> LayerLists:
+        """The state as the reference knows it, on tensors that may be changed."""
+        held = {name: self.tensors[name] for name in ("table", *LISTS)}
+        active = torch.ones(batch, dtype=torch.bool, device=self.scales.device)
+        lists = LayerLists(
+            self.window, self.shift, **held, active=active, formats=(None, None), scales=self.scales
+        )
+        return replace(lists, ring_evict=lists.ring_evict.clone()) if self.shift else lists
+
+
+class GraphLayer(DMSLayer):
+    """A cache layer of a graph: rows go to attention as they are, and to pages as they are."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """See `DMSLayer.update`."""
+        self._incoming = (key_states, value_states)
+        return key_states, value_states
+
+
+def log2_bias(evict: Tensor) -> Tensor:
+    """-inf where a token [B, K, T] is marked, padded as the kernel reads it."""
+    T = evict.shape[-1]
+    bias = torch.zeros(evict.shape, device=evict.device).masked_fill(evict, float("-inf"))
+    return F.pad(bias, (0, padded_length(T) - T))

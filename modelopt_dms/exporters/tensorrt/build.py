@@ -1,0 +1,244 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds the TensorRT engines of an exported directory, on the GPU that will run them. Knows no model.
+
+Both engines are built before the first file is replaced; the manifest is written last.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from modelopt_dms.engine.checks import check_kernels, kernel_hashes
+from modelopt_dms.engine.errors import EngineError
+from modelopt_dms.engine.gpu import Gpu
+from modelopt_dms.engine.manifest import Manifest, ManifestError, Phase
+from modelopt_dms.engine.state import shape_of
+from modelopt_dms.engine.tensorrt import import_tensorrt, make_log
+
+Sizes = tuple[int, int, int]  # min, opt, max
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What an engine is built for.
+
+    Attributes:
+        batch: batch slots of the decode step.
+        pages: that can be given out at most; None: as many as all lists can own.
+        workspace: bytes that TensorRT may use for scratch; None: its default.
+        refit: weights can be replaced later.
+        timing_cache: file that is read if it exists, and written.
+    """
+
+    batch: int = 8
+    pages: int | None = None
+    workspace: int | None = None
+    refit: bool = True
+    timing_cache: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "pages", "workspace"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise EngineError(f"{name}={value} must be 1 or more")
+
+    def most_pages(self, manifest: Manifest) -> int:
+        """Pages that can be given out."""
+        model = manifest.model
+        lists = model.layers * model.kv_heads
+        if self.pages is not None and self.pages < lists:
+            raise EngineError(
+                f"pages={self.pages} cannot hold one sequence: its {lists} lists need a page each"
+            )
+        return self.pages or self.batch * lists * manifest.pages_per_list
+
+
+def build(
+    directory: str | Path,
+    options: BuildOptions | None = None,
+    *,
+    gpu: Gpu | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Manifest:
+    """Build the engines and write them beside the graphs.
+
+    Args:
+        directory: that was exported.
+        options: what they are built for.
+        gpu: that will run them.
+        say: is told what is being done.
+
+    Returns:
+        The manifest, with the engines.
+
+    Raises:
+        ManifestError: files are missing or changed.
+        EngineError: TensorRT or the GPU are missing or do not fit, or TensorRT refuses a graph.
+    """
+    directory = Path(directory)
+    options = options or BuildOptions()
+    manifest = Manifest.load(directory)
+    pages = options.most_pages(manifest)
+    if not manifest.plugin_free:
+        check_kernels(manifest, directory)
+    for phase in manifest.phases.values():
+        if not (directory / phase.graph).is_file():
+            raise ManifestError(f"{directory / phase.graph} is missing; export again")
+    trt = import_tensorrt()
+    gpu = gpu or Gpu()
+    check_arch(manifest, gpu)
+    if not manifest.plugin_free:
+        from modelopt_dms.exporters.tensorrt.plugins import register
+
+        register(manifest, directory)
+    builder = _Builder(trt, manifest, directory, options, pages)
+    began = time.perf_counter()
+    plans = {}
+    for name in manifest.phases:
+        say(f"building the {name} engine with TensorRT {trt.__version__}; this takes minutes")
+        plans[name] = builder.plan(name)
+    engines = {name: f"{name}.engine" for name in plans}
+    for name, plan in plans.items():
+        write(directory / engines[name], plan)
+    facts = {
+        "tensorrt": trt.__version__,
+        "gpu": gpu.name,
+        "capability": gpu.capability,
+        "batch": options.batch,
+        "pages": pages,
+        "refit": options.refit,
+        "kernels": kernel_hashes(manifest.kernels),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+    built = manifest.with_engines(engines, directory, facts)
+    built.save(directory)
+    return built
+
+
+def check_arch(manifest: Manifest, gpu: Gpu) -> None:
+    """That the kernels were compiled for this GPU.
+
+    Raises:
+        EngineError: they were not.
+    """
+    here = int(gpu.capability.replace(".", ""))
+    for kernel in manifest.kernels:
+        number = kernel.arch.removeprefix("sm_")
+        # "90a" is for that one only; plain PTX is for all that came later, too.
+        fits = here == int(number[:-1]) if number[-1].isalpha() else here >= int(number)
+        if not fits:
+            raise EngineError(
+                f"wrong GPU: the kernel of {kernel.operator} was compiled for {kernel.arch}, and this {gpu.name} has "
+                f"compute capability {gpu.capability}; export again for sm_{here}"
+            )
+
+
+def write(path: Path, content: Any) -> None:
+    """Write bytes, or what TensorRT serialized; whole or not at all."""
+    temporary = path.with_name(f".{path.name}")
+    with temporary.open("wb") as file:
+        file.write(content)
+    os.replace(temporary, path)
+
+
+class _Builder:
+    """What both engines are built with."""
+
+    def __init__(
+        self,
+        trt: ModuleType,
+        manifest: Manifest,
+        directory: Path,
+        options: BuildOptions,
+        pages: int,
+    ) -> None:
+        self._trt = trt
+        self._manifest = manifest
+        self._directory = directory
+        self._options = options
+        self._pages = pages
+        self._log = make_log(trt)
+        self._builder = trt.Builder(self._log)
+
+    def plan(self, name: str) -> Any:
+        """The serialized engine of a phase."""
+        phase = self._manifest.phases[name]
+        trt = self._trt
+        # Ignored by TensorRT 11, where there is nothing else; 10 needs it.
+        strong = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+        network = self._builder.create_network(strong)
+        self._parse(network, phase)
+        config = self._config()
+        config.add_optimization_profile(self._profile(phase, name))
+        cache = self._load_cache(config)
+        plan = self._builder.build_serialized_network(network, config)
+        if plan is None:
+            raise EngineError(
+                f"TensorRT cannot build an engine of {phase.graph}: {self._log.text()}"
+            )
+        if cache is not None:
+            write(cache, config.get_timing_cache().serialize())
+        return plan
+
+    def _parse(self, network: Any, phase: Phase) -> None:
+        """Read a graph into a network; weights come from the file beside it."""
+        path = self._directory / phase.graph
+        parser = self._trt.OnnxParser(network, self._log)
+        if parser.parse(self._graph(path), str(path)):
+            return
+        errors = [parser.get_error(i) for i in range(parser.num_errors)]
+        said = "; ".join(f"{x.node_name()}: {x.desc()}" for x in errors[:3])
+        raise EngineError(
+            f"TensorRT cannot parse {phase.graph} ({len(errors)} errors): {said or self._log.text()}"
+        )
+
+    def _graph(self, path: Path) -> bytes:
+        if self._manifest.plugin_free:
+            return path.read_bytes()
+        try:
+            import onnx
+        except ImportError as error:
+            raise EngineError(
+                "onnx is not installed, which the build reads graphs with; `pip install 'modelopt-dms[onnx]'`"
+            ) from error
+        from modelopt_dms.exporters.tensorrt.graph import plugin_variant
+
+        model = onnx.load(str(path), load_external_data=False)
+        return plugin_variant(model).SerializeToString()
+
+    def _config(self) -> Any:
+        trt, options = self._trt, self._options
+        config = self._builder.create_builder_config()
+        if options.workspace is not None:
+            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
+        if options.refit:
+            config.set_flag(trt.BuilderFlag.REFIT)
+        if not self._manifest.plugin_free:
+            config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.NONE
+        return config
+
+    def _profile(self, phase: Phase, name: str) -> Any:
+        """Shapes: all fixed but the number of pages, which memory decides when the engine is loaded."""
+        model = self._manifest.model
+        batch = self._options.batch if name == "decode" else 1
+        # One page more than can be given out.
+        pages: Sizes = (model.layers * model.kv_heads + 1, self._pages + 1, self._pages + 1)
+        profile = self._builder.create_optimization_profile()
+        for port in phase.inputs:
+            profile.set_shape(port.name, *(shape_of(port, batch, x) for x in pages))
+        return profile
+
+    def _load_cache(self, config: Any) -> Path | None:
+        """Give a configuration what is known about times; the file it came from."""
+        path = self._options.timing_cache
+        if path is not None:
+            known = path.read_bytes() if path.is_file() else b""
+            if not config.set_timing_cache(config.create_timing_cache(known), False):
+                # Of another TensorRT or GPU: start anew, the file will be replaced.
+                config.set_timing_cache(config.create_timing_cache(b""), False)
+        return path
