@@ -11,7 +11,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import transformers
 from packaging.specifiers import SpecifierSet
 
 from modelopt_dms.config import DMSConfig
@@ -66,9 +65,10 @@ def register() -> None:
 
 
 def _version() -> str:
-    if not SpecifierSet(TRANSFORMERS).contains(transformers.__version__):
+    found = str(import_module("transformers").__version__)
+    if not SpecifierSet(TRANSFORMERS).contains(found):
         raise BackendError(
-            f"modelopt_dms needs transformers {TRANSFORMERS}, found {transformers.__version__}: TensorRT-LLM pins a "
+            f"modelopt_dms needs transformers {TRANSFORMERS}, found {found}: TensorRT-LLM pins a "
             "version of its own; install the needed one after it"
         )
     try:
