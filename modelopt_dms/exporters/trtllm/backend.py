@@ -11,7 +11,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import transformers
 from packaging.specifiers import SpecifierSet
 
 from modelopt_dms.config import DMSConfig
@@ -22,8 +21,8 @@ from modelopt_dms.packed import kv_ranges
 
 NAME = "dms"  # of the attention backend
 FACTORY = "modelopt_dms"  # of the model factory
-ACCEPTED = SpecifierSet(">=1.3.0rc0,<1.4", prereleases=True)
-TRANSFORMERS = SpecifierSet(">=5.21,<5.24")
+ACCEPTED = ">=1.3.0rc0,<1.4"
+TRANSFORMERS = ">=5.21,<5.24"
 AUTO_DEPLOY = "tensorrt_llm._torch.auto_deploy"
 # What is used of each module, by the paths that they have in every version that was read.
 USED = {
@@ -66,9 +65,10 @@ def register() -> None:
 
 
 def _version() -> str:
-    if transformers.__version__ not in TRANSFORMERS:
+    found = str(import_module("transformers").__version__)
+    if not SpecifierSet(TRANSFORMERS).contains(found):
         raise BackendError(
-            f"modelopt_dms needs transformers {TRANSFORMERS}, found {transformers.__version__}: TensorRT-LLM pins a "
+            f"modelopt_dms needs transformers {TRANSFORMERS}, found {found}: TensorRT-LLM pins a "
             "version of its own; install the needed one after it"
         )
     try:
@@ -78,7 +78,7 @@ def _version() -> str:
             f"TensorRT-LLM {ACCEPTED} is needed, and is not installed ({error}); pip install tensorrt-llm, or use "
             "NVIDIA's container"
         ) from error
-    if version not in ACCEPTED:
+    if not SpecifierSet(ACCEPTED).contains(version, prereleases=True):
         raise BackendError(f"TensorRT-LLM {version} is installed; accepted: {ACCEPTED}")
     return version
 

@@ -8,9 +8,11 @@ from typing import Any
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from modelopt_dms.convert import dms_modules
 from modelopt_dms.exporters.hf import ExportError, write_companions, write_packed
 from modelopt_dms.exporters.trtllm.backend import ACCEPTED, FACTORY, NAME, TRANSFORMERS
 from modelopt_dms.exporters.trtllm.graph import RATIO_FIELD, check_servable
+from modelopt_dms.kv_format import kv_formats
 from modelopt_dms.output import check_output, staged
 from modelopt_dms.packed import PACKED_FILE
 from modelopt_dms.quantization import quantizes
@@ -68,6 +70,7 @@ def export_trtllm(
         OutputError: the directory cannot be written to without losing something.
     """
     check_servable(model)
+    _check_cache(model)
     target = check_output(output_dir)
     packed = quantizes(model)
     with staged(target) as place:
@@ -82,15 +85,25 @@ def export_trtllm(
     return target
 
 
+def _check_cache(model: PreTrainedModel) -> None:
+    for name, module in dms_modules(model).items():
+        for kind, form in zip(("keys", "values"), kv_formats(module), strict=True):
+            if form is not None and (form.name != "fp8" or form.amax is None or len(form.amax) > 1):
+                scale = "no" if form.amax is None else len(form.amax)
+                raise ExportError(
+                    f"{name} stores {kind} as {form.name} with {scale} calibrated scales; format='trtllm' takes FP8 "
+                    "with one, or the model's own dtype"
+                )
+
+
 def _finish_quantization(path: Path) -> None:
-    """Leave the gates out by name, and refuse numbers that AutoDeploy or our cache cannot read."""
+    """Leave the gates out by name, and refuse weights that AutoDeploy cannot read."""
     section = json.loads(path.read_text(encoding="utf-8"))["quantization"]
-    for field, accepted in (("quant_algo", WEIGHTS), ("kv_cache_quant_algo", ("FP8", None))):
-        if section.get(field) not in accepted:
-            raise ExportError(
-                f"{field}={section[field]!r} cannot be served by format='trtllm'; accepted: "
-                f"{', '.join(str(x) for x in accepted)} (None: not quantized)"
-            )
+    if section.get("quant_algo") not in WEIGHTS:
+        raise ExportError(
+            f"quant_algo={section['quant_algo']!r} cannot be served by format='trtllm'; accepted: "
+            f"{', '.join(str(x) for x in WEIGHTS)} (None: not quantized)"
+        )
     section["exclude_modules"] = [*section.get("exclude_modules", ()), "*.dms_gate*"]
     section.setdefault("group_size", None)
     _change(path, quantization=section)
