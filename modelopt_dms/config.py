@@ -352,9 +352,10 @@ def quantization_to_dict(config: QuantizationConfig) -> dict[str, Any]:
 class ExportConfig(ModeloptBaseConfig):
     """What `compress` writes besides the model itself."""
 
-    format: Literal["hf", "trtllm"] = ModeloptField(
+    format: Literal["hf", "onnx", "tensorrt", "trtllm"] = ModeloptField(
         default="hf",
         title="Export format",
         description="'hf': ModelOpt's unified Hugging Face checkpoint, weights packed, for serving engines. 'trtllm': "
-        "the same, with what makes TensorRT-LLM's AutoDeploy serve it.",
+        "the same, with what makes TensorRT-LLM's AutoDeploy serve it. 'onnx': graphs of a decode step and a prefill "
+        "chunk. 'tensorrt': those, and the kernels that TensorRT engines embed.",
     )

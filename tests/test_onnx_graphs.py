@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 import modelopt_dms as dms
 from modelopt_dms.engine.manifest import Manifest
+from modelopt_dms.engine.opening import open_session
 from modelopt_dms.exporters import ExportError
 from modelopt_dms.quantization import quantize
 from modelopt_dms.recipe import load_recipe
@@ -169,8 +170,27 @@ def test_what_a_graph_cannot_hold_is_refused(
     [
         ({"chunk": 20}, "chunk=20 must be a multiple of 16"),
         ({"max_length": 10}, "max_length=10 must be at least"),
+        ({"plugin_free": True}, "plugin_free is no option of format='onnx'"),
     ],
 )
 def test_sizes_are_checked_first(options: dict[str, int], message: str, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=message):
         dms.export(build_dms("llama"), tmp_path / "out", "onnx", **options)
+
+
+def test_kernels_are_for_half_precision_only(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="dtype='float32'.*float16 or bfloat16"):
+        dms.export(build_dms("llama"), tmp_path / "out", "tensorrt")
+
+
+def test_a_session_writes_what_generate_writes(exported: tuple[Any, Path]) -> None:
+    """More prompts than batch slots, of lengths that are no multiple of a chunk."""
+    model, directory = exported
+    prompts = [tokens(1, length, seed=length)[0].tolist() for length in (3, 16, 41, 20, 7)]
+    session = open_session(directory, "onnxruntime", batch=2)
+    found = session.generate(prompts, max_new_tokens=24)
+    for prompt, written in zip(prompts, found, strict=True):
+        expected = model.generate(torch.tensor([prompt]), max_new_tokens=24)[0, len(prompt) :]
+        assert written == expected.tolist()
+    session.tables.check_integrity()
+    assert session.tables.in_use == 0

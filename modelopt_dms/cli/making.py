@@ -131,26 +131,43 @@ def export(
     format: Annotated[
         str,
         typer.Option(
-            help="hf: ModelOpt's unified checkpoint. trtllm: that, for TensorRT-LLM's AutoDeploy."
+            help="hf: ModelOpt's unified checkpoint. trtllm: that, for TensorRT-LLM's AutoDeploy. onnx: graphs of a "
+            "decode step and a prefill chunk. tensorrt: those, and the kernels that `engine build` embeds."
         ),
     ] = "hf",
+    chunk: Annotated[
+        int | None, typer.Option(help="onnx, tensorrt: tokens of a prefill chunk. [default: 256]")
+    ] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(help="onnx, tensorrt: tokens that a list has room for. [default: 4096]"),
+    ] = None,
+    plugin_free: Annotated[
+        bool | None,
+        typer.Option("--plugin-free", help="tensorrt: standard ops only, for any GPU."),
+    ] = None,
     dtype: DtypeOpt = Dtype.auto,
     device: DeviceOpt = None,
     trust_remote_code: TrustOpt = False,
 ) -> None:
     """Write a model for serving; weights of a quantized one are packed."""
-    from modelopt_dms.exporters import RECIPE_FILE
+    from modelopt_dms.exporters import RECIPE_FILE, check_format
     from modelopt_dms.exporters import export as write
     from modelopt_dms.loading import load
     from modelopt_dms.output import check_output
     from modelopt_dms.recipe import load_recipe
 
+    given = {"chunk": chunk, "max_length": max_length, "plugin_free": plugin_free}
+    options = {name: value for name, value in given.items() if value is not None}
+    check_format(format, options)
     check_output(output)
     tokenizer = load_tokenizer(str(model), trust_remote_code)
     network = load(model, dtype=dtype.value, device_map=device, trust_remote_code=trust_remote_code)
     recipe = load_recipe(model / RECIPE_FILE) if (model / RECIPE_FILE).is_file() else None
-    write(network, output, format, tokenizer=tokenizer, recipe=recipe)
+    write(network, output, format, tokenizer=tokenizer, recipe=recipe, **options)
     out.print(f"saved to {escape(str(output))}", highlight=False)
+    if format == "tensorrt":
+        out.print(f"on the GPU that will run it: modelopt-dms engine build {escape(str(output))}")
 
 
 def _print_counts(preview: "Preview") -> None:

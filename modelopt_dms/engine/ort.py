@@ -117,6 +117,8 @@ def _open(
     options.intra_op_num_threads = threads
     # Constants of an exported graph are folded with a warning each; errors still come.
     options.log_severity_level = 3
+    # onnxruntime fuses DequantizeLinear and MatMul also where weights are FP8, and then refuses what it made.
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
     try:
         session = onnxruntime.InferenceSession(
             str(path), options, providers=["CPUExecutionProvider"]

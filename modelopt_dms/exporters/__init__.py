@@ -5,6 +5,7 @@ Importing this loads no transformers: what builds TensorRT engines runs where th
 """
 
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from modelopt_dms.exporters.hf import RECIPE_FILE
     from modelopt_dms.recipe import Recipe
 
-__all__ = ["FORMATS", "RECIPE_FILE", "ExportError", "export"]
+__all__ = ["FORMATS", "RECIPE_FILE", "ExportError", "check_format", "export"]
 
 # Formats by name, and the module that holds their function `export_<name>`.
 FORMATS = {
@@ -25,6 +26,10 @@ FORMATS = {
     "tensorrt": "tensorrt.export",
     "trtllm": "trtllm.checkpoint",
 }
+_GRAPH = ("chunk", "max_length")
+# What more they take, and which package they need.
+_OPTIONS = {"onnx": _GRAPH, "tensorrt": (*_GRAPH, "plugin_free")}
+_PACKAGES = {"onnx": "onnxscript", "tensorrt": "onnxscript"}
 
 
 def __getattr__(name: str) -> Any:
@@ -50,19 +55,41 @@ def export(
         model: compressed; not changed.
         output_dir: new or empty.
         format: "hf", ModelOpt's unified Hugging Face checkpoint of a quantized model; "onnx", graphs of a decode step
-            and a prefill chunk; "trtllm", a checkpoint together with what makes TensorRT-LLM's AutoDeploy serve it.
+            and a prefill chunk; "tensorrt", those and the kernels that engines embed; "trtllm", a checkpoint together
+            with what makes TensorRT-LLM's AutoDeploy serve it.
         tokenizer: written along with the model.
         recipe: written along with the model.
-        **options: of the format; see `exporters.onnx.export.export_onnx`.
+        **options: of the formats "onnx" (chunk, max_length) and "tensorrt" (these and plugin_free); see
+            `exporters.tensorrt.export.export_tensorrt`.
 
     Raises:
         ExportError: unknown format, or a model that the format cannot hold.
         OutputError: the directory cannot be written to without losing something.
     """
-    if format not in FORMATS:
-        raise ExportError(_refusal(format))
+    check_format(format, options)
     write = getattr(import_module(f"{__name__}.{FORMATS[format]}"), f"export_{format}")
     return write(model, output_dir, tokenizer=tokenizer, recipe=recipe, **options)
+
+
+def check_format(format: str, options: dict[str, Any]) -> None:
+    """Refuse what `export` would refuse whatever the model is.
+
+    Raises:
+        ExportError: unknown format, options of another one, or a package is missing.
+    """
+    if format not in FORMATS:
+        raise ExportError(_refusal(format))
+    known = _OPTIONS.get(format, ())
+    for name in options:
+        if name not in known:
+            raise ExportError(
+                f"{name} is no option of format={format!r}; it takes {', '.join(known) or 'none'}"
+            )
+    package = _PACKAGES.get(format)
+    if package is not None and find_spec(package) is None:
+        raise ExportError(
+            f"format={format!r} needs {package}, which is not installed; pip install 'modelopt-dms[onnx]'"
+        )
 
 
 def _refusal(format: str) -> str:
