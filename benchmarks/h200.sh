@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 #
-# Everything that needs a Hopper GPU, in under 9 minutes: the tests marked gpu, every kernel, whole models. JSON, pictures
+# Everything that needs a Hopper GPU, in under 10 minutes: the tests marked gpu, every kernel, whole models, the PTX of engines. JSON, pictures
 # and logs go to $OUT (benchmarks/results without it). With no GPU it rehearses all parts on tiny shapes.
 #
 #   bash benchmarks/h200.sh                                   # any machine with the package installed
@@ -21,8 +21,8 @@
 #   python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target .site .whl/*.whl \
 #     && export PYTHONPATH=$PWD/.site COMMIT=<git rev-parse --short HEAD, here> && bash benchmarks/h200.sh
 #
-# 35 MiB of wheels; the repository itself does not travel, hence COMMIT. What comes back: three JSON files, a picture of
-# each, and one log.
+# 35 MiB of wheels; the repository itself does not travel, hence COMMIT. What comes back: four JSON files, pictures, and
+# one log.
 #
 # NVIDIA's experimental/dms as a peer is not part of this: see peer.py, and end_to_end.py --peer.
 
@@ -57,9 +57,10 @@ part tests 90 env TRITON_INTERPRET=0 $python -m pytest -p no:cacheprovider -m gp
 part kernels 130 $python benchmarks/kernels.py "${quick[@]}" --output "$out/kernels.json"
 part qwen3 210 $python benchmarks/end_to_end.py "${quick[@]}" --shape qwen3-8b --output "$out/end_to_end.json"
 part llama 80 $python benchmarks/end_to_end.py "${quick[@]}" --shape llama-3.1-8b --output "$out/end_to_end_llama.json"
+part engines 60 $python benchmarks/engine_kernels.py --output "$out/engine_kernels.json"
 
 # At most eight files come back from a lent machine: one log, and the results.
-for name in tests kernels qwen3 llama; do
+for name in tests kernels qwen3 llama engines; do
   echo "== $name"
   cat "$out/$name.log"
   rm "$out/$name.log"

@@ -80,6 +80,7 @@ class TensorRTBackend:
         *,
         pages: int | None = None,
         graph: bool = True,
+        share: bool = True,
         gpu: Gpu | None = None,
     ) -> None:
         """Load the engines.
@@ -89,6 +90,7 @@ class TensorRTBackend:
             manifest: of it, if it was read already.
             pages: that can be given out; None: as many as lists can need, memory holds and the engine takes.
             graph: decode by a CUDA graph.
+            share: one buffer for the pages of all layers; else one each, in which the others' pages lie idle.
             gpu: to run on.
 
         Raises:
@@ -105,7 +107,7 @@ class TensorRTBackend:
         engines = {x: self._load(trt, directory, x) for x in manifest.phases}
         build = manifest.build or {}
         # In place, layers touch pages of their own only: one buffer serves them all.
-        shared = all(aliased(manifest, x) for x in POOLS)
+        shared = share and all(aliased(manifest, x) for x in POOLS)
         pages = self._pages(pages, build, shared)
         self.state = State(manifest, build["batch"], pages, gpu.device, shared)
         self._runs = {
