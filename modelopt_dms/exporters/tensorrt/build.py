@@ -145,6 +145,32 @@ def write(path: Path, content: Any) -> None:
     os.replace(temporary, path)
 
 
+def graph_bytes(manifest: Manifest, path: Path) -> bytes:
+    """A graph as TensorRT parses it, without the weights beside it."""
+    if manifest.plugin_free:
+        return path.read_bytes()
+    onnx = import_onnx()
+    from modelopt_dms.exporters.tensorrt.graph import plugin_variant
+
+    model = onnx.load(str(path), load_external_data=False)
+    return plugin_variant(model).SerializeToString()
+
+
+def import_onnx() -> ModuleType:
+    """The module that reads graphs.
+
+    Raises:
+        EngineError: it is not installed.
+    """
+    try:
+        import onnx
+    except ImportError as error:
+        raise EngineError(
+            "onnx is not installed, which the build reads graphs with; `pip install 'modelopt-dms[onnx]'`"
+        ) from error
+    return onnx
+
+
 class _Builder:
     """What both engines are built with."""
 
@@ -190,27 +216,13 @@ class _Builder:
         """Read a graph into a network; weights come from the file beside it."""
         path = self._directory / phase.graph
         parser = self._trt.OnnxParser(network, self._log)
-        if parser.parse(self._graph(path), str(path)):
+        if parser.parse(graph_bytes(self._manifest, path), str(path)):
             return
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
         said = "; ".join(f"{x.node_name()}: {x.desc()}" for x in errors[:3])
         raise EngineError(
             f"TensorRT cannot parse {phase.graph} ({len(errors)} errors): {said or self._log.text()}"
         )
-
-    def _graph(self, path: Path) -> bytes:
-        if self._manifest.plugin_free:
-            return path.read_bytes()
-        try:
-            import onnx
-        except ImportError as error:
-            raise EngineError(
-                "onnx is not installed, which the build reads graphs with; `pip install 'modelopt-dms[onnx]'`"
-            ) from error
-        from modelopt_dms.exporters.tensorrt.graph import plugin_variant
-
-        model = onnx.load(str(path), load_external_data=False)
-        return plugin_variant(model).SerializeToString()
 
     def _config(self) -> Any:
         trt, options = self._trt, self._options
