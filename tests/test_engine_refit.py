@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from families import build_dms
 from tensorrt_double import FakeGpu, World
 from tensorrt_surface import surface
 from toy_engine import toy_manifest, with_model
 
+import modelopt_dms as dms
 from modelopt_dms.cli import main
 from modelopt_dms.engine.errors import EngineError
 from modelopt_dms.engine.manifest import Kernel, Manifest, ManifestError, sha256
@@ -259,6 +261,37 @@ def test_engines_that_hold_their_weights_for_good_say_so(
     engines(tmp_path / "old", monkeypatch, refit=False)
     with pytest.raises(EngineError, match="for good; build them without --no-refit"):
         refit(tmp_path / "old", exported(tmp_path / "new"), gpu=GPU)
+
+
+def test_a_tensorrt_that_drops_biases_builds_no_such_engines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(surface() | {"version": "11.3.0.51"}, toy_manifest(), None)
+    monkeypatch.setitem(sys.modules, "tensorrt", world.double.module)
+    exported(tmp_path / "new")
+    with pytest.raises(EngineError, match=r"TensorRT 11\.3\.0\.51 may drop a bias.*--no-refit"):
+        build(tmp_path / "new", gpu=GPU)
+    assert not world.parsed
+    build(tmp_path / "new", BuildOptions(refit=False), gpu=GPU)
+
+
+@pytest.mark.slow
+def test_exports_of_a_model_and_of_the_same_with_other_weights_are_one_graph(
+    tmp_path: Path,
+) -> None:
+    for seed in (0, 1):
+        model = build_dms("llama", seed, base={"num_hidden_layers": 1})
+        dms.export(model, tmp_path / str(seed), "onnx", chunk=16, max_length=64)
+    for phase in ("decode", "prefill"):
+        paths = [tmp_path / str(x) / f"{phase}.onnx" for x in (0, 1)]
+        changed = changed_weights(*paths)
+        weights = onnx.load(str(paths[0]), load_external_data=False).graph.initializer
+        # What is small and stays are constants of the architecture, such as the frequencies of rotary embeddings.
+        large = {x.name for x in weights if np.prod(x.dims) > 16}
+        assert large <= changed
+        assert (
+            len(changed) == 14
+        )  # 7 matrices, 3 norms, embeddings, head, a gate's weight and threshold
 
 
 def test_what_is_no_pair_of_directories_says_so(

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from modelopt_dms.engine.checks import check_kernels, kernel_hashes
+from modelopt_dms.engine.checks import check_kernels, check_refit, kernel_hashes
 from modelopt_dms.engine.errors import EngineError
 from modelopt_dms.engine.gpu import Gpu
 from modelopt_dms.engine.manifest import Manifest, ManifestError, Phase
@@ -89,6 +89,8 @@ def build(
         if not (directory / phase.graph).is_file():
             raise ManifestError(f"{directory / phase.graph} is missing; export again")
     trt = import_tensorrt()
+    if options.refit:
+        check_refit(trt.__version__)
     gpu = gpu or Gpu()
     check_arch(manifest, gpu)
     if not manifest.plugin_free:
