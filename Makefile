@@ -40,7 +40,7 @@ test-gpu: $(VENV)/.dev
 test-tensorrt: $(VENV)/.dev $(TENSORRT_VENV)/.ready
 	MODELOPT_DMS_TENSORRT_PYTHON=$(abspath $(TENSORRT_VENV))/bin/python \
 	TENSORRT_10_BINDINGS=$(abspath $(TENSORRT_VENV))/trt10 \
-	$(BIN)/python -m pytest -m tensorrt
+	$(BIN)/python -m pytest -m tensorrt -n 2 --dist loadfile
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
