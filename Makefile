@@ -1,6 +1,7 @@
 # Everything sets itself up in .venv: a machine needs Python 3.10+ with pip, and nothing else.
 PYTHON ?= python3
 VENV ?= .venv
+TENSORRT_VENV ?= .venv-tensorrt
 BIN := $(VENV)/bin
 export PYTHONUNBUFFERED := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -13,15 +14,16 @@ INPUTS := pyproject.toml constraints.txt
 # Compiling every file of every package would take a minute; most are never imported.
 PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 
-.PHONY: help demo test test-all test-gpu lint bench clean
+.PHONY: help demo test test-all test-gpu test-tensorrt lint bench clean
 
 help:
 	@echo "make demo   compress the embedded model, compare it with its peers, write demo_output/"
 	@echo "make test   the test suite (make test-all: the slow tests too)"
 	@echo "make test-gpu  the tests that need a CUDA device"
+	@echo "make test-tensorrt  the tests that need TensorRT's packages (700 MB), and neither its libraries nor a GPU"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  the CPU benchmark, benchmarks/results/cpu.json"
-	@echo "make clean  remove .venv and demo_output"
+	@echo "make clean  remove .venv, .venv-tensorrt and demo_output"
 
 demo: $(VENV)/.runtime
 	$(BIN)/python -W ignore:transformers:UserWarning examples/demo.py
@@ -34,6 +36,11 @@ test-all: $(VENV)/.dev
 
 test-gpu: $(VENV)/.dev
 	TRITON_INTERPRET=0 $(BIN)/python -m pytest -m gpu
+
+test-tensorrt: $(VENV)/.dev $(TENSORRT_VENV)/.ready
+	MODELOPT_DMS_TENSORRT_PYTHON=$(abspath $(TENSORRT_VENV))/bin/python \
+	TENSORRT_10_BINDINGS=$(abspath $(TENSORRT_VENV))/trt10 \
+	$(BIN)/python -m pytest -m tensorrt -n 2 --dist loadfile
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -57,5 +64,17 @@ $(VENV)/.dev: $(VENV)/.runtime
 	@$(PIP) --editable ".[dev]"
 	@touch $@
 
+# NVIDIA's packages get an interpreter of their own, without torch: TensorRT-RTX aborts beside our plugins, and the
+# bindings of TensorRT 10, the oldest that we take, are only read.
+$(TENSORRT_VENV)/.ready: constraints.txt
+	@echo "setting up $(TENSORRT_VENV) (about a minute)"
+	@rm -f $@
+	@$(PYTHON) -m venv --clear $(TENSORRT_VENV)
+	@$(TENSORRT_VENV)/bin/python -m pip install --quiet --no-compile --constraint constraints.txt \
+		tensorrt-cu13-bindings tensorrt-lean-cu13-libs tensorrt-rtx numpy onnx
+	@$(TENSORRT_VENV)/bin/python -m pip install --quiet --no-compile --no-deps \
+		--target $(TENSORRT_VENV)/trt10 "tensorrt-cu12-bindings==10.10.*"
+	@touch $@
+
 clean:
-	rm -rf $(VENV) demo_output
+	rm -rf $(VENV) $(TENSORRT_VENV) demo_output

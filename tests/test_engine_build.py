@@ -29,7 +29,7 @@ GPU: Any = FakeGpu()
 OLD = "TENSORRT_10_BINDINGS"  # a directory with the bindings of TensorRT 10.10, the oldest that we take
 
 
-@pytest.fixture(params=["installed", "10.10"])
+@pytest.fixture(params=["installed", pytest.param("10.10", marks=pytest.mark.tensorrt)])
 def real(request: pytest.FixtureRequest) -> dict[str, Any]:
     """The surface of the bindings."""
     if request.param == "installed":

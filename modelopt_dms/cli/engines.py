@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands about exported graphs and engines: build, run, bench, inspect, doctor."""
+"""Commands about exported graphs and engines: build, refit, run, bench, inspect, doctor."""
 
 import json
 import sys
@@ -72,6 +72,30 @@ def build(
     manifest = build_engines(directory, options, say=lambda x: err.print(x, highlight=False))
     assert manifest.build is not None
     out.print(f"built in {manifest.build['seconds']} s: {directory}", highlight=False)
+
+
+@engine_app.command()
+def refit(
+    directory: EngineDir,
+    source: Annotated[
+        Path, typer.Option("--from", help="Export of the same architecture with other weights.")
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="New or empty directory. [default: replaces what DIRECTORY holds]",
+        ),
+    ] = None,
+) -> None:
+    """Put new weights (tuned gates, a model trained on) into engines, without building them again."""
+    from modelopt_dms.exporters.tensorrt.refit import refit as refit_engines
+
+    manifest = refit_engines(directory, source, output, say=lambda x: err.print(x, highlight=False))
+    assert manifest.build is not None
+    done = f"refitted in {manifest.build['seconds']} s: {output or directory}"
+    out.print(f"{done}; {manifest.build['refitted']} weights differ", highlight=False)
 
 
 @engine_app.command()

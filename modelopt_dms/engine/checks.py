@@ -34,6 +34,19 @@ def check_version(version: str) -> None:
         )
 
 
+def check_refit(version: str) -> None:
+    """That a TensorRT computes the same with weights that can be replaced.
+
+    Raises:
+        EngineError: it is one whose release notes say that it may not.
+    """
+    if version_of(version) == (11, 3):
+        raise EngineError(
+            f"TensorRT {version} may drop a bias, a gate's threshold, from engines whose weights can be replaced (a "
+            "known issue of 11.3); build with --no-refit, or install another version"
+        )
+
+
 def check_kernels(manifest: Manifest, directory: Path) -> None:
     """That the kernel files are those that were exported.
 

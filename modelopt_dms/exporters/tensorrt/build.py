@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from modelopt_dms.engine.checks import check_kernels, kernel_hashes
+from modelopt_dms.engine.checks import check_kernels, check_refit, kernel_hashes
 from modelopt_dms.engine.errors import EngineError
 from modelopt_dms.engine.gpu import Gpu
 from modelopt_dms.engine.manifest import Manifest, ManifestError, Phase
@@ -89,6 +89,8 @@ def build(
         if not (directory / phase.graph).is_file():
             raise ManifestError(f"{directory / phase.graph} is missing; export again")
     trt = import_tensorrt()
+    if options.refit:
+        check_refit(trt.__version__)
     gpu = gpu or Gpu()
     check_arch(manifest, gpu)
     if not manifest.plugin_free:
@@ -145,6 +147,32 @@ def write(path: Path, content: Any) -> None:
     os.replace(temporary, path)
 
 
+def graph_bytes(manifest: Manifest, path: Path) -> bytes:
+    """A graph as TensorRT parses it, without the weights beside it."""
+    if manifest.plugin_free:
+        return path.read_bytes()
+    onnx = import_onnx()
+    from modelopt_dms.exporters.tensorrt.graph import plugin_variant
+
+    model = onnx.load(str(path), load_external_data=False)
+    return plugin_variant(model).SerializeToString()
+
+
+def import_onnx() -> ModuleType:
+    """The module that reads graphs.
+
+    Raises:
+        EngineError: it is not installed.
+    """
+    try:
+        import onnx
+    except ImportError as error:
+        raise EngineError(
+            "onnx is not installed, which the build reads graphs with; `pip install 'modelopt-dms[onnx]'`"
+        ) from error
+    return onnx
+
+
 class _Builder:
     """What both engines are built with."""
 
@@ -190,27 +218,13 @@ class _Builder:
         """Read a graph into a network; weights come from the file beside it."""
         path = self._directory / phase.graph
         parser = self._trt.OnnxParser(network, self._log)
-        if parser.parse(self._graph(path), str(path)):
+        if parser.parse(graph_bytes(self._manifest, path), str(path)):
             return
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
         said = "; ".join(f"{x.node_name()}: {x.desc()}" for x in errors[:3])
         raise EngineError(
             f"TensorRT cannot parse {phase.graph} ({len(errors)} errors): {said or self._log.text()}"
         )
-
-    def _graph(self, path: Path) -> bytes:
-        if self._manifest.plugin_free:
-            return path.read_bytes()
-        try:
-            import onnx
-        except ImportError as error:
-            raise EngineError(
-                "onnx is not installed, which the build reads graphs with; `pip install 'modelopt-dms[onnx]'`"
-            ) from error
-        from modelopt_dms.exporters.tensorrt.graph import plugin_variant
-
-        model = onnx.load(str(path), load_external_data=False)
-        return plugin_variant(model).SerializeToString()
 
     def _config(self) -> Any:
         trt, options = self._trt, self._options
