@@ -347,8 +347,8 @@ def test_what_modelopt_cannot_pack_is_said_and_leaves_nothing(tmp_path: Path) ->
         dms.export(model, tmp_path / "new")
     with pytest.raises(ExportError, match="no quantizer"):
         dms.export(build_dms("llama"), tmp_path / "new")
-    with pytest.raises(ExportError, match="format='onnx' is not known; accepted: hf"):
-        dms.export(model, tmp_path / "new", "onnx")
+    with pytest.raises(ExportError, match="format='gguf' is not known; accepted: hf"):
+        dms.export(model, tmp_path / "new", "gguf")
     assert not (tmp_path / "new").exists()
 
 
