@@ -111,7 +111,7 @@ def test_a_build_calls_what_the_bindings_have(
     manifest = exported(tmp_path)
     world = use(monkeypatch, real, manifest)
     cache = tmp_path / "times"
-    options = BuildOptions(batch=3, pages=20, workspace=1 << 20, timing_cache=cache)
+    options = BuildOptions(3, 20, 1 << 20, refit=True, timing_cache=cache)
     built = build(tmp_path, options, gpu=GPU)
     calls = world.double
 
@@ -204,7 +204,7 @@ def test_plugin_free_graphs_are_built_as_they_are(
 ) -> None:
     manifest = exported(tmp_path, toy_manifest(in_place=False), kernels=False)
     world = use(monkeypatch, real, manifest)
-    build(tmp_path, BuildOptions(refit=False), gpu=GPU)
+    build(tmp_path, BuildOptions(), gpu=GPU)
     assert world.parsed[1][0] == (tmp_path / "prefill.onnx").read_bytes()
     if "IAttention" in real["classes"]:
         assert world.double.named("IAttention.decomposable=") == [{"value": True}] * 2

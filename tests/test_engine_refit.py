@@ -104,7 +104,7 @@ def engines(
     exported(place, manifest=manifest)
     world = World(real or surface(), manifest, None)
     monkeypatch.setitem(sys.modules, "tensorrt", world.double.module)
-    build(place, BuildOptions(batch=2, pages=30, **facts), gpu=GPU)
+    build(place, BuildOptions(batch=2, pages=30, **{"refit": True, **facts}), gpu=GPU)
     return world
 
 
@@ -259,7 +259,7 @@ def test_engines_that_hold_their_weights_for_good_say_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engines(tmp_path / "old", monkeypatch, refit=False)
-    with pytest.raises(EngineError, match="for good; build them without --no-refit"):
+    with pytest.raises(EngineError, match="for good; build them with --refit"):
         refit(tmp_path / "old", exported(tmp_path / "new"), gpu=GPU)
 
 
@@ -269,10 +269,10 @@ def test_a_tensorrt_that_drops_biases_builds_no_such_engines(
     world = World(surface() | {"version": "11.3.0.51"}, toy_manifest(), None)
     monkeypatch.setitem(sys.modules, "tensorrt", world.double.module)
     exported(tmp_path / "new")
-    with pytest.raises(EngineError, match=r"TensorRT 11\.3\.0\.51 may drop a bias.*--no-refit"):
-        build(tmp_path / "new", gpu=GPU)
+    with pytest.raises(EngineError, match=r"TensorRT 11\.3\.0\.51 may drop a bias.*--refit"):
+        build(tmp_path / "new", BuildOptions(refit=True), gpu=GPU)
     assert not world.parsed
-    build(tmp_path / "new", BuildOptions(refit=False), gpu=GPU)
+    build(tmp_path / "new", gpu=GPU)
 
 
 @pytest.mark.slow

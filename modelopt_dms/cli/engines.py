@@ -57,8 +57,8 @@ def build(
         int | None, typer.Option(min=1, help="MiB of scratch that TensorRT may use.")
     ] = None,
     refit: Annotated[
-        bool, typer.Option("--refit/--no-refit", help="Weights can be replaced later.")
-    ] = True,
+        bool, typer.Option("--refit", help="Weights can be replaced later: `engine refit`.")
+    ] = False,
     timing_cache: Annotated[
         Path | None, typer.Option(help="File of kernel times; makes the next build quick.")
     ] = None,

@@ -43,7 +43,7 @@ def check_refit(version: str) -> None:
     if version_of(version) == (11, 3):
         raise EngineError(
             f"TensorRT {version} may drop a bias, a gate's threshold, from engines whose weights can be replaced (a "
-            "known issue of 11.3); build with --no-refit, or install another version"
+            "known issue of 11.3); build without --refit, or install another version"
         )
 
 

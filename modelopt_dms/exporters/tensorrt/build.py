@@ -37,7 +37,7 @@ class BuildOptions:
     batch: int = 8
     pages: int | None = None
     workspace: int | None = None
-    refit: bool = True
+    refit: bool = False
     timing_cache: Path | None = None
 
     def __post_init__(self) -> None:

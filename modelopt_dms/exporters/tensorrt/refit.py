@@ -64,7 +64,7 @@ def refit(
     build = old.build or {}
     if not build["refit"]:
         raise EngineError(
-            f"the engines of {directory} hold their weights for good; build them without --no-refit"
+            f"the engines of {directory} hold their weights for good; build them with --refit"
         )
     began = time.perf_counter()
     refitter = _Refitter(trt, old, directory, source)
