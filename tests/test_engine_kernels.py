@@ -68,7 +68,7 @@ def test_what_is_changed_in_place_is_reached_through_the_outputs_pointer(
 ) -> None:
     for kernel, ptx in every_kernel(exported):
         body = ptx[ptx.index(".reqntid") :]
-        for output in OPERATORS[kernel.operator].outputs:
+        for output in [x for x in OPERATORS[kernel.operator].outputs if not x.unchanged]:
             assert f"[out_{output.name}]" in body
             if output.aliases:
                 assert f"in_{output.aliases}" not in body

@@ -30,7 +30,7 @@ def sizes_of(model: PreTrainedModel, chunk: int, max_length: int | None, program
         ExportError: a size that no graph can have.
     """
     longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    length = max_length or min(MAX_LENGTH, longest or MAX_LENGTH)
+    length = min(MAX_LENGTH, longest or MAX_LENGTH) if max_length is None else max_length
     if chunk < 16 or chunk % 16:
         raise ExportError(f"chunk={chunk} must be a multiple of 16 tokens")
     if length < PAGE:
