@@ -178,6 +178,7 @@ def test_sizes_are_checked_first(options: dict[str, int], message: str, tmp_path
         dms.export(build_dms("llama"), tmp_path / "out", "onnx", **options)
 
 
+@pytest.mark.slow
 def test_experts_that_are_quantized_are_refused(tmp_path: Path) -> None:
     """They are computed past their quantizers, and the graph would be another model."""
     base = {"num_hidden_layers": 1}
