@@ -216,7 +216,7 @@ def test_a_graph_that_cannot_be_captured_can_be_run_without(
         ({"batch": 0}, "batch=0 must be 1 or more"),
         ({"pages": 0}, "pages=0 must be 1 or more"),
         ({"workspace": -1}, "workspace=-1 must be 1 or more"),
-        ({"pages": 3}, "pages=3 cannot hold one sequence: its 4 lists need a page each"),
+        ({"pages": 1}, "pages=1 cannot hold one sequence: its 2 lists of a layer need a page each"),
     ],
 )
 def test_builds_that_make_no_sense_are_refused(
@@ -299,8 +299,8 @@ def test_a_manifest_that_lacks_a_layer_is_refused(tmp_path: Path) -> None:
 
 def test_too_few_pages_are_named_before_anything_runs(tmp_path: Path) -> None:
     exported(tmp_path)
-    with pytest.raises(OutOfPagesError, match="pages=2 cannot hold one sequence.*--pages"):
-        open_session(tmp_path, pages=2)
+    with pytest.raises(OutOfPagesError, match="pages=1 cannot hold one sequence.*--pages"):
+        open_session(tmp_path, pages=1)
 
 
 def test_the_doctor_works_where_nothing_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -349,7 +349,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     ("arguments", "message"),
     [
         (("inspect", "."), "holds no dms_engine.json"),
-        (("build", "{}", "--pages", "3"), "pages=3 cannot hold one sequence"),
+        (("build", "{}", "--pages", "1"), "pages=1 cannot hold one sequence"),
         (("run", "{}", "-p", "x", "--backend", "tensorrt"), "TensorRT is not installed"),
         (("run", "{}", "-p", "x", "--pages", "1"), "pages=1 cannot hold one sequence"),
         (("run", "{}", "-p", "x", "--top-p", "2"), "top_p=2.0 must be more than 0"),

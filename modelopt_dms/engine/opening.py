@@ -26,7 +26,7 @@ def open_session(
         directory: that was exported.
         backend: "auto" is TensorRT if engines were built, else onnxruntime.
         batch: batch slots; None: what the engine was built for, or 1.
-        pages: of the KV cache; None: what lists can need at most, as far as memory goes.
+        pages: of each layer's KV cache; None: what lists can need at most, as far as memory goes.
         graph: TensorRT decodes by a CUDA graph.
 
     Raises:

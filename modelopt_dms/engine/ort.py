@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs exported graphs in onnxruntime on the CPU: the reference of the TensorRT engines, and a way to try them out.
 
-Functional: graphs return their new state, and it is copied over the old one. Every layer has page arrays of its own.
+Functional: graphs return their new state, and it is copied over the old one.
 """
 
 from pathlib import Path
@@ -53,7 +53,7 @@ class OnnxRuntimeBackend:
             directory: that was exported.
             manifest: of it, if it was read already.
             batch: batch slots.
-            pages: that can be given out; None: as many as the lists can ever need.
+            pages: of each layer that can be given out; None: as many as the lists can ever need.
             threads: of onnxruntime; 0: as it likes.
 
         Raises:
@@ -94,9 +94,8 @@ class OnnxRuntimeBackend:
 
 
 def every_page(manifest: Manifest, batch: int) -> int:
-    """Pages that all lists own together when none can grow any more."""
-    model = manifest.model
-    return batch * model.layers * model.kv_heads * manifest.pages_per_list
+    """Pages that a layer's lists own together when none can grow any more."""
+    return batch * manifest.model.kv_heads * manifest.pages_per_list
 
 
 def _open(

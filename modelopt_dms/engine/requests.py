@@ -97,7 +97,7 @@ class Stats:
         decode_tokens: tokens that they gave.
         decode_seconds: spent on them, choosing tokens included.
         put_back: requests that lost their pages to older ones and started over.
-        peak_pages: most pages in use.
+        peak_pages: most pages in use, of all layers together.
     """
 
     prompt_tokens: int = 0

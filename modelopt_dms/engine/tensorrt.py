@@ -18,9 +18,7 @@ from modelopt_dms.engine.errors import EngineError
 from modelopt_dms.engine.gpu import Gpu
 from modelopt_dms.engine.manifest import Manifest, Phase
 from modelopt_dms.engine.state import (
-    POOLS,
     State,
-    aliased,
     check_feeds,
     dtype_of,
     shape_of,
@@ -80,7 +78,6 @@ class TensorRTBackend:
         *,
         pages: int | None = None,
         graph: bool = True,
-        share: bool = True,
         gpu: Gpu | None = None,
     ) -> None:
         """Load the engines.
@@ -88,9 +85,9 @@ class TensorRTBackend:
         Args:
             directory: that was exported, and built.
             manifest: of it, if it was read already.
-            pages: that can be given out; None: as many as lists can need, memory holds and the engine takes.
+            pages: of each layer that can be given out; None: as many as memory holds
+                and the engine takes.
             graph: decode by a CUDA graph.
-            share: one buffer for the pages of all layers; else one each, in which the others' pages lie idle.
             gpu: to run on.
 
         Raises:
@@ -106,10 +103,7 @@ class TensorRTBackend:
         self._runtime = trt.Runtime(self._log)
         engines = {x: self._load(trt, directory, x) for x in manifest.phases}
         build = manifest.build or {}
-        # In place, layers touch pages of their own only: one buffer serves them all.
-        shared = share and all(aliased(manifest, x) for x in POOLS)
-        pages = self._pages(pages, build, shared)
-        self.state = State(manifest, build["batch"], pages, gpu.device, shared)
+        self.state = State(manifest, build["batch"], self._pages(pages, build), gpu.device)
         self._runs = {
             "decode": _Execution(engines["decode"], manifest.phases["decode"], self.state, gpu),
             # A batch slot's part of a tensor is not aligned as TensorRT wants it: the row is copied.
@@ -148,19 +142,20 @@ class TensorRTBackend:
         check_ports(f"{path.name}, outputs", phase.outputs, outputs)
         return engine
 
-    def _pages(self, asked: int | None, build: dict[str, Any], shared: bool) -> int:
-        """Pages that can be given out."""
+    def _pages(self, asked: int | None, build: dict[str, Any]) -> int:
+        """Pages of each layer that can be given out."""
         model, most = self.manifest.model, int(build["pages"])
         if asked is not None and asked > most:
             raise EngineError(
                 f"pages={asked} is more than the {most} that the engine was built for; build it with --pages {asked}"
             )
-        copies = 1 if shared else 2 * model.layers  # the state, and what the graphs return
-        room = int(MEMORY_SHARE * self._gpu.free_bytes) // (model.page_bytes * copies) - 1
-        if asked is None and room < model.layers * model.kv_heads:
+        copies = 2 if self.manifest.plugin_free else 1  # the state, and what the graphs return
+        size = model.page_bytes * model.layers * copies
+        room = int(MEMORY_SHARE * self._gpu.free_bytes) // size - 1
+        if asked is None and room < model.kv_heads:
             raise EngineError(
-                f"the GPU has {self._gpu.free_bytes >> 20} MiB free, which hold {max(room, 0)} pages; one sequence "
-                f"needs {model.layers * model.kv_heads} at least"
+                f"the GPU has {self._gpu.free_bytes >> 20} MiB free, which hold {max(room, 0)} pages of each of "
+                f"{model.layers} layers; one sequence needs {model.kv_heads} at least"
             )
         return asked or min(most, room)
 

@@ -28,7 +28,7 @@ class BuildOptions:
 
     Attributes:
         batch: batch slots of the decode step.
-        pages: that can be given out at most; None: as many as all lists can own.
+        pages: of each layer that can be given out at most; None: as many as all its lists can own.
         workspace: bytes that TensorRT may use for scratch; None: its default.
         refit: weights can be replaced later.
         timing_cache: file that is read if it exists, and written.
@@ -47,12 +47,11 @@ class BuildOptions:
                 raise EngineError(f"{name}={value} must be 1 or more")
 
     def most_pages(self, manifest: Manifest) -> int:
-        """Pages that can be given out."""
-        model = manifest.model
-        lists = model.layers * model.kv_heads
+        """Pages of each layer that can be given out."""
+        lists = manifest.model.kv_heads
         if self.pages is not None and self.pages < lists:
             raise EngineError(
-                f"pages={self.pages} cannot hold one sequence: its {lists} lists need a page each"
+                f"pages={self.pages} cannot hold one sequence: its {lists} lists of a layer need a page each"
             )
         return self.pages or self.batch * lists * manifest.pages_per_list
 
@@ -240,10 +239,9 @@ class _Builder:
 
     def _profile(self, phase: Phase, name: str) -> Any:
         """Shapes: all fixed but the number of pages, which memory decides when the engine is loaded."""
-        model = self._manifest.model
         batch = self._options.batch if name == "decode" else 1
         # One page more than can be given out.
-        pages: Sizes = (model.layers * model.kv_heads + 1, self._pages + 1, self._pages + 1)
+        pages: Sizes = (self._manifest.model.kv_heads + 1, self._pages + 1, self._pages + 1)
         profile = self._builder.create_optimization_profile()
         for port in phase.inputs:
             profile.set_shape(port.name, *(shape_of(port, batch, x) for x in pages))
