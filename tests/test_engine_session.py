@@ -200,6 +200,32 @@ def test_a_callback_that_fails_leaves_the_session_whole() -> None:
     assert running.generate(prompts(5), 3) == [alone(prompts(5)[0], 3)]
 
 
+def test_a_callback_that_fails_costs_other_requests_nothing() -> None:
+    def fail(request: Request, token: int) -> None:
+        raise RuntimeError(
+            f"reader {requests.index(request)} went away after {len(request.tokens)}"
+        )
+
+    given = prompts(4, 6, 5)
+    heard: list[int] = []
+    running = session(3)
+    requests: list[Request] = []
+    calls = [fail, fail, lambda request, token: heard.append(token)]
+    requests += [running.submit(x, 6, on_token=y) for x, y in zip(given, calls, strict=True)]
+    said = []
+    for _ in range(6):
+        with pytest.raises(RuntimeError) as raised:
+            running.step()
+        said.append(str(raised.value))
+    # The first one of each step; no token is lost, given twice, or not told.
+    assert said == [f"reader 0 went away after {n}" for n in range(1, 7)]
+    assert [x.tokens for x in requests] == [alone(x, 6) for x in given]
+    assert [x.finish for x in requests] == ["length"] * 3
+    assert heard == requests[2].tokens
+    assert not running.step()
+    assert running.tables.in_use == 0
+
+
 def test_a_seed_draws_the_same_tokens_whatever_else_is_generated() -> None:
     prompt = prompts(9)[0]
     sampling = Sampling(temperature=1.5, top_p=0.9, seed=7)

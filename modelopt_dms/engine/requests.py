@@ -53,6 +53,9 @@ class Request:
             self.finish = "eos"
         elif len(self.tokens) >= self.max_new_tokens:
             self.finish = "length"
+
+    def tell(self, token: int) -> None:
+        """Call who wants to know about a new token."""
         if self.on_token is not None:
             self.on_token(self, token)
 
