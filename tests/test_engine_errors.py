@@ -26,7 +26,6 @@ from modelopt_dms.engine.session import Session
 from modelopt_dms.engine.tensorrt import TensorRTBackend
 from modelopt_dms.exporters.tensorrt.build import BuildOptions, build
 from modelopt_dms.exporters.tensorrt.doctor import examine
-from modelopt_dms.ops.paged import OutOfPagesError
 
 EMBEDDED = Path(__file__).parent.parent / "examples" / "embedded_model"
 GPU: Any = FakeGpu()
@@ -192,6 +191,11 @@ def test_a_session_asks_for_what_the_engine_was_built_for(world: World, tmp_path
         open_session(tmp_path, batch=4)
     with pytest.raises(EngineError, match="pages=31 is more than the 30 that the engine was built"):
         TensorRTBackend(tmp_path, gpu=GPU, pages=31)
+    with pytest.raises(
+        EngineError, match=r"pages=1 cannot hold one sequence: its 2 lists .*--page"
+    ):
+        TensorRTBackend(tmp_path, gpu=GPU, pages=1)
+    assert TensorRTBackend(tmp_path, gpu=GPU, pages=2, graph=False).state.pages == 2
     with pytest.raises(EngineError, match="backend='trt' must be"):
         open_session(tmp_path, "trt")  # type: ignore[arg-type]
 
@@ -299,7 +303,7 @@ def test_a_manifest_that_lacks_a_layer_is_refused(tmp_path: Path) -> None:
 
 def test_too_few_pages_are_named_before_anything_runs(tmp_path: Path) -> None:
     exported(tmp_path)
-    with pytest.raises(OutOfPagesError, match="pages=1 cannot hold one sequence.*--pages"):
+    with pytest.raises(EngineError, match="pages=1 cannot hold one sequence.*--pages"):
         open_session(tmp_path, pages=1)
 
 

@@ -47,6 +47,20 @@ def check_refit(version: str) -> None:
         )
 
 
+def check_pages(pages: int, manifest: Manifest) -> None:
+    """That one sequence can begin.
+
+    Raises:
+        EngineError: it cannot.
+    """
+    lists = manifest.model.kv_heads
+    if pages < lists:
+        raise EngineError(
+            f"pages={pages} cannot hold one sequence: its {lists} lists of a layer need a page each; give it "
+            f"--pages {lists} or more"
+        )
+
+
 def check_kernels(manifest: Manifest, directory: Path) -> None:
     """That the kernel files are those that were exported.
 

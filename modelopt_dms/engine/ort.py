@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from modelopt_dms.engine.checks import Found, check_ports
+from modelopt_dms.engine.checks import Found, check_pages, check_ports
 from modelopt_dms.engine.errors import EngineError
 from modelopt_dms.engine.manifest import Manifest, ManifestError
 from modelopt_dms.engine.state import State, check_feeds
@@ -57,7 +57,7 @@ class OnnxRuntimeBackend:
             threads: of onnxruntime; 0: as it likes.
 
         Raises:
-            EngineError: onnxruntime is missing or cannot run graphs of this dtype.
+            EngineError: onnxruntime is missing or cannot run graphs of this dtype, or one sequence needs more pages.
             ManifestError: the graphs are not those of the manifest.
         """
         directory = Path(directory)
@@ -69,10 +69,12 @@ class OnnxRuntimeBackend:
                 "wrong dtype: onnxruntime's CPU kernels have no bfloat16; export the model with --dtype float32 to "
                 "run it there"
             )
+        pages = every_page(manifest, batch) if pages is None else pages
+        check_pages(pages, manifest)
         self._sessions = {
             name: _open(directory, manifest, name, threads) for name in manifest.phases
         }
-        self.state = State(manifest, batch, pages or every_page(manifest, batch))
+        self.state = State(manifest, batch, pages)
 
     def run(self, phase: str, feeds: dict[str, Tensor], row: int | None = None) -> Tensor:
         """Run a graph; see `backend.Backend`."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modelopt_dms.engine.checks import Found, check_engine, check_ports, check_version
+from modelopt_dms.engine.checks import Found, check_engine, check_pages, check_ports, check_version
 from modelopt_dms.engine.errors import EngineError
 from modelopt_dms.engine.execution import Execution, is_pool
 from modelopt_dms.engine.gpu import Gpu
@@ -176,17 +176,20 @@ class TensorRTBackend:
     def _pages(self, asked: int | None, build: dict[str, Any]) -> int:
         """Pages of each layer that can be given out."""
         model, most = self.manifest.model, int(build["pages"])
-        if asked is not None and asked > most:
+        if asked is not None:
+            check_pages(asked, self.manifest)
+            if asked <= most:
+                return asked
             raise EngineError(
                 f"pages={asked} is more than the {most} that the engine was built for; build it with --pages {asked}"
             )
         room = int(MEMORY_SHARE * self._gpu.free_bytes) // self._slice_bytes() - 1
-        if asked is None and room < model.kv_heads:
+        if room < model.kv_heads:
             raise EngineError(
                 f"the GPU has {self._gpu.free_bytes >> 20} MiB free, which hold {max(room, 0)} pages of each of "
                 f"{model.layers} layers; one sequence needs {model.kv_heads} at least"
             )
-        return asked or min(most, room)
+        return min(most, room)
 
     def _capture(self) -> Callable[[], None]:
         """The decode step as a CUDA graph. No batch slot is active yet: running it changes nothing."""

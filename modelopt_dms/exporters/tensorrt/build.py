@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from modelopt_dms.engine.checks import check_kernels, check_refit, kernel_hashes
+from modelopt_dms.engine.checks import check_kernels, check_pages, check_refit, kernel_hashes
 from modelopt_dms.engine.errors import EngineError
 from modelopt_dms.engine.gpu import Gpu
 from modelopt_dms.engine.manifest import Manifest, ManifestError, Phase
@@ -48,12 +48,10 @@ class BuildOptions:
 
     def most_pages(self, manifest: Manifest) -> int:
         """Pages of each layer that can be given out."""
-        lists = manifest.model.kv_heads
-        if self.pages is not None and self.pages < lists:
-            raise EngineError(
-                f"pages={self.pages} cannot hold one sequence: its {lists} lists of a layer need a page each"
-            )
-        return self.pages or self.batch * lists * manifest.pages_per_list
+        if self.pages is None:
+            return self.batch * manifest.model.kv_heads * manifest.pages_per_list
+        check_pages(self.pages, manifest)
+        return self.pages
 
 
 def build(
