@@ -104,7 +104,8 @@ def test_another_gpu_is_refused(world: World, tmp_path: Path) -> None:
     ):
         TensorRTBackend(tmp_path, gpu=other)
     with pytest.raises(
-        EngineError, match=r"wrong GPU: the kernel of DmsCacheUpdate was compiled for sm_90a.*8.9"
+        EngineError,
+        match=r"wrong GPU: .* DmsCacheUpdate was compiled for sm_90a.*8.9; .*--plugin-free",
     ):
         build(tmp_path, gpu=other)
     newer: Any = FakeGpu("10.0")
@@ -336,6 +337,11 @@ def test_the_doctor_sees_what_is_there(world: World, monkeypatch: pytest.MonkeyP
     assert findings["TensorRT 10.10 .. 11.x"].good
     assert findings["GPU of compute capability 9.0"].state == "H200, 9.0"
     assert findings["onnxruntime"].good
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 9))
+    gpu = {x.what: x for x in examine()}["GPU of compute capability 9.0"]
+    assert (gpu.good, gpu.needed_for) == (False, "run our plugins")
+    assert gpu.state == "H200, 8.9: runs plugin-free engines only"
+    assert "--plugin-free" in gpu.fix
     world.double.module.__version__ = "10.3.0"  # type: ignore[attr-defined]
     found = {x.what: x for x in examine()}["TensorRT 10.10 .. 11.x"]
     assert (found.good, found.state) == (False, "10.3.0")

@@ -132,7 +132,8 @@ def check_arch(manifest: Manifest, gpu: Gpu) -> None:
         if not fits:
             raise EngineError(
                 f"wrong GPU: the kernel of {kernel.operator} was compiled for {kernel.arch}, and this {gpu.name} has "
-                f"compute capability {gpu.capability}; export again for sm_{here}"
+                f"compute capability {gpu.capability}; `modelopt-dms export --format tensorrt --plugin-free` writes "
+                "graphs without such kernels, for any GPU"
             )
 
 
