@@ -144,7 +144,8 @@ def test_changed_kernels_are_refused(world: World, tmp_path: Path) -> None:
     path = tmp_path / "kernels" / "update.ptx"
     path.write_text("changed")
     with pytest.raises(
-        ManifestError, match="update.ptx was changed since the export: its sha256.*DmsCacheUpdate"
+        ManifestError,
+        match="update.ptx was changed since the export .*: its sha256.*DmsCacheUpdate",
     ):
         build(tmp_path, gpu=GPU)
     path.unlink()
@@ -239,6 +240,27 @@ def test_missing_graphs_are_refused(missing: str, tmp_path: Path) -> None:
     for attempt in (lambda: build(tmp_path, gpu=GPU), lambda: OnnxRuntimeBackend(tmp_path)):
         with pytest.raises(ManifestError, match=f"{missing} is missing; export again"):
             attempt()
+
+
+@pytest.mark.parametrize("name", ["decode.onnx", "weights.bin"])
+def test_graphs_and_weights_of_another_export_are_refused(name: str, tmp_path: Path) -> None:
+    manifest = exported(tmp_path)
+    (tmp_path / "weights.bin").write_bytes(b"1234")
+    names = ("decode.onnx", "prefill.onnx", "weights.bin")
+    files = {x: sha256(tmp_path / x) for x in names}
+    dataclasses.replace(manifest, files=files).save(tmp_path)
+    assert Manifest.load(tmp_path).files == files
+    OnnxRuntimeBackend(tmp_path)
+    path = tmp_path / name
+    path.write_bytes(path.read_bytes()[:-1])
+    for message in (
+        rf"{name} was changed since the export \(\d+ bytes\): .* the manifest says",
+        "is missing",
+    ):
+        for attempt in (lambda: build(tmp_path, gpu=GPU), lambda: OnnxRuntimeBackend(tmp_path)):
+            with pytest.raises(ManifestError, match=f"{message}.*; export again"):
+                attempt()
+        path.unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from modelopt_dms.engine.checks import Found, check_pages, check_ports
+from modelopt_dms.engine.checks import Found, check_files, check_pages, check_ports
 from modelopt_dms.engine.errors import EngineError
 from modelopt_dms.engine.manifest import Manifest, ManifestError
 from modelopt_dms.engine.state import State, check_feeds
@@ -71,6 +71,7 @@ class OnnxRuntimeBackend:
             )
         pages = every_page(manifest, batch) if pages is None else pages
         check_pages(pages, manifest)
+        check_files(manifest, directory)
         self._sessions = {
             name: _open(directory, manifest, name, threads) for name in manifest.phases
         }

@@ -12,7 +12,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from modelopt_dms.engine.checks import check_kernels, check_pages, check_refit, kernel_hashes
+from modelopt_dms.engine.checks import (
+    check_files,
+    check_kernels,
+    check_pages,
+    check_refit,
+    kernel_hashes,
+)
 from modelopt_dms.engine.errors import EngineError
 from modelopt_dms.engine.gpu import Gpu
 from modelopt_dms.engine.manifest import Manifest, ManifestError, Phase
@@ -80,6 +86,7 @@ def build(
     options = options or BuildOptions()
     manifest = Manifest.load(directory)
     pages = options.most_pages(manifest)
+    check_files(manifest, directory)
     if not manifest.plugin_free:
         check_kernels(manifest, directory)
     for phase in manifest.phases.values():
