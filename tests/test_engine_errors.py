@@ -330,6 +330,15 @@ def test_too_few_pages_are_named_before_anything_runs(tmp_path: Path) -> None:
         open_session(tmp_path, pages=1)
 
 
+@pytest.mark.parametrize("backend", ["auto", "onnxruntime", "tensorrt"])
+def test_no_batch_slots_and_no_pages_are_refused(backend: Any, tmp_path: Path) -> None:
+    exported(tmp_path)
+    for given in ({"batch": 0}, {"pages": 0}, {"pages": -1}):
+        [(name, value)] = given.items()
+        with pytest.raises(EngineError, match=f"{name}={value} must be 1 or more"):
+            open_session(tmp_path, backend, **given)
+
+
 def test_the_doctor_works_where_nothing_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     from importlib.metadata import PackageNotFoundError
 
