@@ -59,5 +59,9 @@ def staged(target: Path) -> Iterator[Path]:
         raise
     # Without the last ones the directory is not a model, and the next run starts over.
     for path in sorted(staging.iterdir(), key=lambda x: x.name in LAST):
-        os.replace(path, target / path.name)
+        place = target / path.name
+        # Of an interrupted run; a directory is not replaced by another one unless it is empty.
+        if place.is_dir() and not place.is_symlink():
+            shutil.rmtree(place)
+        os.replace(path, place)
     staging.rmdir()

@@ -213,6 +213,7 @@ class World:
         fixed: weights that engines cannot have replaced.
         unnamed: weights that engines want and no graph has.
         refit_error: what the refitter logs when it fails; it succeeds if it is None.
+        profiles: by phase, the (least, most) shapes of the inputs that an engine takes.
         ports: changes of what engines say about themselves: name -> (dtype, shape).
     """
 
@@ -226,6 +227,7 @@ class World:
         self.fixed: set[str] = set()
         self.unnamed: set[str] = set()
         self.refit_error: str | None = None
+        self.profiles: dict[str, dict[str, tuple[tuple[int, ...], tuple[int, ...]]]] = {}
         self.ports: dict[str, tuple[str, tuple[int, ...]]] = {}
         behaviours = {**self._building(), **self._running(), **self._refitting()}
         if "IAttention" in surface["classes"]:
@@ -243,17 +245,23 @@ class World:
             "Builder.__init__": lambda this, logger: vars(this).update(told=logger),
             "Builder.create_network": make("INetworkDefinition"),
             "Builder.create_builder_config": make("IBuilderConfig"),
-            "Builder.create_optimization_profile": make("IOptimizationProfile"),
+            "Builder.create_optimization_profile": lambda this: self.double.make(
+                "IOptimizationProfile", shapes={}
+            ),
             "Builder.build_serialized_network": self._build,
             "IBuilderConfig.set_memory_pool_limit": nothing,
             "IBuilderConfig.set_flag": nothing,
             "IBuilderConfig.set_preview_feature": nothing,
-            "IBuilderConfig.add_optimization_profile": lambda this, profile: 0,
+            "IBuilderConfig.add_optimization_profile": lambda this, profile: vars(this).update(
+                profile=profile.shapes
+            ),
             "IBuilderConfig.create_timing_cache": make("ITimingCache"),
             "IBuilderConfig.set_timing_cache": lambda this, **_: self._accepts(),
             "IBuilderConfig.get_timing_cache": make("ITimingCache"),
             "ITimingCache.serialize": lambda this: self.double.make("IHostMemory", b"times"),
-            "IOptimizationProfile.set_shape": nothing,
+            "IOptimizationProfile.set_shape": lambda this, **x: this.shapes.update(
+                {x["input"]: (x["min"], x["max"])}
+            ),
             "OnnxParser.parse": self._parse,
             "OnnxParser.num_errors": lambda this: len(self.errors),
             "OnnxParser.get_error": lambda this, index: self.double.make(
@@ -336,6 +344,7 @@ class World:
             this.told.log(severity.ERROR, self.build_error)
             return None
         phase = self.parsed[-1][1].rpartition("/")[2].removesuffix(".onnx")
+        self.profiles[phase] = config.profile
         return self.double.make("IHostMemory", phase.encode())
 
     def _load(self, this: Any, serialized_engine: bytes) -> Any:
@@ -400,7 +409,10 @@ class World:
 
     def _shape(self, this: Any, name: str, shape: tuple[int, ...]) -> bool:
         this.shapes[name] = shape
-        return name in {x.name for x in this.engine_made.phase.inputs}
+        least, most = self.profiles[this.engine_made.phase_name].get(name, ((), ()))
+        return len(shape) == len(least) and all(
+            x <= y <= z for x, y, z in zip(least, shape, most, strict=True)
+        )
 
     def _address(self, this: Any, name: str, memory: int) -> bool:
         this.addresses[name] = memory

@@ -15,6 +15,7 @@ from tensorrt_double import Double, FakeGpu, World
 from tensorrt_surface import surface
 from toy_engine import ToyBackend, ToyGraphs, toy_manifest
 
+from modelopt_dms.engine.errors import EngineError
 from modelopt_dms.engine.manifest import Kernel, Manifest, sha256
 from modelopt_dms.engine.operators import DOMAIN
 from modelopt_dms.engine.session import Session
@@ -129,8 +130,8 @@ def test_a_build_calls_what_the_bindings_have(
     assert shapes[1, "input_ids"] == ((1, 8),) * 3
     assert shapes[1, "table.0"] == ((1, 2, 4),) * 3
     for phase in (0, 1):
-        assert shapes[phase, "keys.0"] == ((5, 64, 8), (21, 64, 8), (21, 64, 8))
-        assert shapes[phase, "values.1"] == ((5, 64, 6), (21, 64, 6), (21, 64, 6))
+        assert shapes[phase, "keys.0"] == ((3, 64, 8), (21, 64, 8), (21, 64, 8))
+        assert shapes[phase, "values.1"] == ((3, 64, 6), (21, 64, 6), (21, 64, 6))
     config = "IBuilderConfig"
     preview = module.PreviewFeature.ALIASED_PLUGIN_IO_10_03  # type: ignore[attr-defined]
     assert (
@@ -258,33 +259,61 @@ def test_engines_generate_what_the_graphs_do(
 ) -> None:
     manifest = exported(tmp_path, toy_manifest(in_place=in_place), kernels=in_place)
     use(monkeypatch, real, manifest)
-    build(tmp_path, BuildOptions(batch=2, pages=30), gpu=GPU)
+    build(tmp_path, BuildOptions(batch=2, pages=15), gpu=GPU)
     gpu: Any = FakeGpu()
     backend = TensorRTBackend(tmp_path, graph=graph, gpu=gpu)
-    assert backend.state.pages == 30
-    # In place, both layers' keys are one buffer.
-    assert len(backend.state.stacks["keys"]) == (1 if in_place else 2)
+    assert backend.state.pages == 15
+    assert backend.state.stacks["keys"].shape[:2] == (2, 16)
     generator = torch.Generator().manual_seed(5)
     prompts = [torch.randint(41, (n,), generator=generator).tolist() for n in (3, 17, 8)]
     running = Session(manifest, backend)
-    expected = Session(manifest, ToyBackend(manifest, 2, 30)).generate(prompts, 6)
+    expected = Session(manifest, ToyBackend(manifest, 2, 15)).generate(prompts, 6)
     assert running.generate(prompts, 6) == expected
     assert (gpu.replays > 0) == graph
     assert running.tables.in_use == 0
 
 
+@pytest.mark.parametrize("in_place", [True, False])
 def test_pages_are_as_many_as_memory_holds(
+    in_place: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registered: object
+) -> None:
+    manifest = exported(tmp_path, toy_manifest(in_place=in_place), kernels=in_place)
+    use(monkeypatch, surface(), manifest)
+    build(tmp_path, BuildOptions(batch=2, pages=30), gpu=GPU)
+    # What is not changed in place is returned, into one buffer of both engines.
+    copies = 1 if in_place else 2
+    page = manifest.model.page_bytes * manifest.model.layers * copies
+    small: Any = FakeGpu(free_bytes=page * 20)
+    assert TensorRTBackend(tmp_path, gpu=small).state.pages == 15  # 80 %, and nobody's page
+    assert TensorRTBackend(tmp_path, gpu=small, pages=7).state.pages == 7
+    backend = TensorRTBackend(tmp_path, gpu=small)
+    tensors = [backend.state.stacks[x] for x in ("keys", "values")]
+    tensors += [y for x in backend._runs.values() for y in x.results.values() if y.ndim == 3]
+    taken = {x.data_ptr(): x.numel() * x.element_size() for x in tensors if x.shape[-2] == 64}
+    assert sum(taken.values()) == 16 * page
+    full: Any = FakeGpu(free_bytes=1 << 10)
+    with pytest.raises(
+        ValueError, match="0 MiB free, which hold 0 pages of each of 2 layers; one .* 2 at"
+    ):
+        TensorRTBackend(tmp_path, gpu=full)
+
+
+def test_pages_that_memory_does_not_hold_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, registered: object
 ) -> None:
     manifest = exported(tmp_path)
     use(monkeypatch, surface(), manifest)
-    build(tmp_path, BuildOptions(batch=2, pages=30), gpu=GPU)
-    small: Any = FakeGpu(free_bytes=manifest.model.page_bytes * 20)
-    assert TensorRTBackend(tmp_path, gpu=small).state.pages == 15  # 80 %, and nobody's page
-    assert TensorRTBackend(tmp_path, gpu=small, pages=7).state.pages == 7
-    full: Any = FakeGpu(free_bytes=1 << 10)
-    with pytest.raises(ValueError, match="0 MiB free, which hold 0 pages; one sequence needs 4"):
-        TensorRTBackend(tmp_path, gpu=full)
+    build(tmp_path, BuildOptions(batch=2, pages=1169), gpu=GPU)
+
+    def full(*sizes: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "zeros", full)
+    small: Any = FakeGpu(free_bytes=1 << 20)
+    with pytest.raises(
+        EngineError, match=r"pages=1169 are too many .* take 7 MiB in all .* and 1 MiB were free"
+    ):
+        TensorRTBackend(tmp_path, gpu=small, pages=1169)
 
 
 def test_the_log_keeps_errors_and_no_warnings() -> None:

@@ -26,7 +26,6 @@ from modelopt_dms.engine.session import Session
 from modelopt_dms.engine.tensorrt import TensorRTBackend
 from modelopt_dms.exporters.tensorrt.build import BuildOptions, build
 from modelopt_dms.exporters.tensorrt.doctor import examine
-from modelopt_dms.ops.paged import OutOfPagesError
 
 EMBEDDED = Path(__file__).parent.parent / "examples" / "embedded_model"
 GPU: Any = FakeGpu()
@@ -105,7 +104,8 @@ def test_another_gpu_is_refused(world: World, tmp_path: Path) -> None:
     ):
         TensorRTBackend(tmp_path, gpu=other)
     with pytest.raises(
-        EngineError, match=r"wrong GPU: the kernel of DmsCacheUpdate was compiled for sm_90a.*8.9"
+        EngineError,
+        match=r"wrong GPU: .* DmsCacheUpdate was compiled for sm_90a.*8.9; .*--plugin-free",
     ):
         build(tmp_path, gpu=other)
     newer: Any = FakeGpu("10.0")
@@ -144,7 +144,8 @@ def test_changed_kernels_are_refused(world: World, tmp_path: Path) -> None:
     path = tmp_path / "kernels" / "update.ptx"
     path.write_text("changed")
     with pytest.raises(
-        ManifestError, match="update.ptx was changed since the export: its sha256.*DmsCacheUpdate"
+        ManifestError,
+        match="update.ptx was changed since the export .*: its sha256.*DmsCacheUpdate",
     ):
         build(tmp_path, gpu=GPU)
     path.unlink()
@@ -192,6 +193,11 @@ def test_a_session_asks_for_what_the_engine_was_built_for(world: World, tmp_path
         open_session(tmp_path, batch=4)
     with pytest.raises(EngineError, match="pages=31 is more than the 30 that the engine was built"):
         TensorRTBackend(tmp_path, gpu=GPU, pages=31)
+    with pytest.raises(
+        EngineError, match=r"pages=1 cannot hold one sequence: its 2 lists .*--page"
+    ):
+        TensorRTBackend(tmp_path, gpu=GPU, pages=1)
+    assert TensorRTBackend(tmp_path, gpu=GPU, pages=2, graph=False).state.pages == 2
     with pytest.raises(EngineError, match="backend='trt' must be"):
         open_session(tmp_path, "trt")  # type: ignore[arg-type]
 
@@ -216,7 +222,7 @@ def test_a_graph_that_cannot_be_captured_can_be_run_without(
         ({"batch": 0}, "batch=0 must be 1 or more"),
         ({"pages": 0}, "pages=0 must be 1 or more"),
         ({"workspace": -1}, "workspace=-1 must be 1 or more"),
-        ({"pages": 3}, "pages=3 cannot hold one sequence: its 4 lists need a page each"),
+        ({"pages": 1}, "pages=1 cannot hold one sequence: its 2 lists of a layer need a page each"),
     ],
 )
 def test_builds_that_make_no_sense_are_refused(
@@ -234,6 +240,27 @@ def test_missing_graphs_are_refused(missing: str, tmp_path: Path) -> None:
     for attempt in (lambda: build(tmp_path, gpu=GPU), lambda: OnnxRuntimeBackend(tmp_path)):
         with pytest.raises(ManifestError, match=f"{missing} is missing; export again"):
             attempt()
+
+
+@pytest.mark.parametrize("name", ["decode.onnx", "weights.bin"])
+def test_graphs_and_weights_of_another_export_are_refused(name: str, tmp_path: Path) -> None:
+    manifest = exported(tmp_path)
+    (tmp_path / "weights.bin").write_bytes(b"1234")
+    names = ("decode.onnx", "prefill.onnx", "weights.bin")
+    files = {x: sha256(tmp_path / x) for x in names}
+    dataclasses.replace(manifest, files=files).save(tmp_path)
+    assert Manifest.load(tmp_path).files == files
+    OnnxRuntimeBackend(tmp_path)
+    path = tmp_path / name
+    path.write_bytes(path.read_bytes()[:-1])
+    for message in (
+        rf"{name} was changed since the export \(\d+ bytes\): .* the manifest says",
+        "is missing",
+    ):
+        for attempt in (lambda: build(tmp_path, gpu=GPU), lambda: OnnxRuntimeBackend(tmp_path)):
+            with pytest.raises(ManifestError, match=f"{message}.*; export again"):
+                attempt()
+        path.unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -299,8 +326,17 @@ def test_a_manifest_that_lacks_a_layer_is_refused(tmp_path: Path) -> None:
 
 def test_too_few_pages_are_named_before_anything_runs(tmp_path: Path) -> None:
     exported(tmp_path)
-    with pytest.raises(OutOfPagesError, match="pages=2 cannot hold one sequence.*--pages"):
-        open_session(tmp_path, pages=2)
+    with pytest.raises(EngineError, match="pages=1 cannot hold one sequence.*--pages"):
+        open_session(tmp_path, pages=1)
+
+
+@pytest.mark.parametrize("backend", ["auto", "onnxruntime", "tensorrt"])
+def test_no_batch_slots_and_no_pages_are_refused(backend: Any, tmp_path: Path) -> None:
+    exported(tmp_path)
+    for given in ({"batch": 0}, {"pages": 0}, {"pages": -1}):
+        [(name, value)] = given.items()
+        with pytest.raises(EngineError, match=f"{name}={value} must be 1 or more"):
+            open_session(tmp_path, backend, **given)
 
 
 def test_the_doctor_works_where_nothing_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,6 +368,11 @@ def test_the_doctor_sees_what_is_there(world: World, monkeypatch: pytest.MonkeyP
     assert findings["TensorRT 10.10 .. 11.x"].good
     assert findings["GPU of compute capability 9.0"].state == "H200, 9.0"
     assert findings["onnxruntime"].good
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 9))
+    gpu = {x.what: x for x in examine()}["GPU of compute capability 9.0"]
+    assert (gpu.good, gpu.needed_for) == (False, "run our plugins")
+    assert gpu.state == "H200, 8.9: runs plugin-free engines only"
+    assert "--plugin-free" in gpu.fix
     world.double.module.__version__ = "10.3.0"  # type: ignore[attr-defined]
     found = {x.what: x for x in examine()}["TensorRT 10.10 .. 11.x"]
     assert (found.good, found.state) == (False, "10.3.0")
@@ -349,7 +390,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     ("arguments", "message"),
     [
         (("inspect", "."), "holds no dms_engine.json"),
-        (("build", "{}", "--pages", "3"), "pages=3 cannot hold one sequence"),
+        (("build", "{}", "--pages", "1"), "pages=1 cannot hold one sequence"),
         (("run", "{}", "-p", "x", "--backend", "tensorrt"), "TensorRT is not installed"),
         (("run", "{}", "-p", "x", "--pages", "1"), "pages=1 cannot hold one sequence"),
         (("run", "{}", "-p", "x", "--top-p", "2"), "top_p=2.0 must be more than 0"),

@@ -19,11 +19,11 @@ class Tables(RuleBasedStateMachine):
         batch=st.integers(1, 4),
         heads=st.integers(1, 3),
         width=st.integers(1, 4),
-        spare=st.integers(0, 40),
+        spare=st.integers(0, 15),
         seed=st.integers(0, 999),
     )
     def start(self, layers: int, batch: int, heads: int, width: int, spare: int, seed: int) -> None:
-        self.tables = PageTables(layers, batch, heads, width, layers * heads + spare)
+        self.tables = PageTables(layers, batch, heads, width, heads + spare)
         self.live = np.zeros((layers, batch, heads), np.int32)
         self.random = np.random.default_rng(seed)
         self.capacity = width * PAGE
@@ -83,21 +83,38 @@ def test_a_page_owned_twice_is_found() -> None:
 
 
 def test_running_out_names_the_size_and_the_knob_and_changes_nothing() -> None:
-    tables = PageTables(2, 2, 2, 3, pages=9, page_bytes=1024, knob="turn the knob")
+    tables = PageTables(3, 2, 2, 3, pages=5, page_bytes=1024, knob="turn the knob")
     tables.reserve([0], 65)
     before = tables.table.copy()
     with pytest.raises(
         OutOfPagesError,
-        match=r"out of pages: .* 9 pages of 64 slots \(9216 bytes\), 8 are in use and 4 more .*; turn the knob",
+        match=r"out of pages: .* 5 pages of 64 slots in each of 3 layers \(15360 bytes\); layer 0 has 4 in use, "
+        "and 2 more are asked for; turn the knob",
     ):
         tables.reserve([1], 1)
     assert np.array_equal(tables.table, before)
-    assert tables.free == 1
+    assert tables.free.tolist() == [1, 1, 1]
+
+
+def test_layers_have_pages_of_their_own() -> None:
+    tables = PageTables(2, 2, 1, 3, pages=3)
+    tables.reserve([0], 2 * PAGE)
+    # The same ids, each a page of its own layer.
+    assert tables.table[:, 0, 0].tolist() == [[2, 1, NO_PAGE]] * 2
+    tables.settle([0], np.array([[[2]], [[PAGE + 1]]], np.int32))
+    assert (tables.free.tolist(), tables.in_use) == ([2, 1], 3)
+    before = tables.table.copy()
+    # The first layer has room for it, and the second one none: nothing is taken of either.
+    with pytest.raises(OutOfPagesError, match="layer 1 has 2 in use, and 2 more"):
+        tables.reserve([1], 2 * PAGE)
+    assert np.array_equal(tables.table, before)
+    tables.check_integrity()
 
 
 def test_a_pool_smaller_than_one_sequence_is_refused_at_once() -> None:
-    with pytest.raises(OutOfPagesError, match=r"pages=3 cannot hold one sequence: its 4 lists"):
-        PageTables(2, 1, 2, 8, pages=3)
+    with pytest.raises(OutOfPagesError, match=r"pages=1 cannot hold one sequence: its 2 lists"):
+        PageTables(2, 1, 2, 8, pages=1)
+    PageTables(2, 1, 2, 8, pages=2)
 
 
 def test_lists_that_are_full_need_no_more_pages() -> None:

@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -74,7 +75,9 @@ def exported(
         options: dict[str, Any] = {"save_as_external_data": True, "location": "weights.bin"}
         onnx.save(model, str(place / phase.graph), **options, size_threshold=1024)
     (place / "tokenizer.json").write_text(f"of threshold {threshold}")
-    manifest = dataclasses.replace(manifest, kernels=() if manifest.plugin_free else (kernel,))
+    kernels = () if manifest.plugin_free else (kernel,)
+    files = {x.name: sha256(x) for x in (*place.glob("*.onnx"), place / "weights.bin")}
+    manifest = dataclasses.replace(manifest, kernels=kernels, files=files)
     manifest.save(place)
     return place
 
@@ -307,12 +310,27 @@ def test_what_is_no_pair_of_directories_says_so(
     with pytest.raises(EngineError, match="wrong GPU"):
         other: Any = FakeGpu("8.9")
         refit(tmp_path / "old", new, gpu=other)
-    (new / "weights.bin").write_bytes(b"short")
+    for place in (new, tmp_path / "old"):
+        (place / "weights.bin").write_bytes(b"short")
+        with pytest.raises(ManifestError, match=rf"{place.name}/weights.bin was changed .*5 bytes"):
+            refit(tmp_path / "old", new, gpu=GPU)
+        (place / "weights.bin").unlink()
+        with pytest.raises(ManifestError, match=rf"{place.name}/weights.bin is missing; export"):
+            refit(tmp_path / "old", new, gpu=GPU)
+        exported(tmp_path / "fresh")
+        shutil.copy(tmp_path / "fresh" / "weights.bin", place / "weights.bin")
+        shutil.rmtree(tmp_path / "fresh")
+
+
+def test_weights_that_no_manifest_names_must_fit_the_graphs(tmp_path: Path) -> None:
+    places = [exported(tmp_path / str(x)) for x in (1, 2)]
+    graphs = [x / "decode.onnx" for x in places]
+    (places[1] / "weights.bin").write_bytes(b"short")
     with pytest.raises(ManifestError, match=r"weights.bin is truncated: .* bytes of large"):
-        refit(tmp_path / "old", new, gpu=GPU)
-    (new / "weights.bin").unlink()
+        changed_weights(*graphs)
+    (places[1] / "weights.bin").unlink()
     with pytest.raises(ManifestError, match=r"weights.bin is missing, the weights of decode.onnx"):
-        refit(tmp_path / "old", new, gpu=GPU)
+        changed_weights(*graphs)
 
 
 def test_documentation_of_nodes_is_no_difference(tmp_path: Path) -> None:

@@ -154,10 +154,10 @@ def attend(q: Tensor, pool: PagePool, lists: LayerLists) -> Tensor:
 class ToyBackend:
     """Runs the model on state, as a backend does."""
 
-    def __init__(self, manifest: Manifest, batch: int, pages: int, shared: bool = False) -> None:
+    def __init__(self, manifest: Manifest, batch: int, pages: int) -> None:
         self.manifest = manifest
         self.graphs = ToyGraphs(manifest)
-        self.state = State(manifest, batch, pages, shared=shared)
+        self.state = State(manifest, batch, pages)
         self.calls: list[tuple[str, int | None]] = []
 
     def run(self, phase: str, feeds: dict[str, Tensor], row: int | None = None) -> Tensor:

@@ -41,7 +41,10 @@ BackendOpt = Annotated[
 ]
 PagesOpt = Annotated[
     int | None,
-    typer.Option(min=1, help="Pages of 64 slots of the KV cache. [default: all that may be used]"),
+    typer.Option(
+        min=1,
+        help="Pages of 64 slots of each layer's KV cache. [default: all that may be used]",
+    ),
 ]
 GraphOpt = Annotated[
     bool, typer.Option("--graph/--no-graph", help="TensorRT: decode by a CUDA graph.")
@@ -246,7 +249,7 @@ def _summary(session: "Session", request: "Request") -> str:
     decode = 1000 * stats.decode_seconds / max(stats.decode_steps, 1)
     size = stats.peak_pages * model.page_bytes / 2**20
     return (
-        f"{request.seen} tokens, {request.live:.1f} live in a list on average; {stats.peak_pages} pages at most "
-        f"({size:.2f} MiB)\nprefill {1000 * stats.prefill_seconds:.1f} ms, decode {decode:.2f} ms a step, "
+        f"{request.seen} tokens, {request.live:.1f} live in a list on average; {stats.peak_pages} pages of all layers "
+        f"at most ({size:.2f} MiB)\nprefill {1000 * stats.prefill_seconds:.1f} ms, decode {decode:.2f} ms a step, "
         f"{stats.decode_steps} steps; ended by {request.finish}"
     )

@@ -47,6 +47,30 @@ def check_refit(version: str) -> None:
         )
 
 
+def check_pages(pages: int, manifest: Manifest) -> None:
+    """That one sequence can begin.
+
+    Raises:
+        EngineError: it cannot.
+    """
+    lists = manifest.model.kv_heads
+    if pages < lists:
+        raise EngineError(
+            f"pages={pages} cannot hold one sequence: its {lists} lists of a layer need a page each; give it "
+            f"--pages {lists} or more"
+        )
+
+
+def check_files(manifest: Manifest, directory: Path) -> None:
+    """That graphs and weights are those that were exported.
+
+    Raises:
+        ManifestError: one is missing or changed.
+    """
+    for name, expected in manifest.files.items():
+        _check_file(directory / name, expected)
+
+
 def check_kernels(manifest: Manifest, directory: Path) -> None:
     """That the kernel files are those that were exported.
 
@@ -54,15 +78,18 @@ def check_kernels(manifest: Manifest, directory: Path) -> None:
         ManifestError: one is missing or changed.
     """
     for kernel in manifest.kernels:
-        path = directory / kernel.file
-        if not path.is_file():
-            raise ManifestError(f"{path} is missing, the kernel of {kernel.operator}; export again")
-        found = sha256(path)
-        if found != kernel.sha256:
-            raise ManifestError(
-                f"{path} was changed since the export: its sha256 is {found[:12]}..., the manifest says "
-                f"{kernel.sha256[:12]}... for the kernel of {kernel.operator}; export again"
-            )
+        _check_file(directory / kernel.file, kernel.sha256, f"the kernel of {kernel.operator}")
+
+
+def _check_file(path: Path, expected: str, what: str = "") -> None:
+    if not path.is_file():
+        raise ManifestError(f"{path} is missing{what and f', {what}'}; export again")
+    found = sha256(path)
+    if found != expected:
+        raise ManifestError(
+            f"{path} was changed since the export ({path.stat().st_size} bytes): its sha256 is {found[:12]}..., the "
+            f"manifest says {expected[:12]}...{what and f' for {what}'}; export again"
+        )
 
 
 def kernel_hashes(kernels: tuple[Kernel, ...]) -> dict[str, str]:

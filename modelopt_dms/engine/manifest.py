@@ -146,6 +146,7 @@ class Manifest:
         plugin_free: the graphs hold standard ops only.
         build: what the engines were built with (tensorrt, cuda, gpu, sm, batch, ...), or None.
         made_by: versions of what wrote the graphs.
+        files: sha256 of the graphs and of their weights, by name.
     """
 
     model: Model
@@ -158,6 +159,7 @@ class Manifest:
     plugin_free: bool = False
     build: dict[str, Any] | None = None
     made_by: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
 
     @property
     def max_length(self) -> int:

@@ -26,13 +26,16 @@ def open_session(
         directory: that was exported.
         backend: "auto" is TensorRT if engines were built, else onnxruntime.
         batch: batch slots; None: what the engine was built for, or 1.
-        pages: of the KV cache; None: what lists can need at most, as far as memory goes.
+        pages: of each layer's KV cache; None: what lists can need at most, as far as memory goes.
         graph: TensorRT decodes by a CUDA graph.
 
     Raises:
         EngineError: it cannot run here; the message says why.
         ManifestError: files are not what the manifest says.
     """
+    for name, value in (("batch", batch), ("pages", pages)):
+        if value is not None and value < 1:
+            raise EngineError(f"{name}={value} must be 1 or more")
     manifest = Manifest.load(directory)
     if backend == "auto":
         backend = "onnxruntime" if manifest.build is None else "tensorrt"
@@ -40,7 +43,9 @@ def open_session(
     if backend == "onnxruntime":
         from modelopt_dms.engine.ort import OnnxRuntimeBackend
 
-        runner = OnnxRuntimeBackend(directory, manifest, batch=batch or 1, pages=pages)
+        runner = OnnxRuntimeBackend(
+            directory, manifest, batch=1 if batch is None else batch, pages=pages
+        )
     elif backend == "tensorrt":
         from modelopt_dms.engine.tensorrt import TensorRTBackend
 

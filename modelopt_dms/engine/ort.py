@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs exported graphs in onnxruntime on the CPU: the reference of the TensorRT engines, and a way to try them out.
 
-Functional: graphs return their new state, and it is copied over the old one. Every layer has page arrays of its own.
+Functional: graphs return their new state, and it is copied over the old one.
 """
 
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from modelopt_dms.engine.checks import Found, check_ports
+from modelopt_dms.engine.checks import Found, check_files, check_pages, check_ports
 from modelopt_dms.engine.errors import EngineError
 from modelopt_dms.engine.manifest import Manifest, ManifestError
 from modelopt_dms.engine.state import State, check_feeds
@@ -53,11 +53,11 @@ class OnnxRuntimeBackend:
             directory: that was exported.
             manifest: of it, if it was read already.
             batch: batch slots.
-            pages: that can be given out; None: as many as the lists can ever need.
+            pages: of each layer that can be given out; None: as many as the lists can ever need.
             threads: of onnxruntime; 0: as it likes.
 
         Raises:
-            EngineError: onnxruntime is missing or cannot run graphs of this dtype.
+            EngineError: onnxruntime is missing or cannot run graphs of this dtype, or one sequence needs more pages.
             ManifestError: the graphs are not those of the manifest.
         """
         directory = Path(directory)
@@ -69,10 +69,13 @@ class OnnxRuntimeBackend:
                 "wrong dtype: onnxruntime's CPU kernels have no bfloat16; export the model with --dtype float32 to "
                 "run it there"
             )
+        pages = every_page(manifest, batch) if pages is None else pages
+        check_pages(pages, manifest)
+        check_files(manifest, directory)
         self._sessions = {
             name: _open(directory, manifest, name, threads) for name in manifest.phases
         }
-        self.state = State(manifest, batch, pages or every_page(manifest, batch))
+        self.state = State(manifest, batch, pages)
 
     def run(self, phase: str, feeds: dict[str, Tensor], row: int | None = None) -> Tensor:
         """Run a graph; see `backend.Backend`."""
@@ -94,9 +97,8 @@ class OnnxRuntimeBackend:
 
 
 def every_page(manifest: Manifest, batch: int) -> int:
-    """Pages that all lists own together when none can grow any more."""
-    model = manifest.model
-    return batch * model.layers * model.kv_heads * manifest.pages_per_list
+    """Pages that a layer's lists own together when none can grow any more."""
+    return batch * manifest.model.kv_heads * manifest.pages_per_list
 
 
 def _open(

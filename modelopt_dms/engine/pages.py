@@ -4,6 +4,9 @@
 A list is (layer, sequence, KV head); its slot s lies in page table[layer, sequence, head, s // PAGE]. How many slots
 live is known on the device; the host keeps an upper bound and learns the truth when it reads them back.
 
+Every layer has as many pages, of its own: an id names a page of its layer, and graphs may take a layer's pages as a
+tensor that nothing else lies in. The price: a layer that keeps more than others is out of pages while they have some.
+
 Shapes: L layers, B batch slots, K KV heads, P pages a list can own, n batch slots named.
 """
 
@@ -16,13 +19,14 @@ from modelopt_dms.ops.paged import NO_PAGE, PAGE, OutOfPagesError
 
 
 class PageTables:
-    """Pages of all lists. Ids are unique over the layers, so that layers may share one buffer.
+    """Pages of all lists.
 
     Attributes:
         table: page ids [L, B, K, P] int32; NO_PAGE where a list owns none.
         bound: upper bounds [L, B, K] int64 of the lists' live slots.
         owned: pages [L, B, K] int64 that each list owns; the first ones of its row of the table.
-        pages: that can be given out; ids 1 .. pages.
+        pages: of each layer that can be given out; ids 1 .. pages.
+        free: pages [L] int64 of each layer that no list owns.
         page_bytes: of one page, for messages.
         knob: what to change where pages run out, for messages.
     """
@@ -37,9 +41,9 @@ class PageTables:
         page_bytes: int = 0,
         knob: str = "give the session more pages",
     ) -> None:
-        if pages < layers * heads:
+        if pages < heads:
             raise OutOfPagesError(
-                f"pages={pages} cannot hold one sequence: its {layers * heads} lists need a page each; {knob}"
+                f"pages={pages} cannot hold one sequence: its {heads} lists of a layer need a page each; {knob}"
             )
         self.table = np.full((layers, batch, heads, pages_per_list), NO_PAGE, np.int32)
         self.bound = np.zeros((layers, batch, heads), np.int64)
@@ -47,13 +51,14 @@ class PageTables:
         self.pages = pages
         self.page_bytes = page_bytes
         self.knob = knob
-        self._free = np.arange(pages, 0, -1, dtype=np.int32)  # the first `free` are free
-        self.free = pages
+        # Of each layer, the first `free` are free.
+        self._free = np.tile(np.arange(pages, 0, -1, dtype=np.int32), (layers, 1))
+        self.free = np.full(layers, pages, np.int64)
 
     @property
     def in_use(self) -> int:
-        """Pages that lists own."""
-        return self.pages - self.free
+        """Pages that lists own, of all layers together."""
+        return int((self.pages - self.free).sum())
 
     def _wanted(self, rows: Sequence[int], extra: int) -> NDArray[np.int64]:
         """Pages [L, n, K] that lists of these batch slots need to take `extra` more tokens."""
@@ -73,23 +78,22 @@ class PageTables:
             Whether the table changed.
 
         Raises:
-            OutOfPagesError: there are too few free pages; then nothing changed.
+            OutOfPagesError: a layer has too few free pages; then nothing changed.
         """
         owned = self.owned[:, rows]
         wanted = np.maximum(self._wanted(rows, extra), owned)
-        count = int((wanted - owned).sum())
-        if count > self.free:
-            raise OutOfPagesError(
-                f"out of pages: the KV cache has {self.pages} pages of {PAGE} slots ({self.pages * self.page_bytes} "
-                f"bytes), {self.in_use} are in use and {count} more are asked for; {self.knob}"
-            )
-        if not count:
+        counts = (wanted - owned).sum((1, 2))  # [L]
+        if (counts > self.free).any():
+            raise OutOfPagesError(self._shortage(counts))
+        if not counts.any():
             return False
         index = np.arange(self.table.shape[-1])
         new = (index >= owned[..., None]) & (index < wanted[..., None])  # [L, n, K, P]
         table = self.table[:, rows]
-        table[new] = self._free[self.free - count : self.free]
-        self.free -= count
+        for layer in np.flatnonzero(counts):
+            end = self.free[layer]
+            table[layer][new[layer]] = self._free[layer, end - counts[layer] : end]
+        self.free -= counts
         self.table[:, rows] = table
         self.owned[:, rows] = wanted
         return True
@@ -113,9 +117,11 @@ class PageTables:
         if not surplus.any():
             return False
         table = self.table[:, rows]
-        returned = table[surplus]
-        self._free[self.free : self.free + len(returned)] = returned
-        self.free += len(returned)
+        for layer in np.flatnonzero(surplus.any((1, 2, 3))):
+            returned = table[layer][surplus[layer]]
+            start = self.free[layer]
+            self._free[layer, start : start + len(returned)] = returned
+            self.free[layer] += len(returned)
         table[surplus] = NO_PAGE
         self.table[:, rows] = table
         self.owned[:, rows] = kept
@@ -127,7 +133,7 @@ class PageTables:
         self.settle([row], np.zeros((layers, 1, heads), np.int32))
 
     def check_integrity(self) -> None:
-        """That every page is free or owned by one list, and that the table says so.
+        """That every page is free or owned by one list of its layer, and that the table says so.
 
         Raises:
             AssertionError: a fault of this file.
@@ -135,5 +141,16 @@ class PageTables:
         index = np.arange(self.table.shape[-1])
         owns = index < self.owned[..., None]
         assert ((self.table != NO_PAGE) == owns).all(), "tables and counts of pages differ"
-        ids = np.concatenate([self.table[owns], self._free[: self.free]])
-        assert sorted(ids.tolist()) == list(range(1, self.pages + 1)), "a page is lost or twice"
+        for layer, count in enumerate(self.free):
+            ids = [*self.table[layer][owns[layer]], *self._free[layer, :count]]
+            assert sorted(ids) == list(range(1, self.pages + 1)), "a page is lost or twice"
+
+    def _shortage(self, counts: NDArray[np.int64]) -> str:
+        """What is said where layers [L] are asked for so many more pages than they have."""
+        layers = len(counts)
+        layer = int((counts - self.free).argmax())
+        return (
+            f"out of pages: the KV cache has {self.pages} pages of {PAGE} slots in each of {layers} layers "
+            f"({self.pages * layers * self.page_bytes} bytes); layer {layer} has {self.pages - self.free[layer]} in "
+            f"use, and {counts[layer]} more are asked for; {self.knob}"
+        )

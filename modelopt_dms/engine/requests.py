@@ -53,6 +53,9 @@ class Request:
             self.finish = "eos"
         elif len(self.tokens) >= self.max_new_tokens:
             self.finish = "length"
+
+    def tell(self, token: int) -> None:
+        """Call who wants to know about a new token."""
         if self.on_token is not None:
             self.on_token(self, token)
 
@@ -97,7 +100,7 @@ class Stats:
         decode_tokens: tokens that they gave.
         decode_seconds: spent on them, choosing tokens included.
         put_back: requests that lost their pages to older ones and started over.
-        peak_pages: most pages in use.
+        peak_pages: most pages in use, of all layers together.
     """
 
     prompt_tokens: int = 0

@@ -54,6 +54,7 @@ class Session:
         self._hold = False  # after a request was put back, none comes in before another is done
         self._stale = False  # the device's tables are not those of the host
         self._unsettled = 0  # decode steps since the lengths were read
+        self._failures: list[Exception] = []  # of callbacks, in this step
 
     def submit(
         self,
@@ -69,7 +70,7 @@ class Session:
             prompt_ids: token ids.
             max_new_tokens: to generate at most.
             sampling: greedy if it is None.
-            on_token: is called with the request and each token.
+            on_token: is called with the request and each token; what it raises comes out of `step` at its end.
             ignore_eos: go on to `max_new_tokens` whatever comes.
 
         Raises:
@@ -90,7 +91,17 @@ class Session:
 
         Raises:
             OutOfPagesError: one request alone needs more pages than there are; the session can go on without it.
+            Exception: what a callback raised, the first if there are more; the step was done all the same.
         """
+        try:
+            self._advance()
+        finally:
+            failures, self._failures = self._failures, []
+            if failures:
+                raise failures[0]
+        return bool(self._waiting or self._slots)
+
+    def _advance(self) -> None:
         free = [x for x in range(self.backend.state.batch) if x not in self._slots]
         while self._waiting and free and not (self._hold and self._slots):
             request = self._waiting.popleft()
@@ -102,7 +113,6 @@ class Session:
         for slot in [x for x in self._slots.values() if x.reading]:
             self._read_chunk(slot)
         self._decode([x for x in decoding if x in self._slots])
-        return bool(self._waiting or self._slots)
 
     def run(self) -> None:
         """Go on until all requests are done."""
@@ -158,7 +168,7 @@ class Session:
         self.stats.prompt_tokens += end - start
         if end == len(slot.ids):
             slot.reading = False
-            self._take(slot, choose(logits, [slot.request.sampler])[0])
+            self._take([slot], choose(logits, [slot.request.sampler]))
         self.stats.prefill_seconds += time.perf_counter() - began
 
     def _decode(self, rows: list[int]) -> None:
@@ -185,8 +195,7 @@ class Session:
         self.stats.decode_steps += 1
         self.stats.decode_tokens += len(tokens)
         self.stats.decode_seconds += time.perf_counter() - began
-        for slot, token in zip(slots, tokens, strict=True):
-            self._take(slot, token)
+        self._take(slots, tokens)
 
     def _run(self, phase: str, feeds: dict[str, Tensor], row: int | None = None) -> Tensor:
         if self._stale:
@@ -195,17 +204,24 @@ class Session:
         self.stats.peak_pages = max(self.stats.peak_pages, self.tables.in_use)
         return self.backend.run(phase, feeds, row)
 
-    def _take(self, slot: Slot, token: int) -> None:
-        """Give a request its next token, and its batch slot to the next request if it is done."""
-        self.stats.new_tokens += 1
-        request = slot.request
-        try:
-            request.take(token, self.manifest.model.eos)
-        finally:
-            if request.finish is not None:
-                request.live = float(self.backend.state.read_live()[:, slot.row].mean())
-                self._leave(slot)
-                self._hold = False
+    def _take(self, slots: list[Slot], tokens: list[int]) -> None:
+        """Give requests their next tokens, and the batch slots of those that are done to others; then tell of it."""
+        self.stats.new_tokens += len(tokens)
+        for slot, token in zip(slots, tokens, strict=True):
+            slot.request.take(token, self.manifest.model.eos)
+        done = [x for x in slots if x.request.finish is not None]
+        live = self.backend.state.read_live() if done else None
+        for slot in done:
+            assert live is not None
+            slot.request.live = float(live[:, slot.row].mean())
+            self._leave(slot)
+            self._hold = False
+        # Last: a callback may raise anything, and all requests have their token.
+        for slot, token in zip(slots, tokens, strict=True):
+            try:
+                slot.request.tell(token)
+            except Exception as error:
+                self._failures.append(error)
 
     def _leave(self, slot: Slot) -> None:
         """Empty a batch slot."""

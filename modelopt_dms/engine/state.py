@@ -41,23 +41,13 @@ def stack(
     return torch.zeros(layers, stride, dtype=dtype, device=device)[:, :size].unflatten(1, shape)
 
 
-def aliased(manifest: Manifest, kind: str) -> bool:
-    """Whether every graph changes these state tensors in place."""
-    return all(
-        port.aliases is not None
-        for phase in manifest.phases.values()
-        for port in phase.outputs
-        if port.state is not None and port.state.startswith(f"{kind}.")
-    )
-
-
 class State:
     """State of B batch slots, laid out so that the host reads and writes each kind for all layers at once.
 
     Attributes:
         batch: B.
-        pages: that can be given out.
-        stacks: by kind, "table" [L, B, K, P], "live" [L, B, K], ...; "keys" [L or 1, N, 64, KC], 1 if shared.
+        pages: of each layer that can be given out.
+        stacks: by kind, "table" [L, B, K, P], "live" [L, B, K], ...; "keys" [L, N, 64, KC].
     """
 
     def __init__(
@@ -66,21 +56,18 @@ class State:
         batch: int,
         pages: int,
         device: torch.device | str = "cpu",
-        shared: bool = False,
     ) -> None:
         """Allocate it.
 
         Args:
             manifest: of the graphs.
             batch: B.
-            pages: that can be given out; one more is allocated, which is nobody's.
+            pages: of each layer that can be given out; one more is allocated, which is nobody's.
             device: where.
-            shared: all layers' keys are one tensor, and all values; for graphs that change them in place.
         """
         self.batch = batch
         self.pages = pages
         self.layers = manifest.model.layers
-        self._shared = shared
         self.stacks: dict[str, Tensor] = {}
         ports = {x.name: x for x in manifest.phases["decode"].inputs}
         for kind in (*POOLS, *SMALL):
@@ -92,17 +79,13 @@ class State:
             port = ports[f"{kind}.0"]
             shape = shape_of(port, batch, pages + 1)
             # Zeros, not empty: rows behind a list's end are read and masked, and 0 * NaN is NaN.
-            made = stack(
-                1 if shared and kind in POOLS else self.layers, shape, dtype_of(port), device
-            )
+            made = stack(self.layers, shape, dtype_of(port), device)
             self.stacks[kind] = made.fill_(EMPTY.get(kind, 0))
 
     def tensor(self, name: str, rows: slice = slice(None)) -> Tensor:
         """The state tensor of a port, of these batch slots; contiguous, and of the same address each time."""
         kind, _, layer = name.partition(".")
-        if kind in POOLS:
-            return self.stacks[kind][0 if self._shared else int(layer)]
-        return self.stacks[kind][int(layer), rows]
+        return self.stacks[kind][int(layer), slice(None) if kind in POOLS else rows]
 
     def staging(self, batch: int) -> "State":
         """State of other batch slots over the same pages."""

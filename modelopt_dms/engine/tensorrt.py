@@ -5,6 +5,7 @@ An output that is its input, changed in place, is bound to the address of that i
 input's tensor afterwards. No tensor moves between two decode steps, so that one graph fits them all.
 """
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -13,14 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modelopt_dms.engine.checks import Found, check_engine, check_ports, check_version
+from modelopt_dms.engine.checks import Found, check_engine, check_pages, check_ports, check_version
 from modelopt_dms.engine.errors import EngineError
+from modelopt_dms.engine.execution import Execution, is_pool
 from modelopt_dms.engine.gpu import Gpu
-from modelopt_dms.engine.manifest import Manifest, Phase
+from modelopt_dms.engine.manifest import Manifest
 from modelopt_dms.engine.state import (
-    POOLS,
     State,
-    aliased,
     check_feeds,
     dtype_of,
     shape_of,
@@ -80,7 +80,6 @@ class TensorRTBackend:
         *,
         pages: int | None = None,
         graph: bool = True,
-        share: bool = True,
         gpu: Gpu | None = None,
     ) -> None:
         """Load the engines.
@@ -88,9 +87,8 @@ class TensorRTBackend:
         Args:
             directory: that was exported, and built.
             manifest: of it, if it was read already.
-            pages: that can be given out; None: as many as lists can need, memory holds and the engine takes.
+            pages: of each layer that can be given out; None: as many as memory holds and the engine takes.
             graph: decode by a CUDA graph.
-            share: one buffer for the pages of all layers; else one each, in which the others' pages lie idle.
             gpu: to run on.
 
         Raises:
@@ -105,19 +103,21 @@ class TensorRTBackend:
         self._log = make_log(trt)
         self._runtime = trt.Runtime(self._log)
         engines = {x: self._load(trt, directory, x) for x in manifest.phases}
+        # Before memory is counted, since TensorRT takes its scratch now.
+        contexts = {x: self._context(engines[x], x) for x in engines}
         build = manifest.build or {}
-        # In place, layers touch pages of their own only: one buffer serves them all.
-        shared = share and all(aliased(manifest, x) for x in POOLS)
-        pages = self._pages(pages, build, shared)
-        self.state = State(manifest, build["batch"], pages, gpu.device, shared)
-        self._runs = {
-            "decode": _Execution(engines["decode"], manifest.phases["decode"], self.state, gpu),
-            # A batch slot's part of a tensor is not aligned as TensorRT wants it: the row is copied.
-            "prefill": _Execution(
-                engines["prefill"], manifest.phases["prefill"], self.state.staging(1), gpu
-            ),
-        }
-        self._replay = self._capture() if graph else None
+        count = self._pages(pages, build)
+        free = gpu.free_bytes
+        try:
+            self.state = State(manifest, build["batch"], count, gpu.device)
+            self._runs = self._bind(contexts)
+            self._replay = self._capture() if graph else None
+        except torch.OutOfMemoryError as error:
+            size = (count + 1) * self._slice_bytes() >> 20
+            raise EngineError(
+                f"pages={count} are too many for the GPU: they take {size} MiB in all layers, and {free >> 20} MiB "
+                "were free; ask for fewer with --pages"
+            ) from error
 
     def run(self, phase: str, feeds: dict[str, Tensor], row: int | None = None) -> Tensor:
         """Run an engine; see `backend.Backend`."""
@@ -148,21 +148,48 @@ class TensorRTBackend:
         check_ports(f"{path.name}, outputs", phase.outputs, outputs)
         return engine
 
-    def _pages(self, asked: int | None, build: dict[str, Any], shared: bool) -> int:
-        """Pages that can be given out."""
+    def _context(self, engine: Any, name: str) -> Any:
+        context = engine.create_execution_context()
+        if context is None:
+            raise EngineError(f"TensorRT has no memory for a context of {name}: {self._log.text()}")
+        return context
+
+    def _bind(self, contexts: dict[str, Any]) -> dict[str, Execution]:
+        """Addresses of both engines; pages that they return are the same memory, since they never run at once."""
+        # A batch slot's part of a tensor is not aligned as TensorRT wants it: the row is copied.
+        states = {"decode": self.state, "prefill": self.state.staging(1)}
+        pools: dict[str, Tensor] = {}
+        return {
+            x: Execution(contexts[x], self.manifest.phases[x], states[x], self._gpu, pools)
+            for x in contexts
+        }
+
+    def _slice_bytes(self) -> int:
+        """What a page of every layer takes: in the state, and once more where a graph returns pages of its own."""
+        phases = self.manifest.phases.values()
+        ports = {x.name: x for y in phases for x in y.inputs if is_pool(x.name)}
+        ports |= {
+            x.name: x for y in phases for x in y.outputs if is_pool(x.state) and x.aliases is None
+        }
+        return sum(math.prod(shape_of(x, 1, 1)) * dtype_of(x).itemsize for x in ports.values())
+
+    def _pages(self, asked: int | None, build: dict[str, Any]) -> int:
+        """Pages of each layer that can be given out."""
         model, most = self.manifest.model, int(build["pages"])
-        if asked is not None and asked > most:
+        if asked is not None:
+            check_pages(asked, self.manifest)
+            if asked <= most:
+                return asked
             raise EngineError(
                 f"pages={asked} is more than the {most} that the engine was built for; build it with --pages {asked}"
             )
-        copies = 1 if shared else 2 * model.layers  # the state, and what the graphs return
-        room = int(MEMORY_SHARE * self._gpu.free_bytes) // (model.page_bytes * copies) - 1
-        if asked is None and room < model.layers * model.kv_heads:
+        room = int(MEMORY_SHARE * self._gpu.free_bytes) // self._slice_bytes() - 1
+        if room < model.kv_heads:
             raise EngineError(
-                f"the GPU has {self._gpu.free_bytes >> 20} MiB free, which hold {max(room, 0)} pages; one sequence "
-                f"needs {model.layers * model.kv_heads} at least"
+                f"the GPU has {self._gpu.free_bytes >> 20} MiB free, which hold {max(room, 0)} pages of each of "
+                f"{model.layers} layers; one sequence needs {model.kv_heads} at least"
             )
-        return asked or min(most, room)
+        return min(most, room)
 
     def _capture(self) -> Callable[[], None]:
         """The decode step as a CUDA graph. No batch slot is active yet: running it changes nothing."""
@@ -172,62 +199,12 @@ class TensorRTBackend:
             with self._gpu.on_stream() as stream:
                 execution.launch(stream)
             return self._gpu.capture(execution.launch)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise EngineError(
                 f"the decode step cannot be captured as a CUDA graph ({error}); run it without: --no-graph"
             ) from error
-
-
-class _Execution:
-    """One engine, its addresses bound.
-
-    Attributes:
-        state: that it reads and changes.
-        feeds: buffers of its other inputs.
-        results: outputs that are tensors of their own.
-    """
-
-    def __init__(self, engine: Any, phase: Phase, state: State, gpu: Gpu) -> None:
-        self.state = state
-        self._phase = phase
-        self._context = engine.create_execution_context()
-        if self._context is None:
-            raise EngineError(f"TensorRT has no memory for a context of {phase.engine}")
-        self.feeds: dict[str, Tensor] = {}
-        self.results: dict[str, Tensor] = {}
-        self._moves: list[tuple[Tensor, Tensor]] = []
-        for port in phase.inputs:
-            if state.has(port.name):
-                tensor = state.tensor(port.name)
-            else:
-                shape = shape_of(port, state.batch, state.pages + 1)
-                tensor = torch.zeros(shape, dtype=dtype_of(port), device=gpu.device)
-                self.feeds[port.name] = tensor
-            self._must(self._context.set_input_shape(port.name, tuple(tensor.shape)), port.name)
-            self._bind(port.name, tensor)
-        for port in phase.outputs:
-            if port.aliases is not None:
-                self._bind(port.name, state.tensor(port.aliases))
-                continue
-            shape = shape_of(port, state.batch, state.pages + 1)
-            tensor = torch.zeros(shape, dtype=dtype_of(port), device=gpu.device)
-            self.results[port.name] = tensor
-            self._bind(port.name, tensor)
-            if port.state is not None:
-                self._moves.append((state.tensor(port.state), tensor))
-
-    def launch(self, stream: int) -> None:
-        """Put a run, and the copies of what is not changed in place, on the current stream, whose handle this is."""
-        self._must(self._context.execute_async_v3(stream), "execute_async_v3")
-        for old, new in self._moves:
-            old.copy_(new)
-
-    def _bind(self, name: str, tensor: Tensor) -> None:
-        self._must(self._context.set_tensor_address(name, tensor.data_ptr()), name)
-
-    def _must(self, done: bool, what: str) -> None:
-        if not done:
-            raise EngineError(f"TensorRT refuses {what} of {self._phase.engine}")
 
 
 def ports_of(trt: ModuleType, engine: Any) -> tuple[Found, Found]:

@@ -12,7 +12,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from modelopt_dms.engine.checks import check_kernels, check_refit, kernel_hashes
+from modelopt_dms.engine.checks import (
+    check_files,
+    check_kernels,
+    check_pages,
+    check_refit,
+    kernel_hashes,
+)
 from modelopt_dms.engine.errors import EngineError
 from modelopt_dms.engine.gpu import Gpu
 from modelopt_dms.engine.manifest import Manifest, ManifestError, Phase
@@ -28,7 +34,7 @@ class BuildOptions:
 
     Attributes:
         batch: batch slots of the decode step.
-        pages: that can be given out at most; None: as many as all lists can own.
+        pages: of each layer that can be given out at most; None: as many as all its lists can own.
         workspace: bytes that TensorRT may use for scratch; None: its default.
         refit: weights can be replaced later.
         timing_cache: file that is read if it exists, and written.
@@ -47,14 +53,11 @@ class BuildOptions:
                 raise EngineError(f"{name}={value} must be 1 or more")
 
     def most_pages(self, manifest: Manifest) -> int:
-        """Pages that can be given out."""
-        model = manifest.model
-        lists = model.layers * model.kv_heads
-        if self.pages is not None and self.pages < lists:
-            raise EngineError(
-                f"pages={self.pages} cannot hold one sequence: its {lists} lists need a page each"
-            )
-        return self.pages or self.batch * lists * manifest.pages_per_list
+        """Pages of each layer that can be given out."""
+        if self.pages is None:
+            return self.batch * manifest.model.kv_heads * manifest.pages_per_list
+        check_pages(self.pages, manifest)
+        return self.pages
 
 
 def build(
@@ -83,6 +86,7 @@ def build(
     options = options or BuildOptions()
     manifest = Manifest.load(directory)
     pages = options.most_pages(manifest)
+    check_files(manifest, directory)
     if not manifest.plugin_free:
         check_kernels(manifest, directory)
     for phase in manifest.phases.values():
@@ -135,7 +139,8 @@ def check_arch(manifest: Manifest, gpu: Gpu) -> None:
         if not fits:
             raise EngineError(
                 f"wrong GPU: the kernel of {kernel.operator} was compiled for {kernel.arch}, and this {gpu.name} has "
-                f"compute capability {gpu.capability}; export again for sm_{here}"
+                f"compute capability {gpu.capability}; `modelopt-dms export --format tensorrt --plugin-free` writes "
+                "graphs without such kernels, for any GPU"
             )
 
 
@@ -240,10 +245,9 @@ class _Builder:
 
     def _profile(self, phase: Phase, name: str) -> Any:
         """Shapes: all fixed but the number of pages, which memory decides when the engine is loaded."""
-        model = self._manifest.model
         batch = self._options.batch if name == "decode" else 1
         # One page more than can be given out.
-        pages: Sizes = (model.layers * model.kv_heads + 1, self._pages + 1, self._pages + 1)
+        pages: Sizes = (self._manifest.model.kv_heads + 1, self._pages + 1, self._pages + 1)
         profile = self._builder.create_optimization_profile()
         for port in phase.inputs:
             profile.set_shape(port.name, *(shape_of(port, batch, x) for x in pages))

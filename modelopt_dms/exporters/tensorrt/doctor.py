@@ -26,7 +26,7 @@ class Finding:
         state: of it here.
         good: it is as it should be.
         fix: what to do if it is not; empty if there is nothing to do.
-        needed_for: "build and run", "build", "run on the CPU" or "export".
+        needed_for: "build and run", "build", "run our plugins", "run on the CPU" or "export".
     """
 
     what: str
@@ -92,8 +92,11 @@ def _gpu() -> Finding:
     capability = torch.cuda.get_device_capability(0)
     state = f"{torch.cuda.get_device_name(0)}, {capability[0]}.{capability[1]}"
     good = tuple(capability) == HOPPER
-    fix = "" if good else "export for this GPU, or use an H100 or H200"
-    return Finding(what, state, good, fix, "build and run")
+    if not good:
+        state += ": runs plugin-free engines only"
+        fix = "use an H100 or H200, or here the engines of `modelopt-dms export --format tensorrt --plugin-free`"
+        return Finding(what, state, False, fix, "run our plugins")
+    return Finding(what, state, True, "", "build and run")
 
 
 def _tensorrt() -> Finding:

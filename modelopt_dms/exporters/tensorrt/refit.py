@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from modelopt_dms.engine.checks import check_engine, check_kernels
+from modelopt_dms.engine.checks import check_engine, check_files, check_kernels
 from modelopt_dms.engine.errors import EngineError
 from modelopt_dms.engine.gpu import Gpu
 from modelopt_dms.engine.manifest import FILE, Manifest, ManifestError, sha256
@@ -56,6 +56,8 @@ def refit(
     if source.resolve() == directory.resolve():
         raise EngineError(f"{source} is the directory of the engines itself; export to another one")
     check_same(old, new)
+    check_files(old, directory)
+    check_files(new, source)
     check_kernels(new, source)
     target = directory if output is None else check_output(output)
     import_onnx()
