@@ -15,6 +15,7 @@ from counting_graphs import write_graphs
 from tensorrt_double import FakeGpu, World
 from tensorrt_surface import surface
 from toy_engine import toy_manifest, with_model
+from transformers import AutoTokenizer
 
 from modelopt_dms.cli import main
 from modelopt_dms.engine.errors import EngineError
@@ -390,6 +391,8 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     ("arguments", "message"),
     [
         (("inspect", "."), "holds no dms_engine.json"),
+        (("run", ".", "-p", "x"), "holds no dms_engine.json"),
+        (("run", "mute", "-p", "x"), "mute holds no tokenizer that can be read; export"),
         (("build", "{}", "--pages", "1"), "pages=1 cannot hold one sequence"),
         (("run", "{}", "-p", "x", "--backend", "tensorrt"), "TensorRT is not installed"),
         (("run", "{}", "-p", "x", "--pages", "1"), "pages=1 cannot hold one sequence"),
@@ -407,6 +410,9 @@ def test_the_command_line_says_what_is_wrong_in_one_line(
     place = tmp_path / "engine"
     place.mkdir()
     exported(place)
+    AutoTokenizer.from_pretrained(EMBEDDED).save_pretrained(place)
+    (tmp_path / "mute").mkdir()
+    exported(tmp_path / "mute", toy_manifest(dtype="bfloat16"))
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     monkeypatch.chdir(tmp_path)
     given = [x.format(place) for x in arguments]
@@ -420,8 +426,6 @@ def test_the_command_line_says_what_is_wrong_in_one_line(
 def test_the_command_line_runs_benches_and_inspects_a_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED)
     exported(tmp_path, with_vocabulary(len(tokenizer)))
     tokenizer.save_pretrained(tmp_path)

@@ -287,6 +287,7 @@ def test_sampling_that_makes_no_sense_is_refused(sampling: dict[str, float], mes
         ([], 4, "the prompt is empty"),
         ([1.0, 2.0], 4, r"must be a list of integers, got float64 \[2\]"),
         (torch.zeros(3), 4, r"must be a list of integers, got float32 \[3\]"),
+        ([[1, 2], [3]], 4, r"must be a list of integers, got lists of several lengths"),
         ([[1, 2]], 4, r"must be a list of integers, got int64 \[1, 2\]"),
         ([1, V], 4, f"must be 0 .. {V - 1}, got {V}"),
         ([-1, 2], 4, f"must be 0 .. {V - 1}, got -1"),
@@ -310,6 +311,20 @@ def test_no_prompt_is_queued_if_one_cannot_be_taken() -> None:
     with pytest.raises(EngineError, match="empty"):
         running.generate([[1, 2], []], 3)
     assert not running.step()
+
+
+def test_prompts_that_could_not_all_be_run_leave_nothing_behind() -> None:
+    changes = {"window": 150}  # nothing expires
+    running = session(2, toy_manifest(**changes), pages=3)  # type: ignore[arg-type]
+    given = prompts(8, 60, 30, 9)
+    other = running.submit(given[0], 40)
+    with pytest.raises(OutOfPagesError):
+        running.generate([given[1], given[2], given[2]], 20)
+    assert (other.tokens, other.finish) == (alone(given[0], 40, **changes), "length")
+    assert not running.step()
+    running.tables.check_integrity()
+    assert running.tables.in_use == 0
+    assert running.generate([given[3]], 5) == [alone(given[3], 5, **changes)]
 
 
 def test_a_prompt_may_fill_the_lists_to_the_last_slot() -> None:

@@ -15,6 +15,8 @@ from rich.table import Table
 from modelopt_dms.cli.options import err, out
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from modelopt_dms.engine.manifest import Manifest
     from modelopt_dms.engine.requests import Request
     from modelopt_dms.engine.session import Session
@@ -125,14 +127,12 @@ def run(
     from modelopt_dms.engine.sampling import Sampling
 
     sampling = Sampling(temperature, top_p, seed)
+    tokenizer = _tokenizer(directory)
     session = open_session(directory, backend.value, pages=pages, graph=graph)
     text = sys.stdin.read() if prompt == "-" else prompt
 
     from transformers import TextStreamer
 
-    from modelopt_dms.cli.opening import load_tokenizer
-
-    tokenizer = load_tokenizer(str(directory), trust=False)
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
     request = session.submit(tokenizer(text)["input_ids"], max_new_tokens, sampling)
     for token in session.stream(request):
@@ -222,6 +222,27 @@ def doctor() -> None:
         out.print("Engines cannot be built or run here: " + ", ".join(x.what for x in wanting))
         raise typer.Exit(1)
     out.print("Engines can be built and run here.")
+
+
+def _tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
+    """The one beside the graphs.
+
+    Raises:
+        ManifestError: it is not an exported directory.
+        EngineError: it holds no tokenizer.
+    """
+    from modelopt_dms.cli.opening import load_tokenizer
+    from modelopt_dms.engine.errors import EngineError
+    from modelopt_dms.engine.manifest import Manifest
+
+    Manifest.load(directory)
+    try:
+        return load_tokenizer(str(directory), trust=False)
+    except (OSError, ValueError) as error:
+        raise EngineError(
+            f"{directory} holds no tokenizer that can be read; export the model again with its tokenizer, or copy "
+            "tokenizer.json and tokenizer_config.json there"
+        ) from error
 
 
 def _ports(manifest: "Manifest", name: str) -> Table:

@@ -120,7 +120,13 @@ def check_prompt(ids: Sequence[int], max_new_tokens: int, manifest: Manifest) ->
     Raises:
         EngineError: not integers, none at all, not of the vocabulary, or too many.
     """
-    found: NDArray[np.generic] = np.asarray(ids)
+    found: NDArray[np.generic]
+    try:
+        found = np.asarray(ids)
+    except ValueError as error:
+        raise EngineError(
+            f"prompt_ids must be a list of integers, got lists of several lengths ({error})"
+        ) from error
     if found.size == 0:
         raise EngineError("the prompt is empty; an engine needs one token at least")
     if found.dtype.kind not in "iu" or found.ndim != 1:

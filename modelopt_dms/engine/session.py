@@ -139,12 +139,22 @@ class Session:
         max_new_tokens: int = 128,
         sampling: Sampling | None = None,
     ) -> list[list[int]]:
-        """New tokens for each prompt; see `submit` and `step` for what it raises."""
+        """New tokens for each prompt; see `submit` and `step` for what it raises, and then none is left queued."""
         for prompt in prompts:  # none is queued if one cannot be taken
             check_prompt(prompt, max_new_tokens, self.manifest)
         requests = [self.submit(x, max_new_tokens, sampling) for x in prompts]
-        self.run()
+        try:
+            self.run()
+        except BaseException:
+            self._give_up(requests)
+            raise
         return [x.tokens for x in requests]
+
+    def _give_up(self, requests: list[Request]) -> None:
+        """Forget requests that nobody will ask for."""
+        self._waiting = deque(x for x in self._waiting if x not in requests)
+        for slot in [x for x in self._slots.values() if x.request in requests]:
+            self._leave(slot)
 
     def _read_chunk(self, slot: Slot) -> None:
         """Read the next chunk of a prompt; the last one gives the next token."""
