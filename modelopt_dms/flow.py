@@ -24,7 +24,7 @@ from modelopt_dms.compression import store_curve
 from modelopt_dms.config import CalibrateConfig, QuantizationConfig
 from modelopt_dms.convert import plan_conversion
 from modelopt_dms.data import calibration_batches
-from modelopt_dms.exporters import RECIPE_FILE, export
+from modelopt_dms.exporters import RECIPE_FILE, ExportError, check_format, export
 from modelopt_dms.mode import apply_dms
 from modelopt_dms.output import check_output, staged
 from modelopt_dms.previews import Preview, preview_prepared
@@ -78,6 +78,8 @@ def compress(
         target = check_output(output_dir, OURS)
     if recipe.export is not None and target is None:
         raise ValueError(f"export.format={recipe.export.format!r} needs an output_dir")
+    if recipe.export is not None:
+        check_format(recipe.export.format, {})
     plan = _plan_dms(model, recipe, data, tokenizer, target if resume else None)
     batches = _plan_quantization(model, recipe.quantize, data, tokenizer)
     if on_data is not None and plan.retrofit is not None:
@@ -135,13 +137,23 @@ def _write(
     tokenizer: PreTrainedTokenizerBase | None,
     results: Mapping[str, CalibrationResult | RetrofitResult],
 ) -> None:
-    """Export and save a finished model; the export first, as a saved model ends the run."""
+    """Export and save a finished model; the export first, as a saved model ends the run.
+
+    Raises:
+        ExportError: the format cannot hold the model, which is saved all the same.
+    """
+    refused = None
     if recipe.export is not None:
         exported = target / EXPORT_DIR
         shutil.rmtree(exported, ignore_errors=True)  # an interrupted run's
-        export(model, exported, recipe.export.format, tokenizer=tokenizer, recipe=recipe)
+        try:
+            export(model, exported, recipe.export.format, tokenizer=tokenizer, recipe=recipe)
+        except ExportError as error:
+            refused = ExportError(f"{error} (the model itself is saved in {target})")
     save(model, target, recipe=recipe, tokenizer=tokenizer, results=results)
     shutil.rmtree(target / CALIBRATION_DIR, ignore_errors=True)
+    if refused is not None:
+        raise refused
 
 
 @dataclass(frozen=True)

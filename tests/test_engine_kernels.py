@@ -68,7 +68,7 @@ def test_what_is_changed_in_place_is_reached_through_the_outputs_pointer(
 ) -> None:
     for kernel, ptx in every_kernel(exported):
         body = ptx[ptx.index(".reqntid") :]
-        for output in OPERATORS[kernel.operator].outputs:
+        for output in [x for x in OPERATORS[kernel.operator].outputs if not x.unchanged]:
             assert f"[out_{output.name}]" in body
             if output.aliases:
                 assert f"in_{output.aliases}" not in body
@@ -362,7 +362,7 @@ def test_programs_fill_a_gpu() -> None:
 @pytest.mark.parametrize("shift", [0, 1])
 def test_appending_without_a_free_list_is_appending_where_pages_are_there(shift: int) -> None:
     torch.manual_seed(shift)
-    B, K, D, steps = 2, 2, 16, 85
+    B, K, D, steps = 2, 1, 16, 85
     layout = RowLayout("plain", D, torch.float32)
     active = torch.tensor([True, False])
     ours, theirs = (

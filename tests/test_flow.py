@@ -277,3 +277,12 @@ def test_what_a_quantization_lacks_is_said_before_anything_is_done(tmp_path: Pat
 def test_a_recipe_that_calibrates_nothing_needs_no_data() -> None:
     quantized = dms.compress(build("llama"), "general/ptq/mxfp4_mlp_weight_only")
     assert is_quantized(quantized)
+
+
+def test_a_model_that_cannot_be_exported_is_saved_all_the_same(tmp_path: Path) -> None:
+    recipe = dms.load_recipe(QUANTIZED, {"retrofit.steps": 2, "export.format": "tensorrt"})
+    arguments = {"data": DOCUMENTS, "output_dir": tmp_path / "out", "progress": False}
+    with pytest.raises(ValueError, match="float16 or bfloat16.*saved in"):
+        dms.compress(build("llama"), recipe, **arguments)
+    assert is_quantized(dms.load(tmp_path / "out"))
+    assert not (tmp_path / "out" / flow.EXPORT_DIR).exists()

@@ -178,6 +178,32 @@ def test_sizes_are_checked_first(options: dict[str, int], message: str, tmp_path
         dms.export(build_dms("llama"), tmp_path / "out", "onnx", **options)
 
 
+@pytest.mark.slow
+def test_experts_that_are_quantized_are_refused(tmp_path: Path) -> None:
+    """They are computed past their quantizers, and the graph would be another model."""
+    base = {"num_hidden_layers": 1}
+    model = quantized("qwen3_moe", "fp8_default-kv_fp8-dms_cr8", base=base)
+    with pytest.raises(ExportError, match="experts.*is not reached when the model is traced"):
+        dms.export(model, tmp_path / "out", "onnx", chunk=CHUNK, max_length=64)
+    assert not (tmp_path / "out").exists()
+
+
+def test_pages_are_read_before_they_are_written(exported: tuple[Any, Path]) -> None:
+    """Every pool goes from op to op in one chain, so that in place no order but that of the graph is possible."""
+    _, directory = exported
+    for phase in ("decode", "prefill"):
+        graph = onnx.load(directory / f"{phase}.onnx", load_external_data=False).graph
+        writers = {"DmsCacheUpdate", "DmsPrefillWrite"}
+        for name in ("keys.0", "values.0"):
+            chain = [x.op_type for x in graph.node if name in x.input]
+            assert len(chain) == 1
+            if phase == "prefill":
+                reader = next(x for x in graph.node if name in x.input)
+                passed = reader.output[1 if name.startswith("keys") else 2]
+                chain = [x.op_type for x in graph.node if passed in x.input]
+            assert set(chain) <= writers
+
+
 def test_kernels_are_for_half_precision_only(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="dtype='float32'.*float16 or bfloat16"):
         dms.export(build_dms("llama"), tmp_path / "out", "tensorrt")

@@ -191,6 +191,7 @@ def test_the_exported_graph_computes_what_the_model_does(gate: str) -> None:
     compare(*with_graph(gate))
 
 
+@pytest.mark.slow
 def test_the_graph_of_a_mixture_of_experts_does_so_too() -> None:
     model = build_dms("qwen3_moe", base={"num_hidden_layers": 1})
     compare(model, take(model))
@@ -290,6 +291,7 @@ def test_the_lists_are_as_long_as_those_of_our_own_cache(
         assert not table[0].any() and table[1].any()
 
 
+@pytest.mark.slow
 def test_the_kernels_compute_what_the_reference_does(
     double: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,12 +24,14 @@ class Argument:
         kind: of its elements.
         shape: names of its dims, or of attributes, or numbers.
         aliases: the input that this output is, changed in place; None if it is a tensor of its own.
+        unchanged: the op only reads what it passes on.
     """
 
     name: str
     kind: Kind
     shape: tuple[str, ...]
     aliases: str | None = None
+    unchanged: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,14 @@ class Operator:
 
 
 def _arguments(text: str) -> tuple[Argument, ...]:
-    """From lines of `name: kind dims`, with `& input` where an output is that input, changed."""
+    """From lines of `name: kind dims`; `& input` where an output is that input, changed, `= input` if unchanged."""
     found = []
     for line in text.strip().splitlines():
         name, _, rest = line.strip().partition(":")
-        described, _, aliases = rest.partition("&")
+        mark = "=" if "=" in rest else "&"
+        described, _, aliases = rest.partition(mark)
         kind, *shape = described.split()
-        found.append(Argument(name, kind, tuple(shape), aliases.strip() or None))  # type: ignore[arg-type]
+        found.append(Argument(name, kind, tuple(shape), aliases.strip() or None, mark == "="))  # type: ignore[arg-type]
     return tuple(found)
 
 
@@ -144,7 +147,12 @@ PREFILL_ATTENTION = Operator(
         table: int32 B K P
         live: int32 B K
     """),
-    _arguments("out: model B H T DV"),
+    # The pages pass through, so that they are written only after they were read.
+    _arguments("""
+        out: model B H T DV
+        same_keys: keys N S KC = keys
+        same_values: values N S VC = values
+    """),
     {"scale": float, "softcap": float, "window": int, **_FORMATS},
 )
 

@@ -224,7 +224,8 @@ def _prefill_attention(key_number: str, value_number: str) -> OnnxFunction:
         weights = op.Exp(scores - op.ReduceMax(scores, last)) * op.Cast(ok, to=FLOAT)
         out = op.MatMul(weights, op.Unsqueeze(all_v, group)) / op.ReduceSum(weights, last)
         shape = op.Concat(op.Shape(q, start=0, end=3), last, axis=0)
-        return op.CastLike(op.Reshape(out, shape), q)
+        same_keys, same_values = op.Identity(keys), op.Identity(values)
+        return op.CastLike(op.Reshape(out, shape), q), same_keys, same_values
 
     return DmsPrefillAttention
 

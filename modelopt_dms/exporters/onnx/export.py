@@ -8,11 +8,12 @@ from pathlib import Path
 import onnx_ir as ir
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modelopt_dms.engine.manifest import PHASES, Kernel, Manifest, Model, Phase
+from modelopt_dms.engine.manifest import PHASES, Kernel, Manifest, Model, Phase, sha256
 from modelopt_dms.exporters.errors import ExportError
 from modelopt_dms.exporters.hf import write_companions
 from modelopt_dms.exporters.onnx.facts import model_of
 from modelopt_dms.exporters.onnx.graphs import Sizes, scoring_of, trace
+from modelopt_dms.exporters.onnx.weights import FILE as WEIGHTS
 from modelopt_dms.exporters.onnx.weights import WeightsFile
 from modelopt_dms.ops.paged import PAGE
 from modelopt_dms.ops.reference import Scoring
@@ -30,7 +31,7 @@ def sizes_of(model: PreTrainedModel, chunk: int, max_length: int | None, program
         ExportError: a size that no graph can have.
     """
     longest = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-    length = max_length or min(MAX_LENGTH, longest or MAX_LENGTH)
+    length = min(MAX_LENGTH, longest or MAX_LENGTH) if max_length is None else max_length
     if chunk < 16 or chunk % 16:
         raise ExportError(f"chunk={chunk} must be a multiple of 16 tokens")
     if length < PAGE:
@@ -69,7 +70,7 @@ def export_onnx(
     with staged(target) as place:
         written = write_graphs(model, place, facts, sizes)
         write_companions(place, tokenizer, recipe)
-        manifest_of(facts, sizes, written.phases).save(place)
+        manifest_of(facts, sizes, place, written.phases).save(place)
     return target
 
 
@@ -117,11 +118,13 @@ def write_graphs(
 def manifest_of(
     facts: Model,
     sizes: Sizes,
+    place: Path,
     phases: dict[str, Phase],
     kernels: tuple[Kernel, ...] = (),
     plugin_free: bool = False,
 ) -> Manifest:
-    """The manifest of an exported directory."""
+    """The manifest of the directory that `write_graphs` has written."""
+    written = [WEIGHTS, *(x.graph for x in phases.values())]
     return Manifest(
         facts,
         PAGE,
@@ -132,4 +135,5 @@ def manifest_of(
         kernels,
         plugin_free,
         made_by={x: version(x) for x in ("modelopt-dms", "torch", "transformers", "onnx")},
+        files={x: sha256(place / x) for x in written},
     )

@@ -75,7 +75,8 @@ def _prefill_attention(key_number: str, value_number: str) -> OnnxFunction:
         seen = SeenByChunk(q, bias, starts, first, expiry, live, window)
         mask = HeadMask(seen, q)
         all_k, all_v = op.Concat(old_k, k, axis=2), op.Concat(old_v, v, axis=2)
-        return op.Attention(q, all_k, all_v, mask, scale=scale, softcap=softcap)
+        out = op.Attention(q, all_k, all_v, mask, scale=scale, softcap=softcap)
+        return out, op.Identity(keys), op.Identity(values)
 
     return DmsPrefillAttention
 

@@ -45,22 +45,38 @@ def check(model: nn.Module) -> None:
 
 @contextmanager
 def as_nodes(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Inside, quantizers of a model of this dtype trace as nodes, and weights as the codes that they become."""
+    """Inside, quantizers of a model of this dtype trace as nodes, and weights as the codes that they become.
+
+    Raises:
+        ExportError: afterwards, if a quantizer was not traced: the graph would compute something else.
+    """
+    traced: set[int] = set()
     with ExitStack() as stack:
         for name, quantizer in _enabled(model):
             owner, _, leaf = name.rpartition(".")
             module = model.get_submodule(owner)
             weight = getattr(module, "weight", None) if leaf == "weight_quantizer" else None
-            stack.enter_context(_traced(quantizer, weight, dtype))
+            stack.enter_context(_traced(quantizer, weight, dtype, traced))
         yield
+        for name, quantizer in _enabled(model):
+            if id(quantizer) not in traced:
+                raise ExportError(
+                    f"{name} is not reached when the model is traced (experts are computed all at once); leave it "
+                    "unquantized to export a graph"
+                )
 
 
 @contextmanager
-def _traced(quantizer: Any, weight: Tensor | None, dtype: torch.dtype) -> Iterator[None]:
-    if weight is None:
-        quantizer.forward = _activation(quantizer, dtype)
-    else:
-        quantizer.forward = _weight(quantizer, weight)
+def _traced(
+    quantizer: Any, weight: Tensor | None, dtype: torch.dtype, traced: set[int]
+) -> Iterator[None]:
+    made = _activation(quantizer, dtype) if weight is None else _weight(quantizer, weight)
+
+    def forward(x: Tensor) -> Tensor:
+        traced.add(id(quantizer))
+        return made(x)
+
+    quantizer.forward = forward
     try:
         yield
     finally:
@@ -95,6 +111,8 @@ def _weight(quantizer: Any, weight: Tensor) -> Callable[[Tensor], Tensor]:
     dtype, largest, _ = _CODES[quantizer.num_bits]
     facts = _stage_scale(quantizer, weight.dtype)
     amax = _amax(quantizer)
+    if weight.dtype != torch.float32:  # by the scale as it is stored, rounded
+        amax = (quantizer.onnx_scale.float() * largest).view(amax.shape)
     scaled = weight.detach().float() * (largest / torch.where(amax == 0, 1.0, amax))
     scaled = scaled.clamp(-largest, largest)
     codes = scaled.round().to(dtype) if dtype == torch.int8 else scaled.to(dtype)

@@ -130,13 +130,13 @@ class GraphSlots(PagedSlots):
         self,
         step: LayerStep,
         q: Tensor,
-        read: tuple[Tensor, Tensor],
+        own: tuple[Tensor, Tensor],
         rows: tuple[Tensor, Tensor],
         scored: dict[str, float],
     ) -> Tensor:
         facts, state = self.facts, self.tensors
         assert step.evict is not None and self.padding_left is not None
-        k, v = read
+        k, v = own
         K, T = k.shape[1:3]
         evict = step.evict.expand(-1, K, -1)
         lists = self._lists(q.shape[0])
@@ -148,7 +148,7 @@ class GraphSlots(PagedSlots):
         starts = torch.where(padding > 0, padding, -1)
         starts = torch.where(valid, starts, tokens).to(torch.int32)
         length = lists.table.shape[2] * PAGE
-        out = call(
+        read = call(
             operators.PREFILL_ATTENTION,
             {
                 "q": q,
@@ -164,7 +164,7 @@ class GraphSlots(PagedSlots):
             window=facts.window,
             **scored,
             **facts.formats,
-        )["out"]
+        )
         # Padding comes on empty lists only, so that none can shrink.
         plan = plan_pack(evict, valid, lists, shrinks=False)
         written = call(
@@ -174,7 +174,9 @@ class GraphSlots(PagedSlots):
                 "v": rows[1],
                 "slots": plan.slots,
                 "scales": self.scales,
-                **{name: state[name] for name in ("keys", "values", "table")},
+                "table": state["table"],
+                "keys": read["same_keys"],
+                "values": read["same_values"],
             },
             **facts.formats,
         )
@@ -187,7 +189,7 @@ class GraphSlots(PagedSlots):
             "ring_slot": plan.ring_slot,
             "ring_evict": plan.ring_evict,
         }
-        return out
+        return read["out"]
 
     def _lists(self, batch: int) -> LayerLists:
         """The state as the reference knows it, on tensors that may be changed."""

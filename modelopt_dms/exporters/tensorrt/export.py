@@ -58,5 +58,5 @@ def export_tensorrt(
             made = compile_kernels(facts, written.scoring, chunk=chunk, programs=sizes.programs)
             kernels = write_kernels(place, made)
         write_companions(place, tokenizer, recipe)
-        manifest_of(facts, sizes, written.phases, kernels, plugin_free).save(place)
+        manifest_of(facts, sizes, place, written.phases, kernels, plugin_free).save(place)
     return target

@@ -212,7 +212,7 @@ def _parameters(name: str, launch: Launch) -> list[tuple[str, str]]:
     """What the kernel's parameters are in `ptx.schema`, and their types, in the kernel's order."""
     operator, variant = OPERATORS[name], launch.variant
     inputs = {x.name for x in operator.inputs}
-    changed = {x.aliases: x.name for x in operator.outputs if x.aliases}
+    changed = {x.aliases: x.name for x in operator.outputs if x.aliases and not x.unchanged}
     found = []
     for parameter in variant.kernel.arg_names:
         kind = variant.signature.get(parameter)
