@@ -9,10 +9,10 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor
 
 from modelopt_dms.engine.backend import Backend
+from modelopt_dms.engine.feeds import decode_feeds, prefill_feeds
 from modelopt_dms.engine.manifest import Manifest
 from modelopt_dms.engine.pages import PageTables
 from modelopt_dms.engine.requests import OnToken, Request, Slot, Stats, check_prompt
@@ -163,13 +163,7 @@ class Session:
         if slot.row not in self._slots or not self._make_room([slot.row], end - start):
             return
         began = time.perf_counter()
-        padding = T - (end - start)
-        feeds = {
-            "input_ids": torch.tensor([[0] * padding + list(slot.ids[start:end])]),
-            "positions": torch.tensor([[0] * padding + list(range(start, end))]),
-            "padding": torch.tensor([padding], dtype=torch.int32),
-        }
-        logits = self._run("prefill", feeds, slot.row)
+        logits = self._run("prefill", prefill_feeds(slot, start, end, T), slot.row)
         slot.chunks_read += 1
         slot.request.seen = end
         self.tables.advance([slot.row], end - start)
@@ -188,13 +182,7 @@ class Session:
             return
         began = time.perf_counter()
         slots = [self._slots[x] for x in rows]
-        batch = self.backend.state.batch
-        ids, positions = (torch.zeros(batch, 1, dtype=torch.int64) for _ in range(2))
-        active = torch.zeros(batch, dtype=torch.bool)
-        ids[rows, 0] = torch.tensor([x.request.tokens[-1] for x in slots])
-        positions[rows, 0] = torch.tensor([x.request.seen for x in slots])
-        active[rows] = True
-        logits = self._run("decode", {"input_ids": ids, "positions": positions, "active": active})
+        logits = self._run("decode", decode_feeds(slots, self.backend.state.batch))
         self.tables.advance(rows, 1)
         for slot in slots:
             slot.request.seen += 1
