@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two graphs of a model, traced by torch.onnx, with the bodies of our ops; and their ports. Writes no file."""
 
+import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,9 +79,7 @@ def trace(
     step = (Decode if phase == "decode" else Prefill)(model, slots, scales_of(model)).eval()
     tensors = [_example(port, model.device) for port in inputs]
     dims = [{0: Dim.DYNAMIC} for _ in inputs]
-    with traceable(model), as_nodes(model, model.dtype), warnings.catch_warnings():
-        # Of torch's own converters, about each other.
-        warnings.simplefilter("ignore")
+    with traceable(model), as_nodes(model, model.dtype), _quiet():
         program = torch.export.export(
             step,
             tuple(tensors),
@@ -105,6 +106,20 @@ def trace(
         RemoveUnusedNodesPass()(graph)
         graph.opset_imports.pop(DOMAIN)
     return Graph(graph, inputs, outputs)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside, torch's converters do not warn of each other, nor of packages that nobody needs."""
+    log = logging.getLogger("torch.onnx._internal.exporter")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
 
 
 def ports(facts: Model, sizes: Sizes, phase: str) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
