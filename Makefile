@@ -20,7 +20,7 @@ help:
 	@echo "make demo   compress the embedded model, compare it with its peers, write demo_output/"
 	@echo "make test   the test suite (make test-all: the slow tests too)"
 	@echo "make test-gpu  the tests that need a CUDA device"
-	@echo "make test-tensorrt  the tests that need TensorRT's packages (460 MB), and neither its libraries nor a GPU"
+	@echo "make test-tensorrt  the tests that need TensorRT's packages, and neither its libraries nor a GPU"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  the CPU benchmark, benchmarks/results/cpu.json"
 	@echo "make clean  remove .venv, .venv-tensorrt and demo_output"

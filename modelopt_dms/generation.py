@@ -109,13 +109,16 @@ class DecodeStep:
 
 def can_be_captured(model: PreTrainedModel, cache: DMSCache) -> bool:
     """Whether a decode step is the same work at the same addresses every time."""
-    rope = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
-    kinds = [
-        rope.get("rope_type"),
-        *(x.get("rope_type") for x in rope.values() if isinstance(x, dict)),
-    ]
     one_device = len({pool.device for pool in cache.pools}) == 1
-    return cache.is_all_paged and one_device and not any(x in _LOOKING_ROPE for x in kinds)
+    return cache.is_all_paged and one_device and looking_rope(model) is None
+
+
+def looking_rope(model: PreTrainedModel) -> str | None:
+    """The kind of a rotary embedding that looks at the values of positions, which no graph can; None without one."""
+    rope = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    # Models with several kinds of layers have parameters for each.
+    kinds = [x.get("rope_type") for x in (rope, *rope.values()) if isinstance(x, dict)]
+    return next((x for x in kinds if x in _LOOKING_ROPE), None)
 
 
 @torch.no_grad()

@@ -46,6 +46,17 @@ def check_output(output_dir: str | Path, ours: tuple[str, ...] = ()) -> Path:
 
 
 @contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write a file under, which then takes its place; an error leaves what was there."""
+    temporary = path.with_name(f".{path.name}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
 def staged(target: Path) -> Iterator[Path]:
     """A directory to write a model into; when all is written, its files move to `target`. An error leaves no trace."""
     existed = target.exists()

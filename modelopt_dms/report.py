@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from modelopt_dms.cache import kv_stats
 from modelopt_dms.evaluation.tuning import TuneResult
+from modelopt_dms.output import whole
 from modelopt_dms.previews import Preview
 
 
@@ -169,14 +170,12 @@ def draw_live_length(traces: Mapping[str, LiveTrace], path: Path, title: str) ->
         axes.set_xlabel("tokens seen (dotted line: end of the context)")
         axes.set_ylabel("live tokens")
         axes.legend(fontsize=8)
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format="png", dpi=110)
-    temporary.replace(path)
+    with whole(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
 
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with whole(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -12,7 +12,8 @@ from modelopt_dms.kv_quant import Fp8, Int8, RowFormat
 from modelopt_dms.ops import append_reference, decode_reference, prefill_reference
 from modelopt_dms.ops.gating import Decided
 from modelopt_dms.ops.paged import PAGE, LayerLists, LayerShape, PagePool
-from modelopt_dms.ops.prefill_blocks import log2_bias, own_starts
+from modelopt_dms.ops.prefill_blocks import own_starts
+from modelopt_dms.ops.prefill_reference import log2_bias
 from modelopt_dms.ops.reference import Scoring
 from modelopt_dms.ops.rows import write_rows
 

@@ -11,8 +11,7 @@ from modelopt_dms.kv_quant import Fp8
 from modelopt_dms.ops import append_reference, decode_reference, prefill_reference
 from modelopt_dms.ops.gating import Decided
 from modelopt_dms.ops.paged import PAGE
-from modelopt_dms.ops.prefill_blocks import log2_bias
-from modelopt_dms.ops.prefill_reference import expiry
+from modelopt_dms.ops.prefill_reference import expiry, log2_bias
 from modelopt_dms.ops.reference import Scoring, shift_decisions
 
 B, K, G, D = 2, 2, 3, 16

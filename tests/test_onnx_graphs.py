@@ -34,6 +34,13 @@ def one_layer(family: str) -> PreTrainedModel:
     return build_dms(family, base={"num_hidden_layers": 1})
 
 
+def rotated(kind: str) -> PreTrainedModel:
+    """A model that says that some of its layers have this rotary embedding."""
+    model = one_layer("llama")
+    model.config.rope_parameters = {"full_attention": {"rope_type": kind}}
+    return model
+
+
 MODELS = {
     "fp8": lambda: quantized("llama", "fp8_default-kv_fp8-dms_cr8", base={"num_hidden_layers": 1}),
     "qwen3_moe": lambda: one_layer("qwen3_moe"),
@@ -149,6 +156,7 @@ def test_fp8_weights_lie_in_the_file_as_bytes(exported: tuple[Any, Path]) -> Non
         (lambda: build("llama"), "has no gates"),
         (lambda: build_dms("gemma2"), "1 layers without a gate"),
         (lambda: build_dms("deepseek_v2"), "latents"),
+        (lambda: rotated("dynamic"), "a dynamic rotary embedding, which looks at positions"),
         (lambda: quantized("llama", "kv_nvfp4-dms_cr8"), r"k_bmm_quantizer .*\(2, 1\).*accepted"),
         (lambda: quantized("llama", "kv_fp8_dynamic-dms_cr8"), "no calibrated amax"),
         (

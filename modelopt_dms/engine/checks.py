@@ -78,7 +78,16 @@ def check_kernels(manifest: Manifest, directory: Path) -> None:
         ManifestError: one is missing or changed.
     """
     for kernel in manifest.kernels:
-        _check_file(directory / kernel.file, kernel.sha256, f"the kernel of {kernel.operator}")
+        check_kernel(kernel, directory)
+
+
+def check_kernel(kernel: Kernel, directory: Path) -> None:
+    """That a kernel's file is the one that was exported.
+
+    Raises:
+        ManifestError: it is missing or changed.
+    """
+    _check_file(directory / kernel.file, kernel.sha256, f"the kernel of {kernel.operator}")
 
 
 def _check_file(path: Path, expected: str, what: str = "") -> None:

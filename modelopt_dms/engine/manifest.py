@@ -7,10 +7,11 @@ this file, and nothing else, to know it.
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+from modelopt_dms.output import whole
 
 FILE = "dms_engine.json"
 FORMAT = 1
@@ -168,10 +169,9 @@ class Manifest:
 
     def save(self, directory: Path) -> None:
         """Write it, whole or not at all."""
-        temporary = directory / f".{FILE}"
         content = {"format": FORMAT, **asdict(self)}
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, directory / FILE)
+        with whole(directory / FILE) as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     @staticmethod
     def load(directory: str | Path) -> "Manifest":

@@ -17,13 +17,13 @@ from modelopt_dms.ops.prefill_blocks import (
     dot_type,
     head_constants,
     load_rows,
-    log2_bias,
     own_starts,
     padded,
     scoring_constants,
     store_rows,
     with_sink,
 )
+from modelopt_dms.ops.prefill_reference import log2_bias
 from modelopt_dms.ops.reference import Scoring
 from modelopt_dms.ops.variants import Variant
 

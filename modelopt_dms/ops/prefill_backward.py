@@ -22,7 +22,6 @@ from modelopt_dms.ops.prefill_blocks import (
     key_ranges,
     load_numbers,
     load_rows,
-    log2_bias,
     own_starts,
     padded,
     scored,
@@ -30,6 +29,7 @@ from modelopt_dms.ops.prefill_blocks import (
     store_rows,
     uncapped,
 )
+from modelopt_dms.ops.prefill_reference import log2_bias
 from modelopt_dms.ops.reference import Scoring
 from modelopt_dms.ops.variants import Variant
 

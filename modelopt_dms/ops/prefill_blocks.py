@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from modelopt_dms.ops.paged import PADDING, padded_length
+from modelopt_dms.ops.paged import PADDING
 from modelopt_dms.ops.reference import Scoring
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -63,12 +62,6 @@ def dot_type(dtype: torch.dtype) -> Any:
     """What the operands of dots are cast to: in the interpreter float32, as it multiplies bfloat16 wrongly."""
     interpreted = triton.knobs.runtime.interpret
     return tl.float32 if interpreted else TRITON_TYPES[dtype]
-
-
-def log2_bias(keep_logprob: Tensor) -> Tensor:
-    """log(1 - alpha) as the kernels add it to their scores: in units of log 2, and padded."""
-    T = keep_logprob.shape[-1]
-    return F.pad(keep_logprob.float() * LOG2E.value, (0, padded_length(T) - T)).contiguous()
 
 
 def own_starts(starts: Tensor | None) -> Tensor | None:

@@ -23,7 +23,6 @@ from modelopt_dms.ops.prefill_blocks import (
     dot_type,
     head_constants,
     load_rows,
-    log2_bias,
     own_starts,
     padded,
     scored,
@@ -32,6 +31,7 @@ from modelopt_dms.ops.prefill_blocks import (
     store_rows,
     with_sink,
 )
+from modelopt_dms.ops.prefill_reference import log2_bias
 from modelopt_dms.ops.reference import Scoring
 from modelopt_dms.ops.variants import Variant, pointer
 

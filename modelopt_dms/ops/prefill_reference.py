@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What attention of a chunk onto a paged cache means, in plain PyTorch. For whole prompts see `ops.reference`."""
 
+import math
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from modelopt_dms.ops.paged import PAGE, LayerLists, PagePool
+from modelopt_dms.ops.paged import PAGE, LayerLists, PagePool, padded_length
 from modelopt_dms.ops.reference import (
     Scoring,
     merge_partials,
@@ -88,3 +91,10 @@ def expiry(lists: LayerLists, length: int) -> Tensor:
     shape = (lists.batch, lists.heads, length + 1)
     found = torch.full(shape, NEVER, dtype=torch.int32, device=last.device)
     return found.scatter_(2, slots, last)[..., :length]
+
+
+def log2_bias(keep_logprob: Tensor) -> Tensor:
+    """log(1 - alpha) [.., T] as the kernels add it to their scores: in units of log 2, and padded."""
+    T = keep_logprob.shape[-1]
+    scaled = keep_logprob.float() * math.log2(math.e)
+    return F.pad(scaled, (0, padded_length(T) - T)).contiguous()

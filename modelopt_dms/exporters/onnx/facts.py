@@ -11,10 +11,9 @@ from modelopt_dms.convert import dms_modules
 from modelopt_dms.engine.manifest import Model
 from modelopt_dms.exporters.errors import ExportError
 from modelopt_dms.exporters.onnx import quantizers
+from modelopt_dms.generation import looking_rope
 from modelopt_dms.kv_format import kv_formats
 from modelopt_dms.ops.paged import MOST_ROWS, LayerLists
-
-_LOOKING_ROPE = ("dynamic", "longrope")
 
 
 def model_of(model: PreTrainedModel) -> Model:
@@ -38,10 +37,10 @@ def model_of(model: PreTrainedModel) -> Model:
         raise ExportError(f"{name} caches latents (MLA), which a graph cannot hold yet")
     if any(getattr(x, "sinks", None) is not None for x in modules.values()):
         raise ExportError(f"{name} has attention sinks, which a graph cannot hold yet")
-    ropes = getattr(config, "rope_parameters", None) or {}
-    if ropes.get("rope_type") in _LOOKING_ROPE:
+    rope = looking_rope(model)
+    if rope is not None:
         raise ExportError(
-            f"{name} has a {ropes['rope_type']} rotary embedding, which looks at positions; a graph cannot"
+            f"{name} has a {rope} rotary embedding, which looks at positions; a graph cannot"
         )
     first: Any = next(iter(modules.values()))
     gate, kv_heads = first.dms_gate, first.dms_gate.kv_heads

@@ -17,12 +17,13 @@ from transformers import PreTrainedModel
 
 from modelopt_dms.engine.manifest import Model, Port
 from modelopt_dms.engine.operators import DECODE_PARTIAL, DOMAIN, VERSION
+from modelopt_dms.engine.state import POOLS, dtype_of, shape_of
 from modelopt_dms.exporters.errors import ExportError
 from modelopt_dms.exporters.onnx import native
 from modelopt_dms.exporters.onnx.bodies import OPSET, functions
 from modelopt_dms.exporters.onnx.facts import scales_of
 from modelopt_dms.exporters.onnx.quantizers import as_nodes
-from modelopt_dms.exporters.onnx.slots import CHANGED, POOL, STATE, Facts
+from modelopt_dms.exporters.onnx.slots import CHANGED, STATE, Facts
 from modelopt_dms.exporters.onnx.tracing import Decode, Prefill, traceable
 from modelopt_dms.ops.paged import PAGE
 from modelopt_dms.ops.reference import Scoring
@@ -149,7 +150,7 @@ def ports(facts: Model, sizes: Sizes, phase: str) -> tuple[tuple[Port, ...], tup
         inputs += [Port(f"{name}.{layer}", *shapes[name]) for name in STATE]
         for name in CHANGED:
             state = f"{name}.{layer}"
-            in_place = phase == "decode" or name in POOL
+            in_place = phase == "decode" or name in POOLS
             outputs.append(
                 Port(
                     f"new_{state}", *shapes[name], aliases=state if in_place else None, state=state
@@ -159,9 +160,7 @@ def ports(facts: Model, sizes: Sizes, phase: str) -> tuple[tuple[Port, ...], tup
 
 
 def _example(port: Port, device: torch.device) -> Tensor:
-    sizes = {"batch": _BATCH, "pages": _PAGES}
-    shape = [sizes[x] if isinstance(x, str) else x for x in port.shape]
-    return torch.zeros(shape, dtype=getattr(torch, port.dtype), device=device)
+    return torch.zeros(shape_of(port, _BATCH, _PAGES), dtype=dtype_of(port), device=device)
 
 
 def _add_bodies(graph: ir.Model, facts: Model, plugin_free: bool) -> None:

@@ -7,24 +7,22 @@ Shapes as in `engine.operators`.
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from modelopt_dms.cache import DMSLayer, LayerStep
 from modelopt_dms.engine import operators
+from modelopt_dms.engine.state import POOLS, SMALL
 from modelopt_dms.exporters.onnx.nodes import call
-from modelopt_dms.ops import Scoring, shift_decisions
+from modelopt_dms.ops import Scoring
 from modelopt_dms.ops.append_reference import plan_pack
-from modelopt_dms.ops.paged import PAGE, LayerLists, padded_length
-from modelopt_dms.ops.prefill_reference import expiry
+from modelopt_dms.ops.paged import PAGE, LayerLists
+from modelopt_dms.ops.prefill_reference import expiry, log2_bias
 from modelopt_dms.ops.undo import decide_previous
 from modelopt_dms.paging import PagedSlots
 
 # Tensors of a layer that go through a graph, in its order; the table of pages only goes in.
-POOL = ("keys", "values")
-LISTS = ("live", "seen", "ring_slot", "ring_evict")
-STATE = (*POOL, "table", *LISTS)
-CHANGED = (*POOL, *LISTS)
+STATE = (*POOLS, *SMALL)
+CHANGED = tuple(x for x in STATE if x != "table")
 
 
 @dataclass(frozen=True)
@@ -57,10 +55,10 @@ class GraphSlots(PagedSlots):
     """One layer's slots while a graph is traced.
 
     Attributes:
-        state_in: the layer's tensors by name, replaced by the step.
+        tensors: the layer's, by name; after a step, their next values.
         scales: [4, K] float32, see `ops.paged.LayerLists`.
         active: [B] bool; decode only.
-        padding: [B] int32, tokens on the left of the chunk that are padding; prefill only.
+        chunk_padding: [B] int32, tokens on the left of the chunk that are padding; prefill only.
     """
 
     def __init__(
@@ -76,7 +74,7 @@ class GraphSlots(PagedSlots):
         self.tensors = dict(state)
         self.scales = scales
         self.active = active
-        self.padding_left = padding
+        self.chunk_padding = padding
         self.seen = 0  # positions come in as a tensor; what asks for a number gets none
         self.usage = None  # type: ignore[assignment]
 
@@ -135,14 +133,15 @@ class GraphSlots(PagedSlots):
         scored: dict[str, float],
     ) -> Tensor:
         facts, state = self.facts, self.tensors
-        assert step.evict is not None and self.padding_left is not None
+        assert step.evict is not None and step.log_keep is not None
         k, v = own
         K, T = k.shape[1:3]
         evict = step.evict.expand(-1, K, -1)
         lists = self._lists(q.shape[0])
         decide_previous(lists, evict[..., 0])
         tokens = torch.arange(T, dtype=torch.int32, device=q.device)
-        padding = self.padding_left[:, None]
+        assert self.chunk_padding is not None
+        padding = self.chunk_padding[:, None]
         valid = tokens >= padding  # [B, T]
         # Without padding, -1: a query sees what was before the chunk.
         starts = torch.where(padding > 0, padding, -1)
@@ -154,7 +153,7 @@ class GraphSlots(PagedSlots):
                 "q": q,
                 "k": k,
                 "v": v,
-                "bias": log2_bias(shift_decisions(evict, facts.shift)),
+                "bias": log2_bias(step.log_keep.expand(-1, K, -1)),
                 "starts": starts,
                 "first": lists.seen[:, 0],
                 "expiry": expiry(lists, length),
@@ -193,7 +192,7 @@ class GraphSlots(PagedSlots):
 
     def _lists(self, batch: int) -> LayerLists:
         """The state as the reference knows it, on tensors that may be changed."""
-        held = {name: self.tensors[name] for name in ("table", *LISTS)}
+        held = {name: self.tensors[name] for name in SMALL}
         active = torch.ones(batch, dtype=torch.bool, device=self.scales.device)
         lists = LayerLists(
             self.window, self.shift, **held, active=active, formats=(None, None), scales=self.scales
@@ -210,10 +209,3 @@ class GraphLayer(DMSLayer):
         """See `DMSLayer.update`."""
         self._incoming = (key_states, value_states)
         return key_states, value_states
-
-
-def log2_bias(evict: Tensor) -> Tensor:
-    """-inf where a token [B, K, T] is marked, padded as the kernel reads it."""
-    T = evict.shape[-1]
-    bias = torch.zeros(evict.shape, device=evict.device).masked_fill(evict, float("-inf"))
-    return F.pad(bias, (0, padded_length(T) - T))

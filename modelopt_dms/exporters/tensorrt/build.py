@@ -4,7 +4,6 @@
 Both engines are built before the first file is replaced; the manifest is written last.
 """
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from modelopt_dms.engine.gpu import Gpu
 from modelopt_dms.engine.manifest import Manifest, ManifestError, Phase
 from modelopt_dms.engine.state import shape_of
 from modelopt_dms.engine.tensorrt import import_tensorrt, make_log
+from modelopt_dms.output import whole
 
 Sizes = tuple[int, int, int]  # min, opt, max
 
@@ -109,7 +109,8 @@ def build(
         plans[name] = builder.plan(name)
     engines = {name: f"{name}.engine" for name in plans}
     for name, plan in plans.items():
-        write(directory / engines[name], plan)
+        with whole(directory / engines[name]) as temporary:
+            temporary.write_bytes(plan)
     facts = {
         "tensorrt": trt.__version__,
         "gpu": gpu.name,
@@ -142,14 +143,6 @@ def check_arch(manifest: Manifest, gpu: Gpu) -> None:
                 f"compute capability {gpu.capability}; `modelopt-dms export --format tensorrt --plugin-free` writes "
                 "graphs without such kernels, for any GPU"
             )
-
-
-def write(path: Path, content: Any) -> None:
-    """Write bytes, or what TensorRT serialized; whole or not at all."""
-    temporary = path.with_name(f".{path.name}")
-    with temporary.open("wb") as file:
-        file.write(content)
-    os.replace(temporary, path)
 
 
 def graph_bytes(manifest: Manifest, path: Path) -> bytes:
@@ -216,7 +209,8 @@ class _Builder:
                 f"TensorRT cannot build an engine of {phase.graph}: {self._log.text()}"
             )
         if cache is not None:
-            write(cache, config.get_timing_cache().serialize())
+            with whole(cache) as temporary:
+                temporary.write_bytes(config.get_timing_cache().serialize())
         return plan
 
     def _parse(self, network: Any, phase: Phase) -> None:

@@ -6,7 +6,6 @@ and how long, it learns from dims at every launch.
 """
 
 import hashlib
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,10 +127,7 @@ def write_kernels(directory: Path, compiled: Iterable[tuple[Kernel, str]]) -> tu
     (directory / DIRECTORY).mkdir(parents=True, exist_ok=True)
     kernels = []
     for kernel, ptx in compiled:
-        path = directory / kernel.file
-        temporary = path.with_name(f".{path.name}")
-        temporary.write_text(ptx, encoding="utf-8", newline="\n")
-        os.replace(temporary, path)
+        (directory / kernel.file).write_text(ptx, encoding="utf-8", newline="\n")
         kernels.append(kernel)
     return tuple(kernels)
 

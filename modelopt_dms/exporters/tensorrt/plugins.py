@@ -6,19 +6,18 @@ An engine embeds the kernels, so that it needs neither Python nor a plugin libra
 
 import inspect
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from modelopt_dms.engine.checks import OLDEST, version_of
 from modelopt_dms.engine.manifest import Kernel, Manifest
 from modelopt_dms.engine.operators import DOMAIN, OPERATORS, Argument, Operator
 from modelopt_dms.exporters.errors import ExportError
 from modelopt_dms.exporters.tensorrt.expressions import dims_of, evaluate
 from modelopt_dms.exporters.tensorrt.ptx import read
 
-OLDEST = (10, 10)
 INSTALL = "pip install 'modelopt-dms[tensorrt]'"
 # TensorRT's names of types where formats are listed.
 _TYPES = {
@@ -86,8 +85,7 @@ def _plugin_module() -> Any:
         raise ExportError(
             f"TensorRT is not installed ({error}); on a machine with the GPU the engine is for: {INSTALL}"
         ) from error
-    version = tuple(int(x) for x in re.findall(r"\d+", tensorrt.__version__)[:2])
-    if version < OLDEST:
+    if version_of(tensorrt.__version__) < OLDEST:
         raise ExportError(
             f"TensorRT {tensorrt.__version__} cannot embed kernels; expected {'.'.join(map(str, OLDEST))} or later: "
             f"{INSTALL} --upgrade"

@@ -8,7 +8,8 @@ parameters of an entry bear the names of the op's tensors, and are compared with
 import re
 from pathlib import Path
 
-from modelopt_dms.engine.manifest import Kernel, ManifestError, sha256
+from modelopt_dms.engine.checks import check_kernel
+from modelopt_dms.engine.manifest import Kernel
 from modelopt_dms.engine.operators import Operator
 from modelopt_dms.exporters.errors import ExportError
 
@@ -104,15 +105,8 @@ def read(operator: Operator, kernel: Kernel, directory: Path) -> str:
         ManifestError: the file is missing or not the one that was exported.
         ExportError: it is no kernel of this op.
     """
-    path = directory / kernel.file
-    if not path.is_file():
-        raise ManifestError(f"{path} is missing; export again")
-    if (found := sha256(path)) != kernel.sha256:
-        raise ManifestError(
-            f"{path} was changed after the export (sha256 {found[:12]}..., expected {kernel.sha256[:12]}...); "
-            "export again"
-        )
-    text = path.read_text(encoding="utf-8")
+    check_kernel(kernel, directory)
+    text = (directory / kernel.file).read_text(encoding="utf-8")
     check_signature(operator, kernel, text)
     return text
 

@@ -20,6 +20,7 @@ from modelopt_dms.ops.gating import Decided
 from modelopt_dms.ops.paged import PAGE, LayerLists, PagePool
 from modelopt_dms.ops.prefill_reference import expiry
 from modelopt_dms.ops.undo import decide_previous
+from modelopt_dms.page_attention import CHUNK
 
 NAMESPACE = "modelopt_dms"
 # Arguments that both ops share, in their order.
@@ -28,8 +29,6 @@ TENSORS = ("query", "key", "value", "evict")
 METADATA = ("batch_info_host", "cu_seqlen_host", "input_pos_host", "slot_idx_host")
 # Numbers that go from the node of the one op to the node of the other.
 CONSTANTS = ("scale", "window", "shift", "key_amax", "value_amax")
-# Tokens of a prompt that attend to each other in full; what they evict is gone for the next chunk.
-CHUNK = 2048
 
 
 def _schema(tensors: tuple[str, ...], changed: tuple[str, ...], rest: str) -> str:
