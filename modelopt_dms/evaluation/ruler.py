@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts of RULER's families (arXiv 2404.06654) for any tokenizer, at any length. Knows no model; `score_task` asks them.
+
+    needle      one fact, "One of the special magic numbers for castle is: 48213.", somewhere in prose
+    multikey    four such facts with different keys, one of them asked for
+    multivalue  one key with two to four values, all asked for; every value counts by itself
+    tracking    VAR A = 12345, VAR B = VAR A, ... among other chains: which variables hold 12345
+
+Wording and the begun answer are RULER's. The context ends where the text ends, before a question is known, so it can be
+compressed first; the question and the begun answer are the prompt of the first turn.
+"""
+
+from __future__ import annotations
+
+import random
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Literal, get_args
+
+from modelopt_dms.evaluation.prose import reference_sentences
+from modelopt_dms.evaluation.tasks import Episode, Question
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Family = Literal["needle", "multikey", "multivalue", "tracking"]
+FAMILIES: tuple[Family, ...] = get_args(Family)
+
+KEYS = tuple(
+    "apple river castle violin planet garden rocket silver forest button candle dragon island jacket kettle lemon "
+    "magnet needle orange pepper quartz ribbon saddle turtle umbrella velvet walnut yellow zebra anchor basket copper "
+    "desert engine falcon guitar hammer".split()
+)
+
+Encode = Callable[[str], list[int]]
+
+
+def make_prompts(
+    family: Family,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    count: int,
+    seed: int,
+    haystack: Sequence[str] | None = None,
+) -> list[Episode]:
+    """`count` prompts whose context, question and begun answer have at most `length` tokens together, less one sentence.
+
+    Args:
+        family: one of FAMILIES.
+        tokenizer: its chat template is used if it has one, without thinking.
+        length: tokens of a prompt, the answer apart.
+        count: how many.
+        seed: draws facts, depths and where in the haystack a prompt begins.
+        haystack: sentences, repeated where they are too few; by default those of Python's language reference.
+
+    Raises:
+        ValueError: an unknown family, or a prompt has no room for its facts.
+    """
+    if family not in FAMILIES:
+        raise ValueError(f"family is {family!r}, must be one of {FAMILIES}")
+    rng = random.Random(f"ruler/{family}/{length}/{seed}")
+    sentences = reference_sentences() if haystack is None else haystack
+    return [_prompt(family, tokenizer, length, sentences, rng) for _ in range(count)]
+
+
+def _prompt(
+    family: Family,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    sentences: Sequence[str],
+    rng: random.Random,
+) -> Episode:
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    head, tail = _frame(tokenizer)
+    make = _tracking if family == "tracking" else _needles
+    intro, facts, question, turns = make(family, rng)
+    asked, *rest = _encode_turns(encode, [f"\n{question}{tail}{turns[0]}", *turns[1:]])
+    depths = sorted(rng.random() for _ in facts)
+    start = rng.randrange(len(sentences))
+    prose = [sentences[(start + i) % len(sentences)] for i in range(length)]
+
+    def context(number: int) -> list[int]:
+        text = prose[:number]
+        for fact, depth in reversed(list(zip(facts, depths, strict=True))):
+            text.insert(round(depth * number), fact)
+        return encode(f"{head}{intro}\n" + " ".join(text))
+
+    def used(number: int) -> int:
+        return len(context(number)) + len(asked)
+
+    number = bisect_right(range(length), length, key=used) - 1
+    if number < 0:
+        raise ValueError(f"length={length} has no room for a {family} prompt of {used(0)} tokens")
+    ids = [asked, *rest]
+    pairs = zip(ids[::2], ids[1::2], strict=True)
+    return Episode(family, context(number), [Question(*pair) for pair in pairs])
+
+
+def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """What a chat template puts before and after a user's message; just a first token if there is no template."""
+    if tokenizer.chat_template is None:
+        return str(tokenizer.bos_token or ""), "\n"
+    message = [{"role": "user", "content": "MESSAGE"}]
+    text = tokenizer.apply_chat_template(
+        message, tokenize=False, add_generation_prompt=True, enable_thinking=False
+    )
+    head, tail = str(text).split("MESSAGE")
+    return head, tail
+
+
+def _encode_turns(encode: Encode, texts: Sequence[str]) -> Iterator[list[int]]:
+    """Token ids of consecutive texts, as in one text: a tokenizer may treat the start of a text differently."""
+    text, ids = "", []
+    for part in texts:
+        text += part
+        whole = encode(text)
+        if whole[: len(ids)] != ids:
+            raise ValueError(f"the tokenizer joins {part!r} with the text before it")
+        yield whole[len(ids) :]
+        ids = whole
+
+
+def _number(rng: random.Random) -> str:
+    return str(rng.randrange(10_000, 100_000))
+
+
+# Introduction, facts in the order of the text, question, and turns: what is given, what must follow, and so on.
+Made = tuple[str, list[str], str, list[str]]
+
+
+def _needles(family: Family, rng: random.Random) -> Made:
+    """One key and value, four keys, or one key with several values."""
+    keys = rng.sample(KEYS, 4 if family == "multikey" else 1)
+    if family == "multivalue":
+        keys *= rng.randint(2, 4)
+    values = [_number(rng) for _ in keys]
+    facts = [
+        f"One of the special magic numbers for {key} is: {value}."
+        for key, value in zip(keys, values, strict=True)
+    ]
+    number = rng.randrange(len(keys))
+    if family == "multivalue":
+        about = f"special magic numbers for {keys[0]} mentioned in the provided text"
+        question, begun = f"What are all the {about}?", f"The {about} are"
+        turns = [begun, f" {values[0]}"]
+        for value in values[1:-1]:
+            turns += [",", f" {value}"]
+        turns += [" and", f" {values[-1]}"]
+    else:
+        about = f"special magic number for {keys[number]} mentioned in the provided text"
+        question, begun = f"What is the {about}?", f"The {about} is"
+        turns = [begun, f" {values[number]}"]
+    intro = (
+        "A special magic number is hidden within the following text. Make sure to memorize it. "
+        "I will quiz you about the number afterwards."
+        if family == "needle"
+        else "Some special magic numbers are hidden within the following text. Make sure to memorize them. "
+        "I will quiz you about the numbers afterwards."
+    )
+    return intro, facts, question, turns
+
+
+def _tracking(family: Family, rng: random.Random) -> Made:
+    """As `_needles`: two chains of three variables; the last of one is traced to its value."""
+    chains = [rng.sample(KEYS, 6)[i : i + 3] for i in (0, 3)]
+    facts, values = [], [_number(rng) for _ in chains]
+    for (a, b, c), value in zip(chains, values, strict=True):
+        facts += [f"VAR {a} = {value}.", f"VAR {b} = VAR {a}.", f"VAR {c} = VAR {b}."]
+    a, b, c = chains[0]
+    intro = "Memorize and track the chains of variable assignment hidden in the following text."
+    question = f"Trace the variable {c} back to its value, as assigned in the text above."
+    turns = [f"VAR {c} = VAR", f" {b}", f". VAR {b} = VAR", f" {a}", f". VAR {a} =", f" {values[0]}"]
+    return intro, facts, question, turns
