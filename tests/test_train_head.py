@@ -81,10 +81,71 @@ def test_a_model_that_mixes_packed_documents_is_refused():
         check_head(model)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_leak_in_one_layer_of_many_is_refused(dtype):
+    """A shift along the sequence, as convolutions have, that does not stop at a border."""
+    model = apply_dms(build("llama", num_hidden_layers=8).to(dtype), DMSConfig(window=3)).eval()
+    model.get_decoder().layers[4].mlp.register_forward_hook(
+        lambda module, args, out: out + 0.2 * args[0].roll(1, dims=1)
+    )
+    with pytest.raises(UnsupportedHeadError, match="does not keep packed documents apart"):
+        check_head(model)
+
+
+def test_kernels_that_round_by_shape_are_no_leak():
+    """Massive activations in bfloat16: where another length takes another kernel, right results differ by over 5 %."""
+    model = apply_dms(build("llama").to(torch.bfloat16), DMSConfig(window=3)).eval()
+
+    def round_by_shape(module, args, out):
+        generator = torch.Generator().manual_seed(out.shape[1])
+        noise = torch.randn(out.shape[1:], generator=generator).to(out.dtype)
+        return out + 0.1 * out.std() * noise
+
+    model.get_input_embeddings().register_forward_hook(round_by_shape)
+    ids, positions = torch.arange(8)[None], torch.arange(8)[None]
+    with torch.no_grad():
+        packed = last_hidden(model, ids, torch.cat([positions[:, :3], positions[:, :5]], dim=1))
+        alone = last_hidden(model, ids[:, 3:], positions[:, :5])
+    assert (packed[:, 3:] - alone).double().norm() > 0.05 * alone.double().norm()
+    check_head(model)
+
+
 def test_chance_in_the_forward_pass_is_refused():
     model = make_model()
     model.get_input_embeddings().register_forward_hook(
         lambda module, args, out: torch.dropout(out, 0.5, True)
     )
     with pytest.raises(UnsupportedHeadError):
+        check_head(model)
+
+
+def test_chance_that_spares_the_check_of_the_head_is_named():
+    """Equal runs that give other numbers are chance, and no leak."""
+    model, calls = make_model(), []
+
+    def jitter(module, args, out):
+        calls.append(0)
+        return out if len(calls) <= 2 else out + torch.randn_like(out)
+
+    model.get_input_embeddings().register_forward_hook(jitter)
+    with pytest.raises(UnsupportedHeadError, match="other chance in its forward pass"):
+        check_head(model)
+
+
+def test_weights_that_are_not_finite_are_named():
+    model = make_model()
+    model.get_decoder().layers[1].mlp.up_proj.weight.data[3, 5] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"not finite: model\.layers\.1\.mlp\.up_proj\.w"):
+        check_head(model)
+
+
+@pytest.mark.parametrize("place", ["decoder", "head"])
+def test_an_overflow_in_float16_is_called_one(place):
+    model = make_model().to(torch.float16)
+    if place == "decoder":
+        weight = model.get_decoder().layers[0].mlp.down_proj.weight
+    else:
+        weight = model.get_output_embeddings().weight
+    weight.data.fill_(6e4)
+    with pytest.raises(FloatingPointError, match="not finite in float16; use bfloat16"):
         check_head(model)
