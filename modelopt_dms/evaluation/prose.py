@@ -12,7 +12,7 @@ _LENGTHS = range(40, 400)
 
 @cache
 def reference_sentences() -> tuple[str, ...]:
-    """About 800 sentences, 20,000 tokens, of Python's language reference; its wording differs a little between versions of Python."""
+    """About 900 sentences, 20,000 tokens, of Python's language reference; versions of Python differ a little."""
     # Imported late: half a megabyte of text.
     from pydoc_data.topics import topics
 

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts of RULER's families (arXiv 2404.06654) for any tokenizer, at any length. Knows no model; `score_task` asks them.
+"""Prompts of RULER's families (arXiv 2404.06654) for any tokenizer. Knows no model; `score_task` asks them.
 
     needle      one fact, "One of the special magic numbers for castle is: 48213.", somewhere in prose
     multikey    four such facts with different keys, one of them asked for
     multivalue  one key with two to four values, all asked for; every value counts by itself
-    tracking    VAR A = 12345, VAR B = VAR A, ... among other chains: which variables hold 12345
+    tracking    "VAR castle = 48213." and "VAR river = VAR castle.", in that order, beside another such chain: which
+                variable river is assigned, and what value; both count by themselves
 
-Wording and the begun answer are RULER's. The context ends where the text ends, before a question is known, so it can be
-compressed first; the question and the begun answer are the prompt of the first turn.
+RULER's own tracking (name all variables of a chain of five) is beyond models of the size that the tests know.
+
+Wording and begun answers of the others are RULER's. The context ends where the text ends, so that it can be compressed
+before a question is known; the question and the begun answer are the prompt of the first turn.
 """
 
 from __future__ import annotations
@@ -26,10 +29,46 @@ if TYPE_CHECKING:
 Family = Literal["needle", "multikey", "multivalue", "tracking"]
 FAMILIES: tuple[Family, ...] = get_args(Family)
 
-KEYS = tuple(
-    "apple river castle violin planet garden rocket silver forest button candle dragon island jacket kettle lemon "
-    "magnet needle orange pepper quartz ribbon saddle turtle umbrella velvet walnut yellow zebra anchor basket copper "
-    "desert engine falcon guitar hammer".split()
+KEYS: tuple[str, ...] = (
+    *(
+        "apple",
+        "river",
+        "castle",
+        "violin",
+        "planet",
+        "garden",
+        "rocket",
+        "silver",
+        "forest",
+        "button",
+        "candle",
+    ),
+    *(
+        "dragon",
+        "island",
+        "jacket",
+        "kettle",
+        "lemon",
+        "magnet",
+        "needle",
+        "orange",
+        "pepper",
+        "quartz",
+        "ribbon",
+    ),
+    *(
+        "saddle",
+        "turtle",
+        "umbrella",
+        "velvet",
+        "walnut",
+        "yellow",
+        "zebra",
+        "anchor",
+        "basket",
+        "copper",
+    ),
+    *("desert", "engine", "falcon", "guitar", "hammer"),
 )
 
 Encode = Callable[[str], list[int]]
@@ -43,7 +82,7 @@ def make_prompts(
     seed: int,
     haystack: Sequence[str] | None = None,
 ) -> list[Episode]:
-    """`count` prompts whose context, question and begun answer have at most `length` tokens together, less one sentence.
+    """Prompts whose context, question and begun answer have at most `length` tokens; one more sentence would not fit.
 
     Args:
         family: one of FAMILIES.
@@ -163,13 +202,15 @@ def _needles(family: Family, rng: random.Random) -> Made:
 
 
 def _tracking(family: Family, rng: random.Random) -> Made:
-    """As `_needles`: two chains of three variables; the last of one is traced to its value."""
-    chains = [rng.sample(KEYS, 6)[i : i + 3] for i in (0, 3)]
-    facts, values = [], [_number(rng) for _ in chains]
-    for (a, b, c), value in zip(chains, values, strict=True):
-        facts += [f"VAR {a} = {value}.", f"VAR {b} = VAR {a}.", f"VAR {c} = VAR {b}."]
-    a, b, c = chains[0]
-    intro = "Memorize and track the chains of variable assignment hidden in the following text."
-    question = f"Trace the variable {c} back to its value, as assigned in the text above."
-    turns = [f"VAR {c} = VAR", f" {b}", f". VAR {b} = VAR", f" {a}", f". VAR {a} =", f" {values[0]}"]
-    return intro, facts, question, turns
+    """Two chains of two variables; one of them is followed to its value."""
+    names, values = rng.sample(KEYS, 4), [_number(rng), _number(rng)]
+    facts = []
+    for a, b, value in zip(names[::2], names[1::2], values, strict=True):
+        facts += [f"VAR {a} = {value}.", f"VAR {b} = VAR {a}."]
+    a, b, value = names[0], names[1], values[0]
+    intro = (
+        "Some assignments of variables are hidden within the following text. Make sure to memorize them. "
+        "I will quiz you about the variables afterwards."
+    )
+    question = f"Which variable is {b} assigned, and what value?"
+    return intro, facts, question, [f"VAR {b} = VAR", f" {a}", f". VAR {a} =", f" {value}"]
