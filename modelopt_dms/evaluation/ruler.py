@@ -151,7 +151,7 @@ def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
 
 def _encode_turns(encode: Encode, texts: Sequence[str]) -> Iterator[list[int]]:
     """Token ids of consecutive texts, as in one text: a tokenizer may treat the start of a text differently."""
-    text, ids = "", []
+    text, ids = "", list[int]()
     for part in texts:
         text += part
         whole = encode(text)
