@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from modelopt_dms.cache import KVStats, kv_stats
     from modelopt_dms.calibration import CalibrationResult, calibrate
+    from modelopt_dms.checkpoints.base import load_base
     from modelopt_dms.compression import set_compression
     from modelopt_dms.config import (
         CalibrateConfig,
@@ -68,6 +69,7 @@ _HOME = {
     "graphed": "generation",
     "kv_stats": "cache",
     "load": "loading",
+    "load_base": "checkpoints.base",
     "load_recipe": "recipe",
     "preview": "previews",
     "quantize": "quantization",
@@ -98,6 +100,7 @@ __all__ = [
     "graphed",
     "kv_stats",
     "load",
+    "load_base",
     "load_recipe",
     "preview",
     "quantize",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: modelopt-dms {compress, preview, traces, generate, eval, tune, export, engine, recipes}.
+"""The command line: modelopt-dms {fetch, compress, preview, traces, generate, eval, tune, export, engine, recipes}.
 
 Heavy imports stand inside the commands, so that --help answers at once.
 """
@@ -14,6 +14,7 @@ from rich.markup import escape
 from modelopt_dms.cli.asking import evaluate, generate
 from modelopt_dms.cli.engines import engine_app
 from modelopt_dms.cli.feeding import preview, traces
+from modelopt_dms.cli.fetching import fetch
 from modelopt_dms.cli.listing import recipes_app
 from modelopt_dms.cli.making import compress, export, tune
 from modelopt_dms.cli.options import err
@@ -26,6 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(fetch)
 app.command()(compress)
 app.command()(preview)
 app.command()(traces)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from modelopt_dms.cli.opening import check_files, load_any, set_ratio
+from modelopt_dms.cli.opening import check_files, check_model, load_any, set_ratio
 from modelopt_dms.cli.options import (
     DataOpt,
     DeviceOpt,
@@ -37,13 +37,14 @@ def generate(
     trust_remote_code: TrustOpt = False,
 ) -> None:
     """Continue a prompt, streaming."""
+    place = check_model(model)
     from transformers import TextStreamer, set_seed
 
     from modelopt_dms.cache import kv_stats
     from modelopt_dms.convert import is_converted
     from modelopt_dms.generation import graphed
 
-    network, tokenizer = load_any(model, dtype, device, trust_remote_code)
+    network, tokenizer = load_any(place, dtype, device, trust_remote_code)
     set_ratio(network, cr)
     text = sys.stdin.read() if prompt == "-" else prompt
     inputs = tokenizer(text, return_tensors="pt").to(network.device)
@@ -89,13 +90,14 @@ def evaluate(
     trust_remote_code: TrustOpt = False,
 ) -> None:
     """Score a model through its physical KV cache: long-memory tasks, and perplexity on text."""
+    place = check_model(model)
     from modelopt_dms.evaluation import score
     from modelopt_dms.evaluation.files import score_files
     from modelopt_dms.report import results_table, write_json
 
     check_files(data or [])
     sizes = [_length(x) for x in lengths.split(",")]
-    network, tokenizer = load_any(model, dtype, device, trust_remote_code)
+    network, tokenizer = load_any(place, dtype, device, trust_remote_code)
     set_ratio(network, cr)
     rows: list[dict[str, Any]] = []
     if data:

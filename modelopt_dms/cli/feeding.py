@@ -7,9 +7,10 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from modelopt_dms.cli.opening import check_files, load_any, load_tokenizer, open_data
+from modelopt_dms.checkpoints.base import locate
+from modelopt_dms.cli.opening import check_files, check_model, load_any, load_tokenizer, open_data
 from modelopt_dms.cli.options import (
-    EMBEDDED,
+    NAMES,
     BlendOpt,
     ChangesOpt,
     DeviceOpt,
@@ -25,7 +26,7 @@ def preview(
     tokenizer: Annotated[
         str,
         typer.Option(
-            help=f"Directory or hub id of a tokenizer, or of its model; '{EMBEDDED}' for the carried one's."
+            help=f"Tokenizer, by its own directory or hub id, or by its model: directory, {NAMES}."
         ),
     ],
     data: BlendOpt = None,
@@ -37,6 +38,7 @@ def preview(
     trust_remote_code: TrustOpt = False,
 ) -> None:
     """Count what a retrofit would read and visit, and show how its data begin."""
+    place = locate(tokenizer)
     from modelopt_dms.previews import preview as count
     from modelopt_dms.recipe import load_recipe
     from modelopt_dms.report import data_table, printable
@@ -45,7 +47,7 @@ def preview(
     given = open_data(data)
     if not given:
         raise ValueError("--data is missing: the .jsonl, .txt or .parquet files to count")
-    words = load_tokenizer(tokenizer, trust_remote_code)
+    words = load_tokenizer(place, trust_remote_code)
     found = count(given, chosen, tokenizer=words, count_all=count_all)
     out.print(data_table(found))
     for source in found.sources:
@@ -75,6 +77,7 @@ def traces(
     trust_remote_code: TrustOpt = False,
 ) -> None:
     """Have MODEL itself, with eviction off, continue prompts: data for a retrofit. Goes on if interrupted."""
+    place = check_model(model)
     from modelopt_dms.data import tokenize_prompts
     from modelopt_dms.traces import Sampling, check_traces_output, generate_traces
 
@@ -82,7 +85,7 @@ def traces(
     check_traces_output(output)
     check_files(prompts, "--prompts")
     # Of the model nothing but its tokenizer is loaded before the prompts are known to be usable.
-    starts = tokenize_prompts(prompts, load_tokenizer(model, trust_remote_code), count)
-    network, tokenizer = load_any(Path(model), dtype, device, trust_remote_code)
+    starts = tokenize_prompts(prompts, load_tokenizer(place, trust_remote_code), count)
+    network, tokenizer = load_any(place, dtype, device, trust_remote_code)
     generate_traces(network, starts, tokenizer, output, sampling=sampling)
     out.print(f"saved to {escape(str(output))}", highlight=False)

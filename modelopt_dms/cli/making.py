@@ -10,6 +10,8 @@ from rich.markup import escape
 
 from modelopt_dms import processes
 from modelopt_dms.cli.opening import (
+    check_compressed,
+    check_model,
     embedded_documents,
     load_any,
     load_base,
@@ -44,6 +46,7 @@ def compress(
     trust_remote_code: TrustOpt = False,
 ) -> None:
     """Retrofit MODEL so that its KV cache forgets, and save it to OUTPUT."""
+    place = check_model(model)
     from modelopt_dms.flow import OURS, SUMMARY_FILE
     from modelopt_dms.flow import compress as run
     from modelopt_dms.output import check_output
@@ -56,7 +59,7 @@ def compress(
             "--data is missing: a .jsonl, .txt or .parquet file with text like the model will serve"
         )
     given = open_data(data)
-    network, tokenizer = load_base(model, dtype, device, trust_remote_code)
+    network, tokenizer = load_base(place, dtype, device, trust_remote_code)
     run(
         network,
         chosen,
@@ -100,6 +103,7 @@ def tune(
     trust_remote_code: TrustOpt = False,
 ) -> None:
     """Find the largest compression ratio within a quality budget on your data."""
+    place = check_compressed(model)
     from modelopt_dms.compression import curve_of
     from modelopt_dms.evaluation.tasks import held_out_text
     from modelopt_dms.evaluation.tuning import tune as run
@@ -110,7 +114,7 @@ def tune(
     given = open_data(data)
     if output is not None:
         check_output(output)
-    network, tokenizer = load_any(model, dtype, device, trust_remote_code)
+    network, tokenizer = load_any(str(place), dtype, device, trust_remote_code)
     size = curve_of(network).length if length is None else length
     texts = given or held_out_text(tokenizer, size, count, 0)
     found = run(
@@ -118,7 +122,7 @@ def tune(
     )
     out.print(trials_table(found))
     if output is not None:
-        save_tuned(network, model, output)
+        save_tuned(network, place, output)
         out.print(f"saved to {escape(str(output))}", highlight=False)
 
 
@@ -151,6 +155,7 @@ def export(
     trust_remote_code: TrustOpt = False,
 ) -> None:
     """Write a model for serving; weights of a quantized one are packed."""
+    place = check_compressed(model)
     from modelopt_dms.exporters import RECIPE_FILE, check_format
     from modelopt_dms.exporters import export as write
     from modelopt_dms.loading import load
@@ -161,9 +166,9 @@ def export(
     options = {name: value for name, value in given.items() if value is not None}
     check_format(format, options)
     check_output(output)
-    tokenizer = load_tokenizer(str(model), trust_remote_code)
-    network = load(model, dtype=dtype.value, device_map=device, trust_remote_code=trust_remote_code)
-    recipe = load_recipe(model / RECIPE_FILE) if (model / RECIPE_FILE).is_file() else None
+    tokenizer = load_tokenizer(str(place), trust_remote_code)
+    network = load(place, dtype=dtype.value, device_map=device, trust_remote_code=trust_remote_code)
+    recipe = load_recipe(place / RECIPE_FILE) if (place / RECIPE_FILE).is_file() else None
     write(network, output, format, tokenizer=tokenizer, recipe=recipe, **options)
     out.print(f"saved to {escape(str(output))}", highlight=False)
     if format == "tensorrt":

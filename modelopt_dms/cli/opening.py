@@ -5,59 +5,64 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modelopt_dms import processes
-from modelopt_dms.cli.options import EMBEDDED, Dtype
-from modelopt_dms.shelf import embedded_model_dir
+from modelopt_dms.checkpoints import base
+from modelopt_dms.checkpoints.gguf import gguf_file
+from modelopt_dms.cli.options import Dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+def check_model(name: str | Path) -> str:
+    """Where MODEL lies; what is no model by its files or its header is refused before anything heavy is imported."""
+    place = base.locate(name)
+    base.check_model_place(place)
+    return place
+
+
+def check_compressed(name: Path) -> Path:
+    """The same for a command that needs a compressed model."""
+    place = Path(check_model(name))
+    if gguf_file(place) is not None:
+        raise ValueError(f"{name} is a plain model, without gates; compress it first")
+    return place
+
+
 def load_base(
-    name: str, dtype: Dtype, device: str | None, trust: bool
+    place: str, dtype: Dtype, device: str | None, trust: bool
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
-    """A plain causal LM and its tokenizer."""
-    from transformers import AutoModelForCausalLM
-
-    path = _place(name)
-    _check_model_dir(path)
-    tokenizer = load_tokenizer(name, trust)
-    model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=dtype.value, device_map=device, trust_remote_code=trust
-    )
-    return model.eval(), tokenizer
+    """A plain causal LM and its tokenizer; bars of the weights are switched off."""
+    _hide_bars()
+    return base.load_base(place, dtype=dtype.value, device_map=device, trust_remote_code=trust)
 
 
-def load_tokenizer(name: str, trust: bool) -> "PreTrainedTokenizerBase":
-    """A tokenizer, by its own name or its model's; it comes first, so bars of the weights are switched off here."""
-    from transformers import AutoTokenizer
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        _place(name), trust_remote_code=trust
-    )
-    return tokenizer
+def load_tokenizer(place: str, trust: bool) -> "PreTrainedTokenizerBase":
+    """A tokenizer, by its own place or its model's; bars of the weights that follow are switched off."""
+    _hide_bars()
+    return base.load_tokenizer(place, trust_remote_code=trust)
 
 
 def load_any(
-    path: Path, dtype: Dtype, device: str | None, trust: bool
+    place: str, dtype: Dtype, device: str | None, trust: bool
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """A compressed model, or a plain one to compare it with; and its tokenizer."""
+    if gguf_file(place) is not None:
+        return load_base(place, dtype, device, trust)
     from transformers import AutoConfig
 
     from modelopt_dms.loading import load
 
-    name = _place(str(path))
-    _check_model_dir(name)
-    config = AutoConfig.from_pretrained(name, trust_remote_code=trust)
+    config = AutoConfig.from_pretrained(place, trust_remote_code=trust)
     if not any(hasattr(config, x) for x in ("dms_config", "dms_quantization", "dms_window_size")):
-        return load_base(name, dtype, device, trust)
-    tokenizer = load_tokenizer(name, trust)
-    return load(name, dtype=dtype.value, device_map=device, trust_remote_code=trust), tokenizer
+        return load_base(place, dtype, device, trust)
+    tokenizer = load_tokenizer(place, trust)
+    return load(place, dtype=dtype.value, device_map=device, trust_remote_code=trust), tokenizer
 
 
-def _place(name: str) -> str:
-    return str(embedded_model_dir()) if name == EMBEDDED else name
+def _hide_bars() -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def set_ratio(model: "PreTrainedModel", cr: float | None) -> None:
@@ -105,10 +110,3 @@ def check_files(paths: list[Path], option: str = "--data") -> None:
             raise ValueError(f"{option} {path} does not exist or is not a file")
         if path.stat().st_size == 0:
             raise ValueError(f"{option} {path} is empty")
-
-
-def _check_model_dir(path: str) -> None:
-    if Path(path).exists() and not (Path(path) / "config.json").is_file():
-        raise ValueError(
-            f"{path} has no config.json; expected the directory of a Hugging Face model"
-        )

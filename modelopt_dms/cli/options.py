@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-EMBEDDED = "embedded"
+from modelopt_dms.checkpoints.base import EMBEDDED
+from modelopt_dms.checkpoints.fetch import KNOWN
 
 out, err = Console(), Console(stderr=True)
 
@@ -22,11 +23,16 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
-ModelArg = Annotated[
-    str, typer.Argument(help=f"Directory, hub id, or '{EMBEDDED}' for the carried model.")
-]
+# What names a model, besides the directory of one.
+NAMES = (
+    f".gguf file, hub id, '{EMBEDDED}' for the carried model, or a name that `fetch` knows "
+    f"({', '.join(KNOWN)})"
+)
+
+ModelArg = Annotated[str, typer.Argument(help=f"Directory, {NAMES}.")]
 DirArg = Annotated[
-    Path, typer.Argument(help="Directory of a model; a compressed one, or any causal LM.")
+    Path,
+    typer.Argument(help=f"Directory of a compressed model; or any causal LM: directory, {NAMES}."),
 ]
 DataOpt = Annotated[
     list[Path] | None,
@@ -43,7 +49,10 @@ ChangesOpt = Annotated[
     list[str] | None,
     typer.Option("--set", help="Change the recipe, e.g. dms.window=512; may be repeated."),
 ]
-DtypeOpt = Annotated[Dtype, typer.Option(help="Dtype of the base model.")]
+DtypeOpt = Annotated[
+    Dtype,
+    typer.Option(help="Dtype of the base model. auto: the checkpoint's own; of GGUF, bfloat16."),
+]
 DeviceOpt = Annotated[
     str | None, typer.Option(help="Device or device_map, for example 'cuda' or 'auto'.")
 ]

