@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One model, every compression ratio: thresholds move along a measured curve. Knows no data and no training."""
 
+import math
 from bisect import bisect_left
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -24,13 +25,17 @@ class CurvePoint:
     Attributes:
         shift: what is added to every threshold; more evicts less.
         evicted_fraction: share of the tokens whose eviction takes effect.
-        compression_ratio: physical, of a sequence of the curve's `length`.
+        compression_ratio: physical, of a sequence of the curve's `length`; the mean over held-out samples.
+        lowest_cr: of the held-out sample that was compressed least. Other texts are to be expected in this range.
+        highest_cr: of the one that was compressed most.
         kl: KL divergence from the model with eviction off, nats per token.
     """
 
     shift: float
     evicted_fraction: float
     compression_ratio: float
+    lowest_cr: float
+    highest_cr: float
     kl: float
 
 
@@ -85,13 +90,26 @@ class Curve:
         fractions = [x.evicted_fraction for x in self.points]
         above = min(max(1, bisect_left(fractions, wanted)), len(fractions) - 1)
         a, b = self.points[above - 1], self.points[above]
-        part = (wanted - a.evicted_fraction) / max(b.evicted_fraction - a.evicted_fraction, 1e-12)
+        # Logits have a tail where few tokens are kept: thresholds follow the logarithm of the kept share.
+        start, here, end = (_tail(x) for x in (a.evicted_fraction, wanted, b.evicted_fraction))
+        part = (here - start) / max(end - start, 1e-12)
+
+        def between(name: str) -> float:
+            low, high = getattr(a, name), getattr(b, name)
+            return low + part * (high - low)
+
         return CurvePoint(
-            shift=a.shift + part * (b.shift - a.shift),
+            shift=between("shift"),
             evicted_fraction=wanted,
             compression_ratio=physical_cr(wanted, self.length, self.window, self.protect_first),
-            kl=a.kl + part * (b.kl - a.kl),
+            lowest_cr=between("lowest_cr"),
+            highest_cr=between("highest_cr"),
+            kl=between("kl"),
         )
+
+
+def _tail(evicted_fraction: float) -> float:
+    return -math.log(max(1.0 - evicted_fraction, 1e-4))
 
 
 def curve_of(model: PreTrainedModel) -> Curve:

@@ -107,11 +107,6 @@ class CalibrateConfig(ModeloptBaseConfig):
         title="Held-out samples",
         description="From these come the thresholds, and the curve from compression ratio to quality.",
     )
-    need: Literal["max", "mean"] = ModeloptField(
-        default="max",
-        title="When a key is needed",
-        description="Attention, times value norm, that queries beyond the window pay to it: the largest, or the mean.",
-    )
     budget: Literal["global", "uniform"] = ModeloptField(
         default="global",
         title="Who shares a budget",

@@ -28,7 +28,7 @@ from modelopt_dms.train.checkpoint import ResumeError
 
 LENGTH = 64
 WINDOW = 6
-CONFIG = {"samples": 24, "sample_length": LENGTH, "batch_size": 4, "held_out": 8, "save_steps": 2}
+CONFIG = {"samples": 24, "sample_length": LENGTH, "batch_size": 4, "held_out": 16, "save_steps": 2}
 IDS = torch.arange(48)[None] % 60
 
 
@@ -136,10 +136,9 @@ def test_a_gate_learns_what_its_layer_needs():
     first, _ = gates(model)
     wanted = 7
 
-    def fake_need(q, k, v, lengths, window, scoring):
+    def fake_change(q, k, v, gram, residual, lengths, window, scoring):
         marked = torch.tensor([[t == wanted for t in row] for row in batch["ids"]])
-        need = marked[:, None].float().expand(-1, k.shape[1], -1)
-        return need, need
+        return marked[:, None].float().expand(-1, k.shape[1], -1)
 
     batch = {}
     decoder = model.get_decoder()
@@ -150,7 +149,7 @@ def test_a_gate_learns_what_its_layer_needs():
         return forward(input_ids=input_ids, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fit, "future_need", fake_need)
+        patch.setattr(fit, "output_change", fake_change)
         patch.setattr(decoder, "forward", remember)
         result = dms.calibrate(model, {**CONFIG, "curve": [2.0]}, data=documents(), progress=False)
     assert min(result.explained[0]) > 0.5

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One pass over calibration text: what every gate reads, and how much the future needs each key, as running sums."""
+"""One pass over calibration text: what every gate reads, and what evicting each key would cost, as running sums."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,38 +17,66 @@ from modelopt_dms.config import CalibrateConfig
 from modelopt_dms.convert import dms_modules
 from modelopt_dms.data import Samples
 from modelopt_dms.gate import EvictionGate, eviction_off, hidden_input
-from modelopt_dms.ops import Scoring, future_need, shift_decisions
+from modelopt_dms.ops import Scoring, output_change, shift_decisions
 from modelopt_dms.train.head import input_device
+
+
+# The importance is a sum of squares that spans many decades: its fourth root, the root of a norm, is nearer to what a
+# linear gate can tell apart (benchmarks/results/real_model_log.md has other powers).
+POWER = 0.25
 
 
 class _Observer:
     """Adds one layer's tokens to its sums, forward by forward."""
 
-    def __init__(self, gate: EvictionGate, config: CalibrateConfig, sums: Regression) -> None:
-        self.gate, self.config, self.sums = gate, config, sums
+    def __init__(self, module: Any, sums: Regression) -> None:
+        self.gate: EvictionGate = module.dms_gate
+        self.sums = sums
+        self.module = module
         self.lengths = torch.empty(0)
 
+    def enter(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the decoder layer runs: the size of the residual stream that its attention adds to."""
+        self.residual = hidden_input(args, kwargs).float().square().sum(-1)  # [B, T]
+
     def read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before the layer runs: what its gate reads."""
+        """Before its attention runs: what the gate reads."""
         self.features = self.gate.features(hidden_input(args, kwargs)).float()
 
     def watch(self, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> None:
-        """While it runs: who needs its keys."""
+        """While it runs: what its keys are worth."""
         gate, window = self.gate, self.gate.window
-        largest, mean = future_need(q, k, v, self.lengths, window, scoring)
-        need = largest if self.config.need == "max" else mean
-        if need.shape[1] != gate.threshold.numel():  # one decision for all heads
-            reduced = need.amax(1) if self.config.need == "max" else need.mean(1)
-            need = reduced[:, None]
-        # Attention weights span decades; their roots are nearer to what a linear gate can tell apart.
-        targets = need.sqrt().transpose(1, 2)  # [B, R, T] -> [B, T, R]
+        gram = head_grams(self.module, q.shape[1], v.shape[-1])
+        residual = self.residual.to(q.device)
+        importance = output_change(q, k, v, gram, residual, self.lengths, window, scoring)
+        if importance.shape[1] != gate.threshold.numel():  # one decision for all heads
+            importance = importance.sum(1, keepdim=True)
+        targets = importance.pow(POWER).transpose(1, 2)  # [B, R, T] -> [B, T, R]
         positions = torch.arange(targets.shape[1], device=targets.device)
         last = self.lengths.to(targets.device)[:, None] - 1
         counts = (last - positions > window) & (positions >= gate.protect_first)
         # What is read at a token governs the one before it, if decisions are shifted.
         features = shift_decisions(self.features.transpose(1, 2), gate.shift).transpose(1, 2)
         self.sums.add(features[counts], targets[counts])
-        del self.features
+        del self.features, self.residual
+
+
+def head_grams(module: nn.Module, heads: int, width: int) -> Tensor:
+    """P^T P [H, Dv, Dv] in float32 of every head's part P [C, Dv] of an attention layer's output projection.
+
+    The projection is the layer's last linear map from H * Dv to anything: o_proj, dense, out_proj, c_proj.
+
+    Raises:
+        ValueError: there is none.
+    """
+    maps = [x for x in module.modules() if isinstance(x, nn.Linear) and x.in_features == heads * width]
+    if not maps:
+        raise ValueError(
+            f"{type(module).__name__} has no linear output projection from {heads} heads of {width} dimensions; "
+            "calibrate cannot weigh its keys, use a recipe with a retrofit only"
+        )
+    parts = maps[-1].weight.detach().float().unflatten(1, (heads, width)).transpose(0, 1)  # [H, C, Dv]
+    return parts.mT @ parts
 
 
 @torch.no_grad()
@@ -66,13 +94,13 @@ def accumulate(
     Args:
         model: a converted model; gates are off while it runs.
         samples: one document each, padded on the right.
-        config: batch size, checkpoint interval, which need.
+        config: batch size and checkpoint interval.
         directory: where to write the sums from time to time; None for nowhere.
         description: what makes this run the one it is.
         progress: show a progress bar.
     """
     observers = {
-        name: _Observer(module.dms_gate, config, _empty(module.dms_gate))
+        name: _Observer(module, _empty(module.dms_gate))
         for name, module in dms_modules(model).items()
     }
     sums = {name: observer.sums for name, observer in observers.items()}
@@ -102,11 +130,11 @@ def _empty(gate: EvictionGate) -> Regression:
 
 @contextmanager
 def _observing(model: PreTrainedModel, observers: dict[str, _Observer]) -> Iterator[None]:
-    modules = dms_modules(model)
-    handles = [
-        modules[name].register_forward_pre_hook(observer.read, with_kwargs=True)
-        for name, observer in observers.items()
-    ]
+    handles = []
+    for name, observer in observers.items():
+        layer = model.get_submodule(name.rpartition(".")[0])
+        for module, hook in ((layer, observer.enter), (observer.module, observer.read)):
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     try:
         for observer in observers.values():
             observer.gate.watch = observer.watch

@@ -8,27 +8,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from modelopt_dms.compression import (
-    Curve,
-    CurvePoint,
-    move_thresholds,
-    thresholds_of,
-)
-from modelopt_dms.config import RetrofitConfig
+from modelopt_dms.compression import Curve, CurvePoint, move_thresholds, thresholds_of
 from modelopt_dms.convert import dms_modules
 from modelopt_dms.data import Samples
-from modelopt_dms.gate import eviction_off, hidden_input
+from modelopt_dms.gate import eviction_off, hidden_input, record_alpha
 from modelopt_dms.mode import facts_of
 from modelopt_dms.ops import shift_decisions
 from modelopt_dms.ratio import physical_cr, target_evicted_fraction
-from modelopt_dms.train.distill import Distiller
-from modelopt_dms.train.head import input_device, last_hidden
-from modelopt_dms.train.measure import measure
+from modelopt_dms.train.head import input_device, last_hidden, output_head
+from modelopt_dms.train.loss import kl_divergence, mean_decision
 
-SETTLING_STEPS = 3
-NEAR = 0.005
+# A point of the curve is where it should be if it evicts this much of the evictable tokens more, and none less.
+NEAR = 0.006
+TRIES = 3
+LOGITS_TOKENS = 512
 
 
 def trace_curve(
@@ -38,71 +34,117 @@ def trace_curve(
     *,
     length: int,
     batch_size: int,
+    progress: bool = False,
 ) -> Curve:
-    """Measure what a common shift of all thresholds does, at shifts chosen for some compression ratios.
+    """Measure what a common shift of all thresholds does, at shifts that reach some compression ratios.
+
+    What is evicted in one layer changes what gates of the next ones read, so that shifts found with nothing evicted are
+    only nearly right: each is measured, and corrected until the ratio is reached.
 
     Args:
         model: a converted model; its thresholds are the curve's shift 0, and stay.
         samples: held-out samples.
-        ratios: wanted compression ratios; those out of reach at `length` are left out.
+        ratios: wanted compression ratios; those out of reach at `length` are left out, all others are on the curve.
         length: tokens of a sequence that compression ratios are about.
         batch_size: samples at a time.
+        progress: show a progress bar.
     """
     dms = facts_of(model)
     logits = torch.cat([x.flatten() for x in margins(model, samples, batch_size)]).sort().values
-    fractions = [0.0] + [
-        target_evicted_fraction(cr, length, dms.window, dms.protect_first)
-        for cr in sorted(ratios)
-        if cr * (dms.window + 1 + dms.protect_first) <= length
-    ]
-    shifts = [threshold_for(logits, fraction) for fraction in fractions]
-    points = _measure(model, samples, shifts, length, batch_size)
-    return Curve(length, dms.window, dms.protect_first, thresholds_of(model), points)
-
-
-def settle(
-    model: PreTrainedModel, samples: Samples, curve: Curve, fraction: float, *, batch_size: int
-) -> Curve:
-    """Move thresholds, in place, along a curve to where they evict a fraction; the curve of the model as it is then.
-
-    What is evicted in one layer changes what gates of the next ones read, so thresholds found with nothing evicted are
-    only nearly right.
-    """
-    for _ in range(SETTLING_STEPS):
-        found = curve.at_fraction(fraction).shift
-        move_thresholds(model, curve.thresholds, found)
-        here = _measure(model, samples, [0.0], curve.length, batch_size)
-        others = [replace(x, shift=x.shift - found) for x in curve.points if x.shift != found]
-        points = _in_order([*others, *here])
-        curve = replace(curve, thresholds=thresholds_of(model), points=points)
-        if abs(here[0].evicted_fraction - fraction) < NEAR:
-            break
-    return curve
-
-
-def _measure(
-    model: PreTrainedModel,
-    samples: Samples,
-    shifts: Sequence[float],
-    length: int,
-    batch_size: int,
-) -> tuple[CurvePoint, ...]:
-    """What these shifts of the model's thresholds give."""
-    dms = facts_of(model)
     base = thresholds_of(model)
-    found: list[CurvePoint] = []
-    with _in_eval(model):
-        distiller = Distiller(model, RetrofitConfig()).eval()
+    reachable = [x for x in sorted(ratios) if x * (dms.window + 1 + dms.protect_first) <= length]
+    fractions = [target_evicted_fraction(x, length, dms.window, dms.protect_first) for x in reachable]
+    points: list[CurvePoint] = []
+    bar = tqdm(total=len(fractions) + 1, desc="curve", unit="ratio", disable=not progress)
+    with bar, _in_eval(model):
+        judge = _Judge(model, samples, length, batch_size)
+        bar.update()
+        correction = 0.0
         try:
-            for shift in shifts:
-                move_thresholds(model, base, shift)
-                result = measure(distiller, samples, batch_size, soft=False)
-                evicted = result["evicted_hard"]
-                ratio = physical_cr(evicted, length, dms.window, dms.protect_first)
-                found.append(CurvePoint(shift, evicted, ratio, max(0.0, result["kl"])))
+            for wanted in fractions:
+                for _ in range(TRIES):
+                    # A little more than asked for, so that the ratio lies within what was measured.
+                    share = min(max(wanted + NEAR / 2 + correction, 0.0), 1.0)
+                    shift = threshold_for(logits, share)
+                    move_thresholds(model, base, shift)
+                    points.append(judge.point(shift))
+                    missing = wanted + NEAR / 2 - points[-1].evicted_fraction
+                    if abs(missing) <= NEAR / 2 or share >= 1.0:
+                        break
+                    correction += missing
+                bar.update()
         finally:
             move_thresholds(model, base, 0.0)
-    return _in_order(found)
+    nothing = CurvePoint(threshold_for(logits, 0.0), 0.0, 1.0, 1.0, 1.0, 0.0)
+    return Curve(length, dms.window, dms.protect_first, base, _in_order([nothing, *points]))
+
+
+def settle(model: PreTrainedModel, curve: Curve, fraction: float) -> Curve:
+    """Move thresholds, in place, to the point that was measured nearest to a fraction; the curve, seen from there."""
+    here = min(curve.points, key=lambda x: abs(x.evicted_fraction - fraction)).shift
+    move_thresholds(model, curve.thresholds, here)
+    points = tuple(replace(x, shift=x.shift - here) for x in curve.points)
+    return replace(curve, thresholds=thresholds_of(model), points=points)
+
+
+class _Judge:
+    """Held-out samples, and what the model says about them with eviction off."""
+
+    @torch.no_grad()
+    def __init__(
+        self, model: PreTrainedModel, samples: Samples, length: int, batch_size: int
+    ) -> None:
+        self.model, self.length, self.dms = model, length, facts_of(model)
+        starts = range(0, len(samples), batch_size)
+        self.batches = [samples.batch(slice(x, x + batch_size)) for x in starts]
+        with eviction_off(model):
+            self.wanted = [self._hidden(batch).cpu() for batch in self.batches]
+
+    @torch.no_grad()
+    def point(self, shift: float) -> CurvePoint:
+        """What the model's thresholds give as they are."""
+        dms, kl, tokens = self.dms, 0.0, 0
+        shares: list[float] = []
+        counts: list[int] = []
+        for batch, wanted in zip(self.batches, self.wanted, strict=True):
+            with record_alpha(self.model) as record:
+                hidden = self._hidden(batch)
+            valid = batch["tokens_ahead"] >= 0
+            head = output_head(self.model)
+            mean = kl_divergence(
+                hidden,
+                wanted.to(hidden.device),
+                valid.to(hidden.device),
+                head,
+                head,
+                direction="forward",
+                chunk_tokens=LOGITS_TOKENS,
+            )
+            kl, tokens = kl + float(mean) * int(valid.sum()), tokens + int(valid.sum())
+            counted = counted_tokens(batch, dms.window, dms.protect_first)
+            governed = {i: shift_decisions(x, dms.decision_shift) for i, x in record.hard.items()}
+            for row, own in enumerate(counted):
+                if own.any():
+                    of_row = {i: x[row : row + 1] for i, x in governed.items()}
+                    shares.append(float(mean_decision(of_row, own[None])))
+                    counts.append(int(own.sum()))
+        evicted = sum(x * n for x, n in zip(shares, counts, strict=True)) / max(1, sum(counts))
+        ratios = [
+            physical_cr(x, self.length, dms.window, dms.protect_first)
+            for x in (evicted, min(shares, default=0.0), max(shares, default=0.0))
+        ]
+        return CurvePoint(shift, evicted, *ratios, max(0.0, kl / max(1, tokens)))
+
+    def _hidden(self, batch: dict[str, Tensor]) -> Tensor:
+        device = input_device(self.model)
+        return last_hidden(
+            self.model, batch["input_ids"].to(device), batch["position_ids"].to(device)
+        )
+
+
+def counted_tokens(batch: dict[str, Tensor], window: int, protect_first: int) -> Tensor:
+    """Which tokens [B, T] of samples could be evicted while their document still goes on."""
+    return (batch["tokens_ahead"] > window) & (batch["position_ids"] >= protect_first)
 
 
 def _in_order(points: Sequence[CurvePoint]) -> tuple[CurvePoint, ...]:
@@ -139,9 +181,7 @@ def margins(model: PreTrainedModel, samples: Samples, batch_size: int) -> list[T
         with _in_eval(model), eviction_off(model):
             for start in range(0, len(samples), batch_size):
                 batch = samples.batch(slice(start, start + batch_size))
-                counts = (batch["tokens_ahead"] > dms.window) & (
-                    batch["position_ids"] >= dms.protect_first
-                )
+                counts = counted_tokens(batch, dms.window, dms.protect_first)
                 device = input_device(model)
                 last_hidden(model, batch["input_ids"].to(device), batch["position_ids"].to(device))
     finally:

@@ -186,8 +186,9 @@ def calibrate(
             sorted({*config.curve, dms.target_cr} - {1.0}),
             length=config.sample_length,
             batch_size=config.batch_size,
+            progress=progress,
         )
-        curve = settle(model, run.data.held_out, curve, fraction, batch_size=config.batch_size)
+        curve = settle(model, curve, fraction)
     finally:
         model.train(training)
     store_curve(model, curve)

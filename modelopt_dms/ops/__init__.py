@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The mathematics of DMS on plain tensors. Knows neither transformers nor modelopt."""
 
-from modelopt_dms.ops.need import future_need
+from modelopt_dms.ops.importance import output_change
 from modelopt_dms.ops.reference import (
     Scoring,
     assign_slots,
@@ -20,8 +20,8 @@ __all__ = [
     "Scoring",
     "assign_slots",
     "decode_attention",
-    "future_need",
     "merge_partials",
+    "output_change",
     "partial_attention",
     "past_bias",
     "plain_attention",
