@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TENSORRT_VENV ?= .venv-tensorrt
+KVPRESS_VENV ?= .venv-kvpress
 BIN := $(VENV)/bin
 export PYTHONUNBUFFERED := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -23,7 +24,7 @@ help:
 	@echo "make test-tensorrt  the tests that need TensorRT's packages, and neither its libraries nor a GPU"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  the CPU benchmark, benchmarks/results/cpu.json"
-	@echo "make clean  remove .venv, .venv-tensorrt and demo_output"
+	@echo "make clean  remove .venv, .venv-tensorrt, .venv-kvpress and demo_output"
 
 demo: $(VENV)/.runtime
 	$(BIN)/python -W ignore:transformers:UserWarning examples/demo.py
@@ -76,5 +77,15 @@ $(TENSORRT_VENV)/.ready: constraints.txt
 		--target $(TENSORRT_VENV)/trt10 "tensorrt-cu12-bindings==10.10.*"
 	@touch $@
 
+# kvpress' presses, for benchmarks/real_models.py, with the transformers that they need, which is not ours.
+$(KVPRESS_VENV)/.ready: constraints.txt
+	@echo "setting up $(KVPRESS_VENV) (about 2 minutes)"
+	@rm -f $@
+	@$(PYTHON) -m venv --clear $(KVPRESS_VENV)
+	@sed -n '/^torch==/p' constraints.txt > $(KVPRESS_VENV)/torch.txt
+	@$(KVPRESS_VENV)/bin/python -m pip install --quiet --no-compile --requirement $(KVPRESS_VENV)/torch.txt
+	@$(KVPRESS_VENV)/bin/python -m pip install --quiet --no-compile --constraint $(KVPRESS_VENV)/torch.txt kvpress==0.5.5
+	@touch $@
+
 clean:
-	rm -rf $(VENV) $(TENSORRT_VENV) demo_output
+	rm -rf $(VENV) $(TENSORRT_VENV) $(KVPRESS_VENV) demo_output
