@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Documents without facts: prose, code, and passages that are repeated after other text. Knows no files."""
+
+from modelopt_dms.data.mix.writing import Asked, Document, Writer
+
+_REMEMBER = (
+    "Remember this passage:",
+    "Here is a text that I will want back later:",
+    "Please store the following, word for word.",
+    "This is passage A:",
+    "Keep a copy of this:",
+)
+_STORED = ("Stored.", "I have it.", "Done.", "I will remember it.", "Passage saved.")
+_OTHER = (
+    "Now something else, which you need not remember:",
+    "In the meantime, read this:",
+    "Here is another text:",
+    "Ignore the following.",
+)
+_SEEN = ("I have read it.", "Understood.", "OK.", "Read.")
+_ASK = (
+    "Now repeat the first passage word for word.",
+    "Please give me back the passage from the beginning, exactly as it was.",
+    "Write down the first text again without changing anything.",
+    "Copy what I asked you to keep.",
+    "What was the first text? Quote all of it.",
+)
+
+
+def prose(writer: Writer) -> Document:
+    """Paragraphs of English up to the length."""
+    return writer.cut(writer.run(writer.prose(), writer.length + 200), "prose", special=True)
+
+
+def code(writer: Writer) -> Document:
+    """Python source that begins with a definition, up to the length."""
+    text = ""
+    for piece in writer.code():
+        text += piece
+        if len(text) > writer.length * 8:
+            break
+    return writer.cut(text[: writer.length * 8], "code", special=True)
+
+
+def repeat(writer: Writer) -> Document:
+    """A passage of 150 to 400 tokens, other text, and the passage again; shorter ones where the length is short."""
+    rng = writer.rng
+    room = writer.length - 110
+    size = max(16, min(rng.randrange(150, 401), room * 2 // 5))
+    passage = writer.passage(size)
+    while not passage:
+        passage = writer.passage(size)
+    between = writer.run(writer.prose(), room - 2 * writer.size(passage))
+    remember, ask = rng.choice(_REMEMBER), rng.choice(_ASK)
+    turns = [("user", f"{remember}\n\n{passage}"), ("assistant", rng.choice(_STORED))]
+    if between:
+        turns += [("user", f"{rng.choice(_OTHER)}\n\n{between}"), ("assistant", rng.choice(_SEEN))]
+    turns += [("user", ask), ("assistant", passage)]
+    return writer.cut(writer.chat(turns), "repeat", (Asked(ask, (passage,)),))

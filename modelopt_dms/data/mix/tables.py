@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables, lists and blocks of settings as facts: looking up, looking up in reverse, counting. Knows no tokenizer."""
+
+import random
+
+from modelopt_dms.data.mix.facts import Fact, Question
+from modelopt_dms.data.mix.values import POOLS, Draw
+
+# Title, then columns as "header: slot"; the first names a row.
+_TABLES = tuple(
+    (title, tuple(tuple(x.split(": ")) for x in columns.split(", ")))
+    for title, columns in (
+        ("Telephone list", "name: person, extension: four, room: room"),
+        ("Price list", "item: thing, price: price, in stock: two"),
+        ("Departures", "destination: city, time: time, platform: small"),
+        ("Hosts", "host: name, address: ip, port: port"),
+        ("Samples", "sample: code, mass: decimal, material: material"),
+        ("Results of the examination", "student: person, points: two, subject: subject"),
+        ("Animals in the shelter", "name: name, species: animal, colour: colour"),
+        ("Releases", "project: name, version: version, date: date"),
+        ("Shopping list", "product: food, grams: three, price: price"),
+        ("Library loans", "borrower: person, book: name, due: date"),
+        ("Budget", "team: team, amount: five, approved by: person"),
+        ("Job openings", "position: job, city: city, reference: code"),
+        ("Settings", "key: key, value: number, previous: number"),
+        ("Timetable", "subject: subject, teacher: last, room: room"),
+        ("Shipments", "order: five, contents: thing, destination: city"),
+        ("Paint catalogue", "colour: colour, code: code, litres: small"),
+    )
+)
+
+
+def table(rng: random.Random, taken: set[str]) -> list[Fact]:
+    """A table of four to nine rows in one of six notations."""
+    title, columns = rng.choice(_TABLES)
+    heads = [x[0] for x in columns]
+    rows = []
+    for _ in range(rng.randrange(4, 10)):
+        draw = Draw(rng, taken)
+        rows.append(
+            [draw[slot] if i == 0 else draw[slot + "1"] for i, (_, slot) in enumerate(columns)]
+        )
+    text = rng.choice((_markdown, _csv, _bullets, _lines, _json, _aligned))(title, heads, rows)
+    questions = []
+    for row in rng.sample(rows, min(3, len(rows))):
+        column = rng.randrange(1, len(heads))
+        if rng.random() < 0.65:
+            ask = rng.choice(_CELL).format(
+                title=title, head=heads[column], row=row[0], key=heads[0]
+            )
+            questions.append(_answer(rng, ask, row[column]))
+        elif sum(x[column] == row[column] for x in rows) == 1:
+            ask = rng.choice(_ROW).format(
+                title=title, head=heads[column], value=row[column], key=heads[0]
+            )
+            questions.append(_answer(rng, ask, row[0]))
+    ask = rng.choice((f'How many entries does "{title}" have?', f'Count the entries of "{title}".'))
+    questions.append(
+        Question(ask, rng.choice(("{}", "{}.", "There are {} entries.")).format(len(rows)))
+    )
+    names = tuple(x[0] for x in rows)
+    ask = f'List every {heads[0]} of "{title}" in order.'
+    questions.append(Question(ask, ", ".join(names), names))
+    rng.shuffle(questions)
+    return [Fact(text, tuple(questions), block=True)]
+
+
+_CELL = (
+    'What does "{title}" give as {head} for {row}?',
+    "Look up {row} in the table: what is the {head}?",
+    '{head} of {row} in "{title}"?',
+    'In "{title}", which {head} stands in the row of {row}?',
+)
+_ROW = (
+    'Which {key} in "{title}" has the {head} {value}?',
+    'In "{title}", whose {head} is {value}? Name the {key}.',
+)
+
+
+def _answer(rng: random.Random, ask: str, value: str) -> Question:
+    return Question(
+        ask[0].upper() + ask[1:],
+        rng.choice(("{}", "{}.", "It is {}.", "{}")).format(value),
+        (value,),
+    )
+
+
+def _markdown(title: str, heads: list[str], rows: list[list[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return f"{title}\n\n" + "\n".join(f"| {' | '.join(x)} |" for x in lines)
+
+
+def _csv(title: str, heads: list[str], rows: list[list[str]]) -> str:
+    return f"{title}:\n" + "\n".join(",".join(x) for x in [heads, *rows])
+
+
+def _bullets(title: str, heads: list[str], rows: list[list[str]]) -> str:
+    lines = (", ".join(f"{h} {v}" for h, v in zip(heads[1:], x[1:], strict=True)) for x in rows)
+    return f"{title}:\n" + "\n".join(f"- {x[0]}: {y}" for x, y in zip(rows, lines, strict=True))
+
+
+def _lines(title: str, heads: list[str], rows: list[list[str]]) -> str:
+    blocks = ("\n".join(f"{h} = {v}" for h, v in zip(heads, x, strict=True)) for x in rows)
+    return f"# {title}\n" + "\n\n".join(blocks)
+
+
+def _json(title: str, heads: list[str], rows: list[list[str]]) -> str:
+    lines = (", ".join(f'"{h}": "{v}"' for h, v in zip(heads, x, strict=True)) for x in rows)
+    return f'"{title}": [\n' + ",\n".join(f"  {{{x}}}" for x in lines) + "\n]"
+
+
+def _aligned(title: str, heads: list[str], rows: list[list[str]]) -> str:
+    widths = [max(map(len, x)) + 2 for x in zip(heads, *rows, strict=True)]
+    lines = (
+        "".join(v.ljust(w) for v, w in zip(x, widths, strict=True)).rstrip() for x in [heads, *rows]
+    )
+    return f"{title}\n" + "\n".join(lines)
+
+
+def word_list(rng: random.Random, taken: set[str]) -> list[Fact]:
+    """A numbered list of words: by number, what comes before and after, all of them."""
+    pool = rng.choice([x for x in POOLS if len(POOLS[x]) > 25 and x not in ("key", "variable")])
+    words = [Draw(rng, taken)[pool] for _ in range(rng.randrange(5, 11))]
+    title = rng.choice(
+        ("My list", "Things to remember", "The list of {}", "Words for the game")
+    ).format(rng.choice(POOLS["first"]))
+    lines = "\n".join(f"{i}. {x}" for i, x in enumerate(words, 1))
+    at = rng.randrange(1, len(words))
+    questions = [
+        _answer(rng, f'What is number {at + 1} of "{title}"?', words[at]),
+        _answer(rng, f'In "{title}", what comes right after {words[at - 1]}?', words[at]),
+        Question(f'How many things are on the list "{title}"?', str(len(words))),
+        Question(f'Repeat "{title}".', lines, tuple(words)),
+    ]
+    rng.shuffle(questions)
+    return [Fact(f"{title}:\n{lines}", tuple(questions), block=True)]
