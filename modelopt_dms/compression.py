@@ -108,6 +108,32 @@ class Curve:
         )
 
 
+def expected_ratios(model: PreTrainedModel, length: int) -> tuple[float, float] | None:
+    """The compression ratios that most texts of this many tokens get at the model's thresholds; None without a curve.
+
+    From the held-out sample that was compressed least to the one that was compressed most, a tenth wider on both sides:
+    samples are few.
+    """
+    if getattr(model.config, "dms_curve", None) is None:
+        return None
+    curve = curve_of(model)
+    here = thresholds_of(model)[0][0] - curve.thresholds[0][0]
+    points = sorted(curve.points, key=lambda x: x.shift)
+    above = min(max(1, bisect_left([x.shift for x in points], here)), len(points) - 1)
+    a, b = points[above - 1], points[above]
+    part = min(max((here - a.shift) / max(b.shift - a.shift, 1e-12), 0.0), 1.0)
+    window, protected = curve.window, curve.protect_first
+
+    def ratio(low: float, high: float, factor: float) -> float:
+        """At another length, from the ratio at the curve's."""
+        share = target_evicted_fraction(
+            low + part * (high - low), curve.length, window, protected
+        )
+        return max(1.0, factor * physical_cr(share, length, window, protected))
+
+    return ratio(a.lowest_cr, b.lowest_cr, 0.9), ratio(a.highest_cr, b.highest_cr, 1.1)
+
+
 def _tail(evicted_fraction: float) -> float:
     return -math.log(max(1.0 - evicted_fraction, 1e-4))
 

@@ -3,12 +3,19 @@
 
 import pytest
 import torch
+from families import build
 from hypothesis import given
 from hypothesis import strategies as st
 from test_calibration import IDS, assert_same, calibrated, documents, gate_state
 
 import modelopt_dms as dms
-from modelopt_dms.compression import CompressionError, Curve, CurvePoint, curve_of
+from modelopt_dms.compression import (
+    CompressionError,
+    Curve,
+    CurvePoint,
+    curve_of,
+    expected_ratios,
+)
 from modelopt_dms.exporters.tuned import save_tuned
 from modelopt_dms.ratio import physical_cr
 
@@ -61,6 +68,30 @@ def test_setting_a_ratio_gives_that_ratio(made, cr):
     ids = torch.tensor(documents(40, seed=9, shorter=False))
     model(ids, use_cache=True)
     assert dms.kv_stats(model).compression_ratio == pytest.approx(cr, rel=0.12)
+
+
+def test_every_ratio_that_was_asked_for_is_on_the_curve():
+    """Also the last one, whatever eviction in one layer does to the gates of the next."""
+    model, result = calibrated(config={"curve": [2.0, 4.0, 6.5, 9.0]})
+    for cr in (2.0, 3.0, 4.0, 6.5, 9.0):
+        assert dms.set_compression(model, cr).compression_ratio == cr
+    assert result.curve.points[-1].compression_ratio >= 9.0
+    with pytest.raises(CompressionError, match="at most 9.14"):
+        dms.set_compression(model, 9.2)
+
+
+def test_the_range_that_other_texts_get_is_known(made):
+    model, _ = made
+    for cr in (2.0, 3.0, 5.0):
+        dms.set_compression(model, cr)
+        low, high = expected_ratios(model, 64)
+        assert low < cr < high
+        for row in torch.tensor(documents(12, seed=5, shorter=False)):
+            model(row[None], use_cache=True)
+            assert low <= dms.kv_stats(model).compression_ratio <= high
+    longer = expected_ratios(model, 6400)
+    assert longer[0] > low and longer[1] > high, "longer texts compress more"
+    assert expected_ratios(build("llama"), 64) is None
 
 
 def test_there_and_back_is_exactly_where_it_was(made):

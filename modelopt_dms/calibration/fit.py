@@ -21,9 +21,9 @@ from modelopt_dms.ops import Scoring, output_change, shift_decisions
 from modelopt_dms.train.head import input_device
 
 
-# The importance is a sum of squares that spans many decades: its fourth root, the root of a norm, is nearer to what a
+# The importance is a sum of squares that spans many decades: its root, a norm, is nearer to what a
 # linear gate can tell apart (benchmarks/results/real_model_log.md has other powers).
-POWER = 0.25
+POWER = 0.5
 
 
 class _Observer:

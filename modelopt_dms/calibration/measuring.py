@@ -4,6 +4,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import count
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from modelopt_dms.train.loss import kl_divergence, mean_decision
 
 # A point of the curve is where it should be if it evicts this much of the evictable tokens more, and none less.
 NEAR = 0.006
+# Corrections of a shift; more only if the ratio is not reached yet.
 TRIES = 3
 LOGITS_TOKENS = 512
 
@@ -62,16 +64,17 @@ def trace_curve(
         correction = 0.0
         try:
             for wanted in fractions:
-                for _ in range(TRIES):
+                for attempt in count(1):
                     # A little more than asked for, so that the ratio lies within what was measured.
                     share = min(max(wanted + NEAR / 2 + correction, 0.0), 1.0)
                     shift = threshold_for(logits, share)
                     move_thresholds(model, base, shift)
                     points.append(judge.point(shift))
-                    missing = wanted + NEAR / 2 - points[-1].evicted_fraction
-                    if abs(missing) <= NEAR / 2 or share >= 1.0:
+                    beyond = points[-1].evicted_fraction - wanted
+                    reached = beyond >= 0.0 or share >= 1.0
+                    if reached and (beyond <= NEAR or attempt >= TRIES):
                         break
-                    correction += missing
+                    correction += max(NEAR / 2 - beyond, NEAR if not reached else -1.0)
                 bar.update()
         finally:
             move_thresholds(model, base, 0.0)
@@ -157,6 +160,8 @@ def threshold_for(logits: Tensor, fraction: float) -> float:
     """The value that this share of sorted logits [N] is above."""
     if fraction <= 0.0:
         return float(logits[-1])
+    if fraction >= 1.0:  # well below all of them: other tokens may have lower ones
+        return float(2 * logits[0] - logits[-1])
     return float(logits[min(len(logits) - 1, int((1.0 - fraction) * len(logits)))])
 
 

@@ -53,9 +53,11 @@ class CalibrationResult:
         target_cr: what the recipe asked for.
         sequence_length: tokens of a sample.
         compression_ratio: measured at that length, with hard decisions.
+        lowest_cr: of the held-out sample that was compressed least.
+        highest_cr: of the one that was compressed most.
         evicted_fraction: share of the tokens whose eviction takes effect.
         kl: KL divergence from the model with eviction off, nats per token.
-        explained: for every layer and row, the share of the need's variance that the gate explains.
+        explained: for every layer and row, the share of the importance's variance that the gate explains.
         curve: what other thresholds would give.
     """
 
@@ -64,6 +66,8 @@ class CalibrationResult:
     target_cr: float
     sequence_length: int
     compression_ratio: float
+    lowest_cr: float
+    highest_cr: float
     evicted_fraction: float
     kl: float
     explained: tuple[tuple[float, ...], ...]
@@ -130,11 +134,12 @@ def calibrate(
     resume: bool = True,
     progress: bool = True,
 ) -> CalibrationResult:
-    """Fit the gates of a converted model, in place, to what future queries attend to. No back-propagation.
+    """Fit the gates of a converted model, in place, to what evicting each key would cost. No back-propagation.
 
-    Text is read once with eviction off. A key is needed as much as queries beyond the delay window attend to it; each
-    gate's rows are the ridge regression of that need on what the gate reads; thresholds then give `target_cr` on
-    held-out samples. Afterwards the model carries a curve, for `set_compression`.
+    Text is read once with eviction off. A key is as important as the change of the layer's output that queries beyond
+    the delay window would see without it (`ops.importance`); each gate's rows are the ridge regression of that on what
+    the gate reads; thresholds then give `target_cr` on held-out samples. Afterwards the model carries a curve, for
+    `set_compression`.
 
     Args:
         model: converted by `apply_dms`; target ratio and window are read from its config.
@@ -199,6 +204,8 @@ def calibrate(
         target_cr=dms.target_cr,
         sequence_length=config.sample_length,
         compression_ratio=here.compression_ratio,
+        lowest_cr=here.lowest_cr,
+        highest_cr=here.highest_cr,
         evicted_fraction=here.evicted_fraction,
         kl=here.kl,
         explained=tuple(tuple(x.explained.tolist()) for x in fits),
@@ -208,11 +215,11 @@ def calibrate(
 
 @torch.no_grad()
 def _put(model: PreTrainedModel, fits: list[Fit]) -> None:
-    """Make every gate compute -gain * need - offset: the less a key is needed, the higher its eviction logit."""
+    """Make every gate compute -gain * importance - offset: the less a key matters, the higher its eviction logit."""
     gain = SPREAD / max(float(torch.cat([x.variance.cpu() for x in fits]).mean().sqrt()), 1e-12)
     for gate, fit in zip(gates(model), fits, strict=True):
         gate.weight.copy_(-gain / gate.scale * fit.weight)
-        # Evicted are keys with a need below 0, for now.
+        # Evicted are keys with an importance below 0, for now.
         gate.threshold.copy_(gain * fit.bias - gate.offset)
 
 

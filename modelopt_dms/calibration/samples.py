@@ -41,5 +41,9 @@ def draw(documents: Iterable[Tokens], config: CalibrateConfig, dms: DMSConfig) -
         )
     held = config.held_out if len(pieces) >= wanted else max(1, len(pieces) // 5)
     held = min(held, config.held_out)
-    fit = sorted(pieces[held:wanted], key=len, reverse=True)
-    return CalibrationData(pad(fit, len(fit[0])), pad(pieces[:held], config.sample_length))
+    pieces = pieces[:wanted]
+    # Spread over all that was read: thresholds from one document would be that document's.
+    chosen = {round((i + 0.5) * len(pieces) / held - 0.5) for i in range(held)}
+    held_out = [x for i, x in enumerate(pieces) if i in chosen]
+    fit = sorted((x for i, x in enumerate(pieces) if i not in chosen), key=len, reverse=True)
+    return CalibrationData(pad(fit, len(fit[0])), pad(held_out, config.sample_length))

@@ -3,7 +3,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +18,11 @@ from modelopt_dms.cli.options import (
     TrustOpt,
     out,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from modelopt_dms.cache import KVStats
 
 
 def generate(
@@ -64,7 +69,26 @@ def generate(
         **sampling,
     )
     if stats:
-        out.print(str(kv_stats(network)), highlight=False)
+        held = kv_stats(network)
+        out.print(str(held), highlight=False)
+        _print_expected(network, held)
+
+
+def _print_expected(network: "PreTrainedModel", held: "KVStats") -> None:
+    """Whether the text was compressed as calibration's held-out texts were."""
+    from modelopt_dms.compression import expected_ratios
+
+    expected = expected_ratios(network, int(held.logical_tokens))
+    if expected is None:
+        return
+    low, high = expected
+    line = f"expected of texts of this length: {low:.2f}x to {high:.2f}x"
+    if not low <= held.compression_ratio <= high:
+        line += (
+            f"; this one got {held.compression_ratio:.2f}x: it is unlike what the thresholds were set on; "
+            "calibrate on text of this kind, or move them with --cr"
+        )
+    out.print(line, highlight=False)
 
 
 def evaluate(

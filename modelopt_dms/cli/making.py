@@ -54,17 +54,16 @@ def compress(
 
     chosen = load_recipe(recipe, changes or [])
     check_output(output, OURS)
-    if data is None and model != EMBEDDED:
-        raise ValueError(
-            "--data is missing: a .jsonl, .txt or .parquet file with text like the model will serve"
-        )
     given = open_data(data)
     network, tokenizer = load_base(place, dtype, device, trust_remote_code)
+    texts = given or (embedded_documents(tokenizer, chosen) if model == EMBEDDED else None)
+    if texts is None and (chosen.calibrate or chosen.retrofit) and processes.is_main():
+        out.print("no --data: calibrating on the built-in mix of chats, prose and code")
     run(
         network,
         chosen,
         tokenizer=tokenizer,
-        data=given or embedded_documents(tokenizer, chosen),
+        data=texts,
         output_dir=output,
         resume=resume,
         on_data=_print_counts if given and processes.is_main() else None,
@@ -80,6 +79,13 @@ def compress(
             ),
             highlight=False,
         )
+        if "lowest_cr" in summary:
+            out.print(
+                "  single samples: {lowest_cr:.2f} to {highest_cr:.2f}; expect other texts there".format(
+                    **summary
+                ),
+                highlight=False,
+            )
 
 
 def tune(
