@@ -35,19 +35,21 @@ class _Observer:
         self.module = module
         self.lengths = torch.empty(0)
 
-    def enter(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before the decoder layer runs: the size of the residual stream that its attention adds to."""
-        self.residual = hidden_input(args, kwargs).float().square().sum(-1)  # [B, T]
-
     def read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before its attention runs: what the gate reads."""
+        """Before the attention runs: what the gate reads."""
         self.features = self.gate.features(hidden_input(args, kwargs)).float()
 
-    def watch(self, q: Tensor, k: Tensor, v: Tensor, scoring: Scoring) -> None:
-        """While it runs: what its keys are worth."""
+    def watch(self, *attended: Any) -> None:
+        """While it runs: its queries, keys and values, and how they are scored."""
+        self.attended = attended
+
+    def leave(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """After the decoder layer, whose output says how much a change of the attention's would weigh."""
+        q, k, v, scoring = self.attended
         gate, window = self.gate, self.gate.window
+        stream = output if isinstance(output, Tensor) else output[0]  # [B, T, C]
+        residual = stream.float().square().sum(-1).to(q.device)
         gram = head_grams(self.module, q.shape[1], v.shape[-1])
-        residual = self.residual.to(q.device)
         importance = output_change(q, k, v, gram, residual, self.lengths, window, scoring)
         if importance.shape[1] != gate.threshold.numel():  # one decision for all heads
             importance = importance.sum(1, keepdim=True)
@@ -58,7 +60,7 @@ class _Observer:
         # What is read at a token governs the one before it, if decisions are shifted.
         features = shift_decisions(self.features.transpose(1, 2), gate.shift).transpose(1, 2)
         self.sums.add(features[counts], targets[counts])
-        del self.features, self.residual
+        del self.features, self.attended
 
 
 def head_grams(module: nn.Module, heads: int, width: int) -> Tensor:
@@ -133,8 +135,8 @@ def _observing(model: PreTrainedModel, observers: dict[str, _Observer]) -> Itera
     handles = []
     for name, observer in observers.items():
         layer = model.get_submodule(name.rpartition(".")[0])
-        for module, hook in ((layer, observer.enter), (observer.module, observer.read)):
-            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        handles.append(observer.module.register_forward_pre_hook(observer.read, with_kwargs=True))
+        handles.append(layer.register_forward_hook(observer.leave))
     try:
         for observer in observers.values():
             observer.gate.watch = observer.watch

@@ -4,8 +4,8 @@
 Shapes as in `ops.reference`. What queries within the window read is no reason to keep a key: they read it anyway.
 
 Without key j, whose weight is a_ij, the output o_i of a head becomes o_i - a_ij / (1 - a_ij) (v_j - o_i): exact, as the
-other weights are renormalised. Projected to the residual stream r_i, squared and relative to it, that is comparable
-between heads and layers, and sums over queries, so that one threshold can serve all of them:
+other weights are renormalised. Projected to the residual stream, squared and relative to r_i, the stream as the layer
+leaves it, that is comparable between heads and layers, and sums over queries, so that one threshold can serve all:
 
     importance_j = sum over heads and i > j + W of (a_ij / (1 - a_ij))^2 |P (v_j - o_i)|^2 / |r_i|^2
 """
@@ -42,7 +42,7 @@ def output_change(
         k: keys [B, K, T, D].
         v: values [B, K, T, Dv].
         gram: P^T P [H, Dv, Dv] of every head's part P [C, Dv] of the output projection, float32.
-        residual: squared norm [B, T] of what the layer's output is added to, float32.
+        residual: squared norm [B, T] of the residual stream after the layer, float32.
         lengths: tokens [B] of each sequence; what follows them counts for nothing.
         window: tokens a marked key stays readable.
         scoring: how scores become weights.
