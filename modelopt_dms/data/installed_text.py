@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """English paragraphs and Python source that come with Python itself, in two parts. Knows no tokenizer.
 
-One part is for calibration and training, the other for evaluation; a hash of the name of a module or topic says which,
-on every machine. Python versions differ a little in the text. All of it is under Python's licence (PSF-2.0).
+One part is for calibration and training, the other for evaluation: all topics of the language reference, which are the
+haystack of `evaluation.ruler`, and the modules that a hash of their name chooses, the same on every machine; among them
+are those that `evaluation.text` holds out. Python versions differ a little in the text, which is under Python's licence
+(PSF-2.0).
 """
 
 import hashlib
@@ -19,14 +21,18 @@ Part = Literal["calibration", "evaluation"]
 EVALUATION_SHARE = 0.2
 # Data tables, vendored packages and tests are Python by suffix only.
 EXCLUDED = frozenset(
-    "site-packages dist-packages encodings pydoc_data idlelib lib2to3 turtledemo test tests ensurepip "
-    "__pycache__".split()
+    (
+        *("site-packages", "dist-packages", "encodings", "pydoc_data", "idlelib", "lib2to3"),
+        *("turtledemo", "test", "tests", "ensurepip", "__pycache__"),
+    )
 )
 _STRINGS = re.compile(r'^[ \t]*[rR]?"""(.*?)"""', re.DOTALL | re.MULTILINE)
 _COMMENTS = re.compile(r"(?:^[ \t]*#[^\n]*\n)+", re.MULTILINE)
 # A definition at the left margin, with its decorators and the comment in front of it.
 _BORDER = re.compile(r"^(?=(?:@|def |class |async def |if |# ))", re.MULTILINE)
-_MARKUP = re.compile(r"::=|>>>|\.\. |\|\||--+|[|{}\\<>=~^`]|https?:|\*\*|\+-")
+_MARKUP = re.compile(
+    r"::=|>>>|\.\. |\|\||--+|[|{}\\<>=~^`]|https?:|\*\*|\+-|XXX|TODO|FIXME|Q\. |Args:|Returns:"
+)
 _SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 
 
@@ -42,7 +48,8 @@ def part_of(name: str) -> Part:
         name: a module's path below the standard library, "json/decoder.py", or "topic:" and the name of a topic of
             `pydoc_data.topics`.
     """
-    return "evaluation" if share_of(name) < EVALUATION_SHARE else "calibration"
+    chosen = name.startswith("topic:") or share_of(name) < EVALUATION_SHARE
+    return "evaluation" if chosen else "calibration"
 
 
 def _modules() -> list[tuple[str, Path]]:
@@ -81,18 +88,18 @@ def definitions(source: str) -> list[str]:
 
 @cache
 def english(part: Part) -> dict[str, tuple[str, ...]]:
-    """Paragraphs of plain English, by source: the language reference, then docstrings and long comments of modules."""
-    # Imported late: half a megabyte of text.
-    from pydoc_data.topics import topics
+    """Paragraphs of plain English by source: topics of the language reference, docstrings and comments of modules."""
+    found: dict[str, tuple[str, ...]] = {}
+    if part == "evaluation":
+        # Imported late: half a megabyte of text.
+        from pydoc_data.topics import topics
 
-    found = {}
-    for topic in sorted(topics):
-        if part_of(f"topic:{topic}") == part:
-            found[f"topic:{topic}"] = tuple(_paragraphs(topics[topic]))
+        found = {f"topic:{x}": tuple(_paragraphs(topics[x])) for x in sorted(topics)}
     for name, source in python_source(part).items():
         texts = [inspect.cleandoc(x) for x in _STRINGS.findall(source)]
         texts += [re.sub(r"^[ \t]*#[ \t]?", "", x, flags=re.M) for x in _COMMENTS.findall(source)]
-        found[name] = tuple(x for text in texts for x in _paragraphs(text))
+        # Docstrings of methods that do the same are often the same.
+        found[name] = tuple(dict.fromkeys(x for text in texts for x in _paragraphs(text)))
     return {name: paragraphs for name, paragraphs in found.items() if paragraphs}
 
 

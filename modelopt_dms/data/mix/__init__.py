@@ -20,7 +20,7 @@ from modelopt_dms.data.mix.chats import chat
 from modelopt_dms.data.mix.passages import code, prose, repeat
 from modelopt_dms.data.mix.writing import SHORTEST, Asked, Document, Writer
 
-__all__ = ["KINDS", "SHARES", "Asked", "Document", "calibration_documents", "calibration_mix"]
+__all__ = ["KINDS", "SHARES", "SHORTEST", "Asked", "Document", "calibration_documents", "calibration_mix"]
 
 KINDS: dict[str, Callable[[Writer], Document]] = {
     "chat": chat,

@@ -9,19 +9,20 @@ from random import Random
 
 from modelopt_dms.data.mix.facts import Fact, Question, hops, plain, several
 from modelopt_dms.data.mix.tables import table, word_list
-from modelopt_dms.data.mix.writing import Asked, Document, Turn, Writer
+from modelopt_dms.data.mix.writing import Asked, Document, Turn, Writer, join
 
-_MAKERS: tuple[tuple[Callable[[Random, set[str]], list[Fact]], float], ...] = (
-    (plain, 10),
-    (table, 2),
-    (word_list, 1),
-    (hops, 2),
-    (several, 1),
-)
+Maker = Callable[[Random, set[str]], list[Fact]]
+
+_MAKERS: tuple[Maker, ...] = (plain, table, word_list, hops, several)
+_WEIGHTS = (10, 2, 1, 2, 1)
 # Tokens of context for each fact, so that a long chat has more of them.
 _TOKENS_A_FACT = 55
-# Tokens between a fact and what is asked about it, where the length allows for it.
-_FAR = 320
+# Facts are less than half of the text, else there is no distance between them and the questions.
+_FACTS_SHARE = 0.4
+# Tokens between facts and the first question, where the length allows for it, and how often.
+_FAR, _FAR_SHARE = 330, 0.85
+_TOKENS_A_QUESTION = 130
+_MOST_QUESTIONS = 12
 
 _OPENINGS = (
     "Please read the following notes. I will ask you about them afterwards.",
@@ -30,9 +31,19 @@ _OPENINGS = (
     "Read this carefully.",
     "Below is everything I have on the matter.",
     "This is the text we talked about.",
-    "",
     "Here are my notes of this week, unsorted.",
     "I am going to paste a long text now. Some details in it will matter.",
+    "Hello! I need your help with this text:",
+    "What follows was copied from our wiki.",
+    "",
+)
+_MORE = (
+    "Here is more:",
+    "The next part:",
+    "This belongs to it, too:",
+    "And this.",
+    "Go on reading:",
+    "",
 )
 _SYSTEMS = (
     "You answer questions about the material below. Answer briefly and use its own words.",
@@ -40,11 +51,6 @@ _SYSTEMS = (
     "Use only the following information to answer.",
     "Background material for this conversation follows. Give short answers.",
     "You are a careful librarian. Remember the following.",
-)
-_BRIEF = (
-    "You are a helpful assistant.",
-    "Answer briefly.",
-    "You answer in as few words as possible.",
 )
 _ACKNOWLEDGED = (
     "I have read it. What would you like to know?",
@@ -54,15 +60,16 @@ _ACKNOWLEDGED = (
     "Noted. Please go on.",
 )
 _LEADS = (
-    *[""] * 12,
+    *[""] * 10,
     "Question: ",
     "One more thing: ",
     "From the text above: ",
     "Please answer from the notes. ",
-    "I forgot, ",
+    "I forgot this: ",
     "Next question. ",
-    "Thanks! And ",
+    "Thanks! ",
     "Without guessing: ",
+    "Let us go on. ",
 )
 _AFTER = (*[""] * 5, " Answer briefly.", " Only the answer, please.", " Look it up above.")
 
@@ -70,113 +77,147 @@ _AFTER = (*[""] * 5, " Answer briefly.", " Only the answer, please.", " Look it 
 def chat(writer: Writer) -> Document:
     """A chat with several questions about what stands far above."""
     rng = writer.rng
-    taken: set[str] = set()
-    wanted = max(1, round(writer.length / _TOKENS_A_FACT * rng.uniform(0.5, 1.3)))
-    facts: list[Fact] = []
-    # Facts are less than half of the text, else there is no distance between them and the questions.
-    room = writer.length * 0.4
-    while len(facts) < wanted:
-        make = rng.choices([x for x, _ in _MAKERS], [x for _, x in _MAKERS])[0]
-        made = make(rng, taken)
-        room -= sum(writer.size(x.text) for x in made)
-        if room < 0 and facts:
-            break
-        facts += made
-    questions = _choose(rng, facts, max(1, min(8, writer.length // 150)))
+    groups = _draw_facts(writer)
+    most = max(1, min(_MOST_QUESTIONS, writer.length // _TOKENS_A_QUESTION))
+    questions = _choose(rng, groups, rng.randrange((most + 1) // 2, most + 1))
     while True:
-        document = _write(writer, facts, questions)
-        if document is not None:
-            return document
-        if len(questions) > 1:
-            questions = questions[:-1]
-        elif len(facts) > 1:
-            kept = [x for x in facts if questions[0] in x.questions]
-            facts = kept if kept != facts else facts[:1]
-        else:
-            # So short that not even one fact fits: cut.
-            return _write(writer, facts, questions, always=True)  # type: ignore[return-value]
+        turns = _turns(rng, questions)
+        frame = _frame(rng)
+        facts = sum(writer.size(fact.text) + 2 for group in groups for fact in group)
+        free = writer.length - writer.size(writer.chat(frame("", turns))) - facts
+        # Where not even one fact and question fit, the end is cut.
+        if free >= 0 or (len(questions) == 1 and len(groups) == 1):
+            break
+        questions = questions[:-1] or questions
+        needed = [x for x in groups if any(q in f.questions for f in x for q in questions)]
+        groups = needed if len(questions) == 1 else groups
+    prose = writer.pick(writer.prose(), free)
+    far = min(_FAR, free * 2 // 3) if rng.random() < _FAR_SHARE else 0
+    placed = [
+        (depth, fact)
+        for group in groups
+        for depth, fact in zip(sorted(rng.random() for _ in group), group, strict=True)
+    ]
+    while True:
+        text = writer.chat(frame(_scatter(writer, prose, placed, far), turns))
+        if not prose or len(writer.encode(text)) <= writer.length:
+            return writer.cut(text, "chat", tuple(Asked(x.text, x.values) for x in questions))
+        prose.pop()
 
 
-def _choose(rng: Random, facts: list[Fact], count: int) -> list[Question]:
-    """Different questions of different facts as far as possible, in an order of their own."""
-    first = [rng.choice(x.questions) for x in facts if x.questions]
-    rng.shuffle(first)
-    texts = {x.text for x in first}
-    more = [q for x in facts for q in x.questions if q.text not in texts]
-    rng.shuffle(more)
-    return [*first, *more][: rng.randrange(max(1, count // 2), count + 1)]
-
-
-def _write(
-    writer: Writer, facts: list[Fact], questions: list[Question], *, always: bool = False
-) -> Document | None:
-    """The chat, with prose up to the length; None if it is too long without any."""
+def _draw_facts(writer: Writer) -> list[list[Fact]]:
+    """Groups of facts that belong together, as many as the length has room for; at least one has a question."""
     rng = writer.rng
-    turns = _turns(rng, questions)
-    scattered = sum(writer.size(x.text) + 2 for x in facts)
-    # The opening, the acknowledgement and the template's own words and marks.
-    free = writer.length - writer.size(writer.chat(_frame(rng.choice, "", turns))) - scattered - 48
-    if free < 0 and not always:
-        return None
-    far = min(_FAR, free * 2 // 3) if rng.random() < 0.85 else 0
-    before = _sentences(writer, free - far)
-    after = _sentences(writer, far)
-    text = "\n\n".join(filter(None, (_scatter(rng, before, facts), _join(after))))
-    framed = writer.chat(_frame(rng.choice, text, turns))
-    asked = tuple(Asked(x.text, x.values) for x in questions)
-    return writer.cut(framed, "chat", asked)
+    wanted = max(1, round(writer.length / _TOKENS_A_FACT * rng.uniform(0.5, 1.3)))
+    room = writer.length * _FACTS_SHARE
+    groups: list[list[Fact]] = []
+    if writer.length >= 600 and rng.random() < 0.3:
+        groups.append([_paragraph(writer)])
+    while sum(map(len, groups)) < wanted:
+        group = rng.choices(_MAKERS, _WEIGHTS)[0](rng, writer.taken)
+        room -= sum(writer.size(x.text) for x in group)
+        if room < 0 and groups:
+            break
+        groups.append(group)
+    return groups
+
+
+def _paragraph(writer: Writer) -> Fact:
+    """A paragraph of prose that is asked back word for word."""
+    pieces: list[str] = []
+    for piece in writer.prose():
+        if piece.startswith("\n") and 40 <= writer.size(join(pieces)) <= 130:
+            break
+        pieces = [piece] if piece.startswith("\n") else [*pieces, piece]
+    text = join(pieces)
+    beginning = " ".join(text.split()[:6])
+    ask = writer.rng.choice(
+        (
+            'Repeat the paragraph that begins with "{}", word for word.',
+            'Copy the paragraph starting with "{}".',
+            'I need the paragraph "{} ..." again, exactly as it stands above.',
+        )
+    )
+    return Fact(text, (Question(ask.format(beginning), text, (text,)),), block=True)
+
+
+def _choose(rng: Random, groups: list[list[Fact]], count: int) -> list[Question]:
+    """Questions about different facts as far as possible, in an order of their own."""
+    facts = [x for group in groups for x in group if x.questions]
+    rng.shuffle(facts)
+    first = [rng.choice(x.questions) for x in facts]
+    more = [q for x in facts for q in x.questions if q not in first]
+    rng.shuffle(more)
+    return [*first, *more][:count]
 
 
 def _turns(rng: Random, questions: list[Question]) -> list[Turn]:
     turns: list[Turn] = []
     for question in questions:
-        text = question.text
-        lead = rng.choice(_LEADS)
-        turns += [("user", lead + text + rng.choice(_AFTER)), ("assistant", question.answer)]
+        text = rng.choice(_LEADS) + question.text + rng.choice(_AFTER)
+        turns += [("user", text), ("assistant", question.answer)]
     if len(questions) > 2 and rng.random() < 0.4:
-        earlier = rng.choice(questions[:-1])
-        turns += [
-            ("user", f'Earlier I asked: "{earlier.text}" What was your answer?'),
-            ("assistant", earlier.answer),
-        ]
+        turns += _follow_up(rng, questions)
     return turns
 
 
-def _frame(choose: Callable[..., str], text: str, turns: list[Turn]) -> list[Turn]:
-    """The text as system prompt, as a message of its own, or in front of the first question."""
-    form = choose(("system", "message", "message", "first"))
-    if form == "system":
-        return [("system", f"{choose(_SYSTEMS)}\n\n{text}"), *turns]
-    opened = f"{choose(_OPENINGS)}\n\n{text}".strip()
-    if form == "message":
-        return [("user", opened), ("assistant", choose(_ACKNOWLEDGED)), *turns]
-    (role, question), *rest = turns
-    return [(role, f"{opened}\n\n{question}"), *rest]
-
-
-def _sentences(writer: Writer, tokens: int) -> list[str]:
-    found = []
-    for sentence in writer.prose():
-        tokens -= writer.size(sentence) + 1
-        if tokens < 0:
-            break
-        found.append(sentence)
-    return found
-
-
-def _scatter(rng: Random, sentences: list[str], facts: list[Fact]) -> str:
-    """Facts in their order at random places among sentences: blocks and lines by themselves, sentences within."""
-    text = list(sentences)
-    places = sorted(rng.randrange(len(text) + 1) for _ in facts)
-    for place, fact in reversed(list(zip(places, facts, strict=True))):
-        line = fact.block or not fact.text.endswith(".")
-        text.insert(place, f"\n{fact.text}\n" if line else fact.text)
-    return _join(text)
-
-
-def _join(sentences: list[str]) -> str:
-    """Sentences with spaces between them, and an empty line where one begins or ends with a newline."""
-    return "\n\n".join(
-        x.strip("\n ")
-        for x in " ".join(sentences).replace(" \n", "\n").replace("\n ", "\n").split("\n\n\n")
+def _follow_up(rng: Random, questions: list[Question]) -> list[Turn]:
+    """A question about the conversation itself."""
+    earlier = rng.choice(questions[:-1])
+    asked, answer = rng.choice(
+        (
+            (f"Earlier I asked you: {earlier.text} What was your answer?", earlier.answer),
+            ("What was the first thing that I asked about the text?", questions[0].text),
+            ("Please repeat your first answer.", questions[0].answer),
+            ("How many questions did you answer so far?", str(len(questions))),
+        )
     )
+    return [("user", asked), ("assistant", answer)]
+
+
+def _frame(rng: Random) -> Callable[[str, list[Turn]], list[Turn]]:
+    """The text as system prompt, as a message of its own, as several, or in front of the first question."""
+    opening, system, parts = rng.choice(_OPENINGS), rng.choice(_SYSTEMS), rng.choice((1, 1, 2, 3))
+    more = [rng.choice(_MORE) for _ in range(parts - 1)]
+    acknowledged = rng.sample(_ACKNOWLEDGED, parts)
+
+    def in_system(text: str, turns: list[Turn]) -> list[Turn]:
+        return [("system", f"{system}\n\n{text}"), *turns]
+
+    def before_question(text: str, turns: list[Turn]) -> list[Turn]:
+        (role, question), *rest = turns
+        return [(role, f"{opening}\n\n{text}\n\n{question}".strip()), *rest]
+
+    def in_messages(text: str, turns: list[Turn]) -> list[Turn]:
+        before: list[Turn] = []
+        for head, part, answer in zip(
+            [opening, *more], _parts(text, parts), acknowledged, strict=True
+        ):
+            before += [("user", f"{head}\n\n{part}".strip()), ("assistant", answer)]
+        return [*before, *turns]
+
+    return rng.choice((in_system, before_question, in_messages, in_messages))
+
+
+def _parts(text: str, count: int) -> list[str]:
+    """A text cut into parts of about the same number of paragraphs."""
+    paragraphs = text.split("\n\n")
+    borders = [len(paragraphs) * i // count for i in range(count + 1)]
+    return ["\n\n".join(paragraphs[a:b]) for a, b in zip(borders, borders[1:], strict=False)]
+
+
+def _scatter(writer: Writer, prose: list[str], placed: list[tuple[float, Fact]], far: int) -> str:
+    """Facts at their depths among sentences, 0 to 1, where 1 is `far` tokens or more before the end."""
+    last = len(prose)
+    while last > 0 and far > 0:
+        last -= 1
+        far -= writer.size(prose[last])
+    pieces = list(prose)
+    for depth, fact in reversed(sorted(placed, key=lambda x: x[0])):
+        place = int(depth * (last + 1))
+        alone = fact.block or not fact.text.endswith((".", "!")) or fact.text.endswith("...")
+        # A block does not stand within a paragraph.
+        while alone and 0 < place < len(prose) and not prose[place].startswith("\n"):
+            place -= 1
+        pieces.insert(place, f"\n\n{fact.text}\n\n" if alone else fact.text)
+    return join(pieces)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Documents without facts: prose, code, and passages that are repeated after other text. Knows no files."""
 
-from modelopt_dms.data.mix.writing import Asked, Document, Writer
+from modelopt_dms.data.mix.writing import Asked, Document, Writer, join
 
 _REMEMBER = (
     "Remember this passage:",
@@ -29,7 +29,7 @@ _ASK = (
 
 def prose(writer: Writer) -> Document:
     """Paragraphs of English up to the length."""
-    return writer.cut(writer.run(writer.prose(), writer.length + 200), "prose", special=True)
+    return writer.cut(join(writer.pick(writer.prose(), writer.length + 200)), "prose", special=True)
 
 
 def code(writer: Writer) -> Document:
@@ -50,7 +50,7 @@ def repeat(writer: Writer) -> Document:
     passage = writer.passage(size)
     while not passage:
         passage = writer.passage(size)
-    between = writer.run(writer.prose(), room - 2 * writer.size(passage))
+    between = join(writer.pick(writer.prose(), room - 2 * writer.size(passage)))
     remember, ask = rng.choice(_REMEMBER), rng.choice(_ASK)
     turns = [("user", f"{remember}\n\n{passage}"), ("assistant", rng.choice(_STORED))]
     if between:

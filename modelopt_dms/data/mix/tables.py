@@ -33,6 +33,7 @@ _TABLES = tuple(
 def table(rng: random.Random, taken: set[str]) -> list[Fact]:
     """A table of four to nine rows in one of six notations."""
     title, columns = rng.choice(_TABLES)
+    title = _untaken(title, rng, taken)
     heads = [x[0] for x in columns]
     rows = []
     for _ in range(rng.randrange(4, 10)):
@@ -63,6 +64,14 @@ def table(rng: random.Random, taken: set[str]) -> list[Fact]:
     questions.append(Question(ask, ", ".join(names), names))
     rng.shuffle(questions)
     return [Fact(text, tuple(questions), block=True)]
+
+
+def _untaken(title: str, rng: random.Random, taken: set[str]) -> str:
+    """A title that the document does not have yet, "Hosts of Krauldton"."""
+    if title in taken or rng.random() < 0.3:
+        title = f"{title} of {Draw(rng, taken)['name']}"
+    taken.add(title)
+    return title
 
 
 _CELL = (
@@ -121,9 +130,8 @@ def word_list(rng: random.Random, taken: set[str]) -> list[Fact]:
     """A numbered list of words: by number, what comes before and after, all of them."""
     pool = rng.choice([x for x in POOLS if len(POOLS[x]) > 25 and x not in ("key", "variable")])
     words = [Draw(rng, taken)[pool] for _ in range(rng.randrange(5, 11))]
-    title = rng.choice(
-        ("My list", "Things to remember", "The list of {}", "Words for the game")
-    ).format(rng.choice(POOLS["first"]))
+    title = rng.choice(("My list", "Things to remember", "Words for the game"))
+    title = _untaken(title, rng, taken)
     lines = "\n".join(f"{i}. {x}" for i, x in enumerate(words, 1))
     at = rng.randrange(1, len(words))
     questions = [

@@ -2,6 +2,7 @@
 """Random values for facts: names, numbers, codes, dates, words. Knows no texts."""
 
 import random
+import re
 import string
 from collections.abc import Callable
 from typing import Any
@@ -90,10 +91,13 @@ _POOLS = {
     "month": "January February March April May June July August September October November December",
 }
 POOLS: dict[str, tuple[str, ...]] = {name: tuple(words.split()) for name, words in _POOLS.items()}
-_STARTS = "b br c cl d dr f fl g gr h j k kr l m n p pr qu r s sk st t tr v w z".split()
-_MIDDLES = "a ai au e ea ee i ia o oa ou u".split()
-_ENDS = "ck d ft l ld lm m n nd ng nt p r rd rk rn rt s sk ss st th x".split()
-_TAILS = ["", "", "", "ia", "ton", "by", "dale", "holm", "ara", "ix", "wick", "more", "o", "et"]
+_SYLLABLES = """
+b br c cl d dr f fl g gr h j k kr l m n p pr qu r s sk st t tr v w z
+a ai au e ea ee i ia o oa ou u
+ck d ft l ld lm m n nd ng nt p r rd rk rn rt s sk ss st th x
+"""
+_STARTS, _MIDDLES, _ENDS = (x.split() for x in _SYLLABLES.strip().splitlines())
+_TAILS = ("", "", "", "ia", "ton", "by", "dale", "holm", "ara", "ix", "wick", "more", "o", "et")
 
 
 def digits(rng: random.Random, count: int) -> str:
@@ -202,5 +206,5 @@ class Draw(dict[str, Any]):
         return value
 
     def fill(self, template: str) -> str:
-        """A template with its slots filled."""
-        return template.format_map(self)
+        """A template with its slots filled, and "an" where it belongs."""
+        return re.sub(r"\b([Aa]) (?=[aeiou])", r"\1n ", template.format_map(self))

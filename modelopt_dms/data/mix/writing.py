@@ -2,13 +2,18 @@
 """Installed text in runs of a wanted number of tokens, and chats as text. Knows no facts."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
 from modelopt_dms.data.installed_text import definitions, english, python_source, sentences
+from modelopt_dms.data.mix.templates import EVERYDAY
+from modelopt_dms.data.mix.values import Draw
 
+_EVERYDAY = tuple(" ".join(x.split()) for x in EVERYDAY.split("\n\n"))
+# Of the runs of prose; the others are technical.
+_EVERYDAY_SHARE = 0.4
 # Below this no template of a chat leaves room for anything.
 SHORTEST = 32
 
@@ -49,11 +54,13 @@ class Writer:
         tokenizer: the model's.
         rng: draws everything.
         length: tokens that a document may have.
+        taken: values and paragraphs that the document has already.
     """
 
     tokenizer: PreTrainedTokenizerBase
     rng: random.Random
     length: int
+    taken: set[str] = field(default_factory=set)
     _sizes: dict[str, int] = field(default_factory=dict)
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
@@ -63,7 +70,8 @@ class Writer:
     def size(self, text: str) -> int:
         """Tokens of a text."""
         if text not in self._sizes:
-            self._sizes[text] = len(self.encode(text))
+            # Within a text, a sentence has a space in front.
+            self._sizes[text] = len(self.encode(text if text.startswith("\n") else " " + text))
         return self._sizes[text]
 
     def chat(self, turns: list[Turn]) -> str:
@@ -75,19 +83,28 @@ class Writer:
         return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
 
     def prose(self) -> Iterator[str]:
-        """Sentences: paragraphs of one source in their order, from a random place, then another source; endless.
+        """Sentences without end: some paragraphs of one module in their order, or one of everyday life, and so on.
 
-        The first of a paragraph begins with a newline.
+        The first of a paragraph begins with an empty line.
         """
         sources = english("calibration")
         names = list(sources)
-        weights = [len(sources[x]) * (4 if x.startswith("topic:") else 1) for x in names]
+        weights = [len(sources[x]) for x in names]
+        everyday = self.rng.sample(_EVERYDAY, len(_EVERYDAY))
         while True:
-            paragraphs = sources[self.rng.choices(names, weights)[0]]
-            start = self.rng.randrange(len(paragraphs))
-            for paragraph in paragraphs[start : start + 6]:
+            paragraphs: Sequence[str]
+            if everyday and self.rng.random() < _EVERYDAY_SHARE:
+                paragraphs = [Draw(self.rng, self.taken).fill(everyday.pop())]
+            else:
+                paragraphs = sources[self.rng.choices(names, weights)[0]]
+                start = self.rng.randrange(len(paragraphs))
+                paragraphs = paragraphs[start : start + 4]
+            for paragraph in paragraphs:
+                if paragraph in self.taken:
+                    continue
+                self.taken.add(paragraph)
                 first, *rest = sentences(paragraph)
-                yield "\n" + first
+                yield "\n\n" + first
                 yield from rest
 
     def code(self) -> Iterator[str]:
@@ -99,23 +116,22 @@ class Writer:
             pieces = definitions(modules[self.rng.choices(names, weights)[0]])
             yield from pieces[self.rng.randrange(len(pieces)) :]
 
-    def run(self, parts: Iterator[str], tokens: int, join: str = " ") -> str:
-        """Parts from the beginning of an iterator, of at most so many tokens together; at least one, if it is short."""
-        taken: list[str] = []
-        total = 0
+    def pick(self, parts: Iterator[str], tokens: int) -> list[str]:
+        """Parts from the beginning of an iterator, of about so many tokens together."""
+        taken = []
         for part in parts:
-            total += self.size(part) + 1
-            if total > tokens:
+            tokens -= self.size(part)
+            if tokens < 0:
                 break
             taken.append(part)
-        return join.join(taken).strip().replace(" \n", "\n\n")
+        return taken
 
     def passage(self, tokens: int) -> str:
-        """Prose or code of at most so many tokens, cut at its end where nothing shorter is to be had."""
+        """Prose or lines of code, of about so many tokens; empty if the first sentence is longer."""
         if self.rng.random() < 0.7:
-            return self.run(self.prose(), tokens)
+            return join(self.pick(self.prose(), tokens))
         lines = (line for piece in self.code() for line in piece.splitlines(keepends=True))
-        return self.run(lines, tokens, "").strip()
+        return "".join(self.pick(lines, tokens)).strip()
 
     def cut(
         self, text: str, kind: str, asked: tuple[Asked, ...] = (), *, special: bool = False
@@ -123,3 +139,11 @@ class Writer:
         """The document of a text, which loses its end if it is too long."""
         ids = self.encode(text, special=special)[: self.length]
         return Document(kind, ids, text, asked)
+
+
+def join(pieces: Sequence[str]) -> str:
+    """Sentences with a space between them, or an empty line where one of them has it."""
+    text = " ".join(pieces)
+    return (
+        text.replace(" \n\n", "\n\n").replace("\n\n ", "\n\n").replace("\n\n\n\n", "\n\n").strip()
+    )
