@@ -8,8 +8,8 @@
 
 Models are directories given by --models (a name NAME@DRAW makes several of them draws of one), or calibrated here: one
 for each --draws and kind of --calibration text. Each is set to every ratio at every length and asked prompts of RULER's
-families, whose haystack is not what it was calibrated on; fidelity is KL from itself with eviction off, by category of
-text. Every row has the ratio that the cache physically had on that very text.
+families, whose haystack is not what it was calibrated on; fidelity is KL from the base model with its full cache, by
+category of text. Every row has the ratio that the cache physically had on that very text.
 
 Presses of kvpress get the same prompts and samples, and keep exactly as many tokens of each context as DMS held there,
 before a question is known: the mean over the draws, or length / ratio where there is no draw. They evict nothing
@@ -99,6 +99,7 @@ class Study:
         self.texts = categories(self.tokenizer, args.text, args.seed)
         self.prompts: dict[tuple[str, int], list[Episode]] = {}
         self.samples: dict[tuple[str, int], list[list[int]]] = {}
+        self.references: dict[tuple[str, int], list[torch.Tensor]] = {}
 
     def keys(self, method: str, length: int, ratio: float) -> list[Row]:
         """Of the rows that one setting of one method has."""
@@ -138,6 +139,18 @@ class Study:
             )
         return self.samples[place]
 
+    def reference(self, key: Row) -> list[torch.Tensor]:
+        """Hidden states of the base model on the samples of a row: a retrofit may have changed every weight."""
+        place = (key["category"], key["length"])
+        if place not in self.references:
+            base = dms.apply_dms(load_base(self.args.model, dtype=self.dtype)[0], {}).eval()
+            for category in self.texts:
+                other = {**key, "category": category}
+                self.references[category, key["length"]] = [
+                    full_hidden(base, ids) for ids in self.sampled(other)
+                ]
+        return self.references[place]
+
     def measure(self, model: Any, method: str, length: int, ratio: float) -> None:
         """The missing rows of a model that is set to a ratio."""
         for key in self.rows.missing(self.keys(method, length, ratio)):
@@ -173,9 +186,10 @@ class Study:
         return {"right": right, "asked": asked, "compression_ratio": seen / lived, "kept": kept}
 
     def fidelity(self, model: Any, key: Row) -> Row:
-        """Distance from the model itself with eviction off."""
+        """Distance from the base model with its full cache."""
         texts = self.sampled(key)
-        compared = [compare(model, ids, full_hidden(model, ids)) for ids in texts]
+        pairs = zip(texts, self.reference(key), strict=True)
+        compared = [compare(model, ids, reference) for ids, reference in pairs]
         kl = torch.cat([x.kl[-TAIL:] for x in compared]).double()
         found = asdict(summarize(compared))
         found |= {"tail_kl": kl.mean().item(), "tail_kl_p99": kl.quantile(0.99).item()}
@@ -212,7 +226,9 @@ class Study:
                 for key in task:
                     if (key["method"], key["ratio"]) == (f"kvpress {name}", ratio):
                         kept = self._kept(key)
-                        self.add(key, {**found, "kept": kept})
+                        seen = sum(self._contexts(key))
+                        held = {"kept": kept, "context_compression_ratio": seen / sum(kept)}
+                        self.add(key, {**found, **held})
                 if name == "none":  # the same prompts on the full cache of the other transformers
                     key = {**task[0], "method": "kvpress, full cache", "ratio": 1.0}
                     if self.rows.missing([key]):
@@ -248,11 +264,13 @@ class Study:
         ]
         if found:
             return [round(sum(x) / len(x)) for x in zip(*found, strict=True)]
+        return [round(x / key["ratio"]) for x in self._contexts(key)]
+
+    def _contexts(self, key: Row) -> list[int]:
+        """Tokens of each context of a row."""
         if key["task"] == FIDELITY:
-            lengths = [len(x) - TAIL for x in self.sampled(key)]
-        else:
-            lengths = [len(x.context_ids) for x in self.episodes(key)]
-        return [round(x / key["ratio"]) for x in lengths]
+            return [len(x) - TAIL for x in self.sampled(key)]
+        return [len(x.context_ids) for x in self.episodes(key)]
 
 
 def methods(args: argparse.Namespace) -> Iterator[tuple[str, Path, tuple[str, int] | None]]:
@@ -273,7 +291,9 @@ def make(args: argparse.Namespace, dtype: str, path: Path, drawn: tuple[str, int
     if (path / "config.json").exists():
         return dms.load(path, dtype=dtype).eval()
     model, tokenizer = load_base(args.model, dtype=dtype)
-    data = calibration_documents(drawn[0], args.calibration_paths, drawn[1])
+    # None is the mix that the package makes itself.
+    mixed = drawn[0] == "mix"
+    data = None if mixed else calibration_documents(*drawn, args.calibration_paths)
     overrides = [*args.set, f"calibrate.seed={drawn[1]}"]
     return dms.compress(
         model, args.recipe, tokenizer=tokenizer, data=data, overrides=overrides, output_dir=path
@@ -333,11 +353,17 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--text", type=named_path, nargs="*", default=[], metavar="NAME=PATH", help="categories"
     )
     parser.add_argument("--models", type=Path, nargs="*", default=[], help="DMS model directories")
-    parser.add_argument("--recipe", default="calibrated_cr4")
+    parser.add_argument("--recipe", default="calibrated_cr4-1k")
     parser.add_argument(
         "--draws", type=int, default=3, help="models to calibrate, of each kind of text"
     )
-    parser.add_argument("--calibration", nargs="*", default=["docstrings", "code"], metavar="KIND")
+    parser.add_argument(
+        "--calibration",
+        nargs="*",
+        default=["mix", "docstrings"],
+        metavar="KIND",
+        help="text to calibrate on: mix (built in), docstrings, code, NAME=PATH",
+    )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="recipe")
     parser.add_argument("--presses", nargs="*", default=list(PRESSES))
     parser.add_argument(

@@ -96,7 +96,7 @@ def samples(tokenizer: Any, text: str, length: int, count: int, seed: int) -> li
     return found
 
 
-def calibration_documents(kind: str, given: dict[str, Path], seed: int) -> list[str]:
+def calibration_documents(kind: str, seed: int, given: dict[str, Path]) -> list[str]:
     """Documents of a kind of text, "docstrings" or "code" of the standard library or given by path; shuffled.
 
     Raises:

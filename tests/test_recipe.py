@@ -33,9 +33,9 @@ def test_a_resolved_recipe_reads_back_as_itself(name: str, tmp_path: Path) -> No
 
 
 def test_imported_units_are_merged_and_inline_keys_win() -> None:
-    retrofit = load_recipe("dms_cr8").retrofit
+    retrofit = load_recipe("dms_cr2").retrofit
     assert retrofit is not None
-    assert (retrofit.sequence_length, retrofit.learning_rate, retrofit.steps) == (32768, 3e-5, 800)
+    assert (retrofit.sequence_length, retrofit.steps, retrofit.cr_range) == (8192, 200, [1.5, 4.0])
 
 
 def test_a_recipe_of_ones_own_can_import_shipped_units_and_units_beside_it(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def check_lora(config: RetrofitConfig) -> None:
         LoraError: it is.
     """
     if config.train == "lora" and find_spec("peft") is None:
-        raise LoraError("retrofit.train='lora' needs peft; pip install 'modelopt-dms[lora]'")
+        raise LoraError("retrofit.train='lora' needs peft; pip install peft")
 
 
 @contextmanager
