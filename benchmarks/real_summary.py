@@ -50,8 +50,10 @@ def markdown(rows: list[Row]) -> str:
         dtype, length, ratio, group = setting
         every = [row for found in cells.values() for row in found]
         draws = len({row["method"] for row in every})
-        ratios = [row["compression_ratio"] for row in every if "compression_ratio" in row]
-        span = f"{min(ratios):.2f} to {max(ratios):.2f}" if ratios else "as DMS"
+        # Of presses it is the context's: they keep all that follows.
+        kinds = ("compression_ratio", "context_compression_ratio")
+        ratios = [row[x] for row in every for x in kinds if x in row]
+        span = f"{min(ratios):.2f} to {max(ratios):.2f}" if ratios else ""
         values = [_cell(cells.get(column, [])) for column in columns]
         line = [dtype, str(length), f"{ratio:g}", group, str(draws), span, *values]
         lines.append(f"| {' | '.join(line)} |")
@@ -109,6 +111,8 @@ def draw(figure: Any, content: dict[str, Any]) -> None:
         for one in (above, below):
             one.set_xlabel("compression ratio asked for")
             one.set_xscale("log", base=2)
+            one.set_xticks(sorted({x["ratio"] for x in here}))
+            one.xaxis.set_major_formatter("{x:g}")
     if axes[0][0].lines:
         axes[0][0].legend(fontsize=7)
 
