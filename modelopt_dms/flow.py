@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from modelopt.torch.quantization.config import need_calibration
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,9 +22,10 @@ from modelopt_dms.calibration import (
     trace_curve,
 )
 from modelopt_dms.compression import store_curve
-from modelopt_dms.config import CalibrateConfig, QuantizationConfig
+from modelopt_dms.config import CalibrateConfig, QuantizationConfig, RetrofitConfig
 from modelopt_dms.convert import plan_conversion
 from modelopt_dms.data import calibration_batches
+from modelopt_dms.data.mix import SHORTEST, calibration_mix
 from modelopt_dms.exporters import RECIPE_FILE, ExportError, check_format, export
 from modelopt_dms.mode import apply_dms
 from modelopt_dms.output import check_output, staged
@@ -38,6 +40,8 @@ CALIBRATION_DIR = "calibration"
 EXPORT_DIR = "exported"
 # What an interrupted run may leave, and the next one goes on from.
 OURS = (CALIBRATION_DIR, WORK_DIR, EXPORT_DIR)
+# Documents of the built-in mix for a retrofit that would visit more: they are repeated, as other data are.
+MOST_BUILT_IN = 1024
 
 
 def compress(
@@ -57,9 +61,9 @@ def compress(
     Args:
         model: any transformers causal LM with full-attention layers.
         recipe: name of a shipped recipe, path of a YAML file, or a Recipe.
-        tokenizer: needed if `data` is text; saved with the model.
+        tokenizer: needed if `data` is text or None; saved with the model.
         data: texts, chat records, token ids, a `datasets.Dataset`, paths of .jsonl, .txt or .parquet files, or a
-            `Blend` of these.
+            `Blend` of these. None: the built-in mix of chats, prose and code, see `data.mix.calibration_mix`.
         output_dir: where the model, its recipe and resumable checkpoints go; nothing is written without it.
         overrides: changes to the recipe, {"dms.window": 512} or ["dms.window=512"].
         resume: go on from the newest checkpoint of an interrupted run in `output_dir`.
@@ -106,7 +110,7 @@ def compress(
         )
 
     def carry_curve(trained: PreTrainedModel) -> None:
-        _measure_curve(trained, model, recipe, plan)
+        _measure_curve(trained, model, recipe, plan, progress and processes.is_main())
 
     measured = recipe.retrofit is not None and (recipe.quantize is None or is_quantized(model))
     if recipe.retrofit is not None:
@@ -183,7 +187,7 @@ def _plan_dms(
             model,
             recipe.calibrate,
             recipe.dms,
-            data=data,
+            data=_or_built_in(data, tokenizer, _calibration_needs(recipe.calibrate)),
             tokenizer=tokenizer,
             quantization=quantization,
             resume_from=None if resume_from is None else resume_from / CALIBRATION_DIR,
@@ -193,7 +197,7 @@ def _plan_dms(
             model,
             recipe.retrofit,
             recipe.dms,
-            data=data,
+            data=_or_built_in(data, tokenizer, _retrofit_needs(recipe.retrofit)),
             tokenizer=tokenizer,
             calibration=recipe.calibrate,
             quantization=quantization,
@@ -203,7 +207,7 @@ def _plan_dms(
 
 
 def _measure_curve(
-    trained: PreTrainedModel, model: PreTrainedModel, recipe: Recipe, plan: _Plan
+    trained: PreTrainedModel, model: PreTrainedModel, recipe: Recipe, plan: _Plan, progress: bool
 ) -> None:
     """Have a model carry the curve of the finished one, itself or the sharded one that learned for it.
 
@@ -213,7 +217,9 @@ def _measure_curve(
     if dms is None or (recipe.retrofit is None and recipe.quantize is None):
         return
     if plan.retrofit is not None and recipe.retrofit is not None:
+        # The retrofit's: it may have learned from calibration's.
         held_out, batch_size = plan.retrofit.data.held_out, recipe.retrofit.batch_size
+        held_out = held_out.select(torch.arange(min(len(held_out), how.held_out)))
         length = recipe.retrofit.sequence_length
     elif plan.calibration is not None:
         held_out, batch_size = plan.calibration.data.held_out, how.batch_size
@@ -221,7 +227,10 @@ def _measure_curve(
     else:
         return
     ratios = sorted({*how.curve, dms.target_cr} - {1.0})
-    store_curve(model, trace_curve(trained, held_out, ratios, length=length, batch_size=batch_size))
+    found = trace_curve(
+        trained, held_out, ratios, length=length, batch_size=batch_size, progress=progress
+    )
+    store_curve(model, found)
 
 
 def _plan_quantization(
@@ -238,12 +247,33 @@ def _plan_quantization(
         return []
     return calibration_batches(
         model,
-        data,
+        _or_built_in(data, tokenizer, (config.samples, config.sample_length, 0)),
         tokenizer,
         samples=config.samples,
         length=config.sample_length,
         batch_size=config.batch_size,
     )
+
+
+def _calibration_needs(config: CalibrateConfig) -> tuple[int, int, int]:
+    """Number, length and seed of the documents that a calibration reads."""
+    return config.samples + config.held_out, config.sample_length, config.seed
+
+
+def _retrofit_needs(config: RetrofitConfig) -> tuple[int, int, int]:
+    """Number, length and seed of the documents that a retrofit reads; some more are held out."""
+    visited = min(config.visits(processes.count()), MOST_BUILT_IN)
+    return visited + 32, config.sequence_length, config.seed
+
+
+def _or_built_in(
+    data: Any, tokenizer: PreTrainedTokenizerBase | None, needs: tuple[int, int, int]
+) -> Any:
+    """The data; documents of the built-in mix if there are none, but a tokenizer to make them with."""
+    if data is not None or tokenizer is None:
+        return data
+    count, length, seed = needs
+    return calibration_mix(count, max(length, SHORTEST), tokenizer, seed)
 
 
 def save(

@@ -156,6 +156,7 @@ def test_a_read_only_output_directory_is_refused(
 
 
 TINY = {
+    "dms.protect_first": 0,
     "dms.window": 4,
     "dms.scale": 10.0,
     "retrofit.steps": 2,
