@@ -4,6 +4,8 @@ VENV ?= .venv
 TENSORRT_VENV ?= .venv-tensorrt
 KVPRESS_VENV ?= .venv-kvpress
 BIN := $(VENV)/bin
+# Of the demo: smollm2, which is fetched, or embedded.
+MODEL ?= smollm2
 export PYTHONUNBUFFERED := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export HF_HUB_OFFLINE ?= 1
@@ -18,7 +20,8 @@ PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint constraint
 .PHONY: help demo test test-all test-gpu test-tensorrt lint bench clean
 
 help:
-	@echo "make demo   compress the embedded model, compare it with its peers, write demo_output/"
+	@echo "make demo   compress SmolLM2-135M, ask it and its peers about a text, write demo_output/ (downloads 93 MB)"
+	@echo "make demo MODEL=embedded  the same with the model in this repository: no download, 3 minutes"
 	@echo "make test   the test suite (make test-all: the slow tests too)"
 	@echo "make test-gpu  the tests that need a CUDA device"
 	@echo "make test-tensorrt  the tests that need TensorRT's packages, and neither its libraries nor a GPU"
@@ -27,7 +30,7 @@ help:
 	@echo "make clean  remove .venv, .venv-tensorrt, .venv-kvpress and demo_output"
 
 demo: $(VENV)/.runtime
-	$(BIN)/python -W ignore:transformers:UserWarning examples/demo.py
+	$(BIN)/python -W ignore:transformers:UserWarning examples/demo.py --model $(MODEL)
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile

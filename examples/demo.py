@@ -1,219 +1,408 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Watch a small language model learn to forget three quarters of its KV cache, and still answer.
+"""Let a real small language model forget three quarters of a text, and ask it about the text.
 
     make demo          or          python examples/demo.py --output demo_output
 
-Compresses the embedded model with the recipe `tiny_cpu`, then asks the same questions of four
-models that share weights and cache and differ in what they forget: `full` nothing, `dms` what its
-gates learnt to forget, `sliding_window` everything but the first and the newest tokens, `random`
-tokens drawn by lot. The last three hold equally many tokens. Writes results.json, live_length.png
-and the compressed model to the output directory.
+Fetches SmolLM2-135M-Instruct, fits gates to text that the package makes itself (recipe `calibrated_cr4-1k`, no
+training), and asks the same questions of four caches: the full one, DMS, and two ways to forget that need no gates,
+KeyDiff and StreamingLLM, which hold equally many tokens. What is asked about was never calibrated on. Writes
+results.json, smollm2.png and the compressed model to the output directory.
+
+`make demo MODEL=embedded` needs no download: examples/demo_embedded.py.
 """
 
 import argparse
-import platform
-import shutil
+import copy
+import random
 import time
-from dataclasses import dataclass, replace
-from importlib.metadata import version
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import demo_embedded
 import torch
+from demo_embedded import clear, versions
+from demo_memories import FACTS, METHODS, Story, asks_of, heads_holding, memories, story
+from demo_picture import Passage, draw
 from rich.console import Console
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from rich.markup import escape
+from rich.progress import track
+from rich.table import Table
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
 import modelopt_dms
-from modelopt_dms.evaluation import peers
-from modelopt_dms.evaluation.score import TEXT, Score, measure
-from modelopt_dms.evaluation.tasks import TASKS, Episode, make_episodes, training_documents
-from modelopt_dms.gate import gates
-from modelopt_dms.report import (
-    LiveTrace,
-    draw_live_length,
-    results_table,
-    trace_live_length,
-    write_json,
-)
+from modelopt_dms.checkpoints.base import load_base
+from modelopt_dms.checkpoints.fetch import KNOWN, FetchError, fetch
+from modelopt_dms.data.installed_text import english, python_source
+from modelopt_dms.data.mix import calibration_mix
+from modelopt_dms.evaluation.fidelity import Fidelity, fidelity
+from modelopt_dms.evaluation.ruler import Family, make_prompts
+from modelopt_dms.evaluation.score import Footprint
+from modelopt_dms.report import write_json
 
-MODEL = Path(__file__).parent / "embedded_model"
-RECIPE = "tiny_cpu"
-METHODS = ("full", "dms", "sliding_window", "random")
+REAL = "smollm2"
+RECIPE = "calibrated_cr4-1k"
+KINDS: dict[Family, str] = {"needle": "needles", "multikey": "needles of four"}
+# Right answers by method and family.
+Counts = dict[str, dict[Family, int]]
+SHOWN = 45  # tokens before and after the fact in the picture
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much the demo does; the defaults fit two CPU cores and a few minutes."""
+    """How much the demo does; the defaults fit two CPU cores and five minutes."""
 
-    documents: int = 300
-    lengths: tuple[int, ...] = (1024, 2048)
-    episodes: int = 12
-    texts: int = 8
+    length: int = 1024
+    count: Mapping[Family, int] = field(default_factory=lambda: {"needle": 8, "multikey": 6})
+    tokens: int = 12  # of an answer
     changes: tuple[str, ...] = ()  # to the recipe
 
 
 QUICK = Plan(
-    documents=12,
-    lengths=(256,),
-    episodes=2,
-    texts=2,
-    changes=("retrofit.steps=3", "retrofit.batch_size=1", "retrofit.sequence_length=256"),
+    length=400,
+    count={"needle": 1, "multikey": 1},
+    tokens=6,
+    changes=(
+        "dms.window=16",
+        "calibrate.samples=3",
+        "calibrate.held_out=1",
+        "calibrate.sample_length=256",
+        "calibrate.curve=[4]",
+    ),
 )
 
 
-def run(output: Path, plan: Plan, seed: int, console: Console) -> dict[str, Any]:
-    """Compress, evaluate, write; returns what results.json holds."""
-    begin = time.perf_counter()
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-    recipe = modelopt_dms.load_recipe(RECIPE, [*plan.changes, f"retrofit.seed={seed}"])
-    assert recipe.retrofit is not None
+class Clock:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def time(self, stage: str) -> Iterator[None]:
+        """Measure what is inside."""
+        begin = time.perf_counter()
+        yield
+        self.seconds[stage] = round(time.perf_counter() - begin, 1)
+
+
+def bring(name: str, console: Console) -> bool:
+    """Fetch a known model; if it cannot be had, say so in one line."""
+    try:
+        fetch(name, say=lambda line: console.print(line, markup=False, highlight=False))
+    except (FetchError, OSError) as error:
+        console.print(
+            f"{name} cannot be had here ({error}); the demo runs on the embedded model instead.",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
+        return False
+    return True
+
+
+def run(
+    name: str, output: Path, plan: Plan, seed: int, dtype: str, console: Console
+) -> dict[str, Any]:
+    """Compress, ask, compare, draw, write; returns what results.json holds."""
+    clock = Clock()
+    with clock.time("load"):
+        plain, tokenizer = load_base(name, dtype=dtype)
+    about = KNOWN[name].about if name in KNOWN else name
     console.print(
-        f"Compressing {MODEL.name} ({model.num_parameters():,} parameters) with the recipe {RECIPE}"
+        f"[bold]1. Compress[/bold] {about}: {plain.num_parameters():,} parameters, computed in {dtype}. "
+        "No training: gates are fitted in one pass.",
+        highlight=False,
     )
-    documents = training_documents(tokenizer, plan.documents, recipe.retrofit.sequence_length, seed)
-    clear(output / "model")
-    model = modelopt_dms.compress(
-        model,
-        recipe,
-        tokenizer=tokenizer,
-        data=[document.ids for document in documents],
-        output_dir=output / "model",
-        resume=False,
+    with clock.time("compress"):
+        model, recipe = compress(plain, tokenizer, output / "model", plan, seed)
+    console.print(
+        "\n[bold]2. Ask.[/bold] The model reads a text and its cache is cut; only then come the questions.",
+        highlight=False,
     )
-    compressed = time.perf_counter()
-    rows = compare(model, tokenizer, plan, seed, console)
-    evaluated = time.perf_counter()
-    console.print(results_table(rows, f"{METHODS[0]} cache against three ways to forget"))
-    length = max(plan.lengths)
-    (episode,) = make_episodes("recall", tokenizer, length, 1, seed + 1)
-    show_answer(model, tokenizer, episode, console)
-    budget = next(r for r in rows if r["method"] == "dms" and r["length"] == length)["live_tokens"]
-    draw_live_length(
-        traces(model, episode, budget, seed),
-        output / "live_length.png",
-        "Live KV cache while one conversation is read, then answered token by token",
+    with clock.time("ask"):
+        told = story(tokenizer, plan.length)
+        answers, held = ask_story(plain, model, tokenizer, told, plan, console)
+    console.print(answers_table(answers, held))
+    with clock.time("search"):
+        found, caches = search(plain, model, tokenizer, plan, seed, console)
+    console.print(found_table(found, plan.count, caches))
+    console.print(
+        "KeyDiff and StreamingLLM are our own few lines (modelopt_dms/evaluation/peers.py); "
+        "benchmarks/real_models.py compares with NVIDIA's kvpress itself.",
+        highlight=False,
     )
+    with clock.time("texts"), console.status("two plain texts, with and without eviction"):
+        compared = fidelity(model, {k: [v] for k, v in texts(tokenizer, plan.length, seed).items()})
+    console.print(texts_table(compared, plan.length))
+    with clock.time("picture"):
+        picture(
+            output / "smollm2.png", about.split(",")[0], model, tokenizer, told, found, plan, caches
+        )
     results = {
-        "rows": rows,
-        "recipe": recipe.model_dump(),
+        "model": about,
+        "dtype": dtype,
         "seed": seed,
-        "seconds": {
-            "compress": round(compressed - begin, 1),
-            "evaluate": round(evaluated - compressed, 1),
-            "total": round(time.perf_counter() - begin, 1),
-        },
+        "length": plan.length,
+        "recipe": recipe.model_dump(exclude_none=True),
+        "answers": answers,
+        "answer_caches": {method: asdict(x) for method, x in held.items()},
+        "asked": dict(plan.count),
+        "found": found,
+        "caches": {method: asdict(x) for method, x in caches.items()},
+        "texts": {text: asdict(x) for text, x in compared.items()},
+        "seconds": {**clock.seconds, "total": round(sum(clock.seconds.values()), 1)},
         "threads": torch.get_num_threads(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),
     }
     write_json(output / "results.json", results)
-    console.print(f"Wrote {output}/results.json, live_length.png and model/")
+    console.print(ending(output, results), highlight=False, soft_wrap=True)
     return results
 
 
-def clear(directory: Path) -> None:
-    """Remove the model that an earlier demo wrote, and nothing else."""
-    if (directory / "dms_recipe.yaml").exists() or (directory / "retrofit").exists():
-        shutil.rmtree(directory)
+def compress(
+    plain: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    place: Path,
+    plan: Plan,
+    seed: int,
+) -> tuple[PreTrainedModel, modelopt_dms.Recipe]:
+    """A DMS model made of the same weights; `plain` is left as it is, for the others."""
+    recipe = modelopt_dms.load_recipe(RECIPE, [*plan.changes, f"calibrate.seed={seed}"])
+    assert recipe.calibrate is not None
+    how = recipe.calibrate
+    documents = calibration_mix(how.samples + how.held_out, how.sample_length, tokenizer, seed)
+    clear(place)
+    model = modelopt_dms.compress(
+        copy.deepcopy(plain),
+        recipe,
+        tokenizer=tokenizer,
+        data=documents,
+        output_dir=place,
+        resume=False,
+    )
+    return model, recipe
 
 
-def compare(
+def ask_story(
+    plain: PreTrainedModel,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    told: Story,
+    plan: Plan,
+    console: Console,
+) -> tuple[list[dict[str, Any]], dict[str, Footprint]]:
+    """What every method answers to every question about the story, and what its cache held then."""
+    held = memories(plain, model, told.ids)
+    rows = []
+    pairs = list(zip(told.asks, FACTS, strict=True))
+    for ask, fact in track(pairs, "questions", console=console, transient=True):
+        said = {method: x.answer(ask, plan.tokens, tokenizer) for method, x in held.items()}
+        rows.append({"question": fact.question, "right": ask.right, "answers": said})
+    return rows, {method: x.footprint for method, x in held.items()}
+
+
+def search(
+    plain: PreTrainedModel,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     plan: Plan,
     seed: int,
     console: Console,
-) -> list[dict[str, Any]]:
-    """Rows of every method, task and length; the peers get the live tokens that DMS really had."""
-    rows = []
-    full = peers.full_cache(model)
-    for task in (*TASKS, TEXT):
-        for length in plan.lengths:
-            count = plan.texts if task == TEXT else plan.episodes
-
-            def ask(peer: PreTrainedModel) -> Score:
-                return measure(peer, tokenizer, task, length, count, seed)  # noqa: B023
-
-            with console.status(f"{task}, {length} tokens"):
-                dms = ask(model)
-                scores = {
-                    "full": ask(full),
-                    "dms": dms,
-                    "sliding_window": ask(peers.sliding_window(model, dms.end.live_tokens)),
-                    "random": ask(
-                        random_peer(model, dms.end.live_tokens, dms.end.logical_tokens, seed)
-                    ),
-                }
-            rows += [
-                {"method": method, "task": task, "length": length, **scores[method].row()}
-                for method in METHODS
-            ]
-    return rows
+) -> tuple[Counts, dict[str, Footprint]]:
+    """Right answers by method and family, and what the caches held on average."""
+    prompts = [
+        (family, episode)
+        for family, count in plan.count.items()
+        for episode in make_prompts(family, tokenizer, plan.length, count, seed)
+    ]
+    found: Counts = {method: dict.fromkeys(plan.count, 0) for method in METHODS}
+    sizes: dict[str, list[Footprint]] = {method: [] for method in METHODS}
+    for family, episode in track(prompts, "needles", console=console, transient=True):
+        held = memories(plain, model, episode.context_ids)
+        (ask,) = asks_of(episode, tokenizer)
+        tokens = len(episode.questions[0].answer_ids)
+        for method, x in held.items():
+            found[method][family] += x.answer(ask, tokens, tokenizer) == ask.right
+            sizes[method].append(x.footprint)
+    return found, {method: _mean(x) for method, x in sizes.items()}
 
 
-def random_peer(
-    model: PreTrainedModel, live_tokens: float, logical_tokens: float, seed: int
-) -> PreTrainedModel:
-    """Random eviction that ends with as many live tokens."""
-    window = gates(model)[0].window
-    fraction = peers.fraction_for_budget(live_tokens, logical_tokens, window)
-    return peers.random_eviction(model, fraction, seed)
+def _mean(parts: list[Footprint]) -> Footprint:
+    seen = sum(x.logical_tokens for x in parts) / len(parts)
+    live = sum(x.live_tokens for x in parts) / len(parts)
+    return Footprint(seen, live, sum(x.kv_bytes for x in parts) / len(parts), seen / live)
 
 
-def show_answer(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, episode: Episode, console: Console
-) -> None:
-    """Ask one question with plain `generate`, without and with eviction."""
-    question = episode.questions[0]
-    ids = torch.tensor([episode.context_ids + question.prompt_ids])
-    prompt = str(tokenizer.decode(question.prompt_ids))
-    right = str(tokenizer.decode(question.answer_ids))
-    console.print(f"\nOne of the questions, after {ids.shape[1]} tokens: [bold]{prompt}[/bold] ...")
-    for name, peer in (("full", peers.full_cache(model)), ("dms", model)):
-        generator: Any = peer
-        out = generator.generate(ids, max_new_tokens=len(question.answer_ids), do_sample=False)
-        answer = str(tokenizer.decode(out[0, ids.shape[1] :]))
-        verdict = "right" if answer == right else f"wrong: {right.strip()}"
-        console.print(f"  {name:5s}{answer.rstrip()}   ({verdict})")
-    console.print(f"\n{modelopt_dms.kv_stats(model)}\n")
-
-
-def traces(
-    model: PreTrainedModel, episode: Episode, live_tokens: float, seed: int
-) -> dict[str, LiveTrace]:
-    """Live length over one conversation, by method."""
-    context = len(episode.context_ids)
-    ids = list(episode.context_ids)
-    for question in episode.questions:
-        ids += question.prompt_ids + question.answer_ids
-    methods = {
-        "full": peers.full_cache(model),
-        "dms": model,
-        "sliding_window": peers.sliding_window(model, live_tokens),
-        "random": random_peer(model, live_tokens, len(ids), seed),
+def texts(tokenizer: PreTrainedTokenizerBase, length: int, seed: int) -> dict[str, list[int]]:
+    """Prose and code of so many tokens each, out of the part of Python's own text that is never calibrated on."""
+    rng = random.Random(f"demo/{seed}")
+    found = {}
+    sources = {
+        "prose": ["\n\n".join(x) for x in english("evaluation").values()],
+        "code": list(python_source("evaluation").values()),
     }
-    return {name: trace_live_length(peer, ids, context) for name, peer in methods.items()}
+    for kind, pieces in sources.items():
+        rng.shuffle(pieces)
+        # Characters enough for so many tokens of any tokenizer.
+        ids = tokenizer("\n\n".join(pieces)[: 16 * length])["input_ids"]
+        found[kind] = list(ids[:length])
+    return found
 
 
-def versions() -> dict[str, str]:
-    """What the numbers depend on."""
-    packages = ("torch", "transformers", "nvidia-modelopt")
-    found = {name: version(name) for name in packages}
-    own = {"python": platform.python_version(), "modelopt-dms": modelopt_dms.__version__}
-    return {**own, **found}
+def answers_table(rows: list[dict[str, Any]], held: Mapping[str, Footprint]) -> Table:
+    """Question, right answer, and what each method said."""
+    seen = held["full"].logical_tokens
+    table = Table(
+        title=f"\nAsked about a text of {seen:.0f} tokens",
+        title_justify="left",
+        show_lines=True,
+        padding=(0, 0, 0, 1),
+    )
+    table.add_column("question", ratio=3)
+    table.add_column("right", ratio=2)
+    for method, words in METHODS.items():
+        tokens = round(held[method].live_tokens)
+        table.add_column(f"{words}\n{tokens} tokens", ratio=2)
+    for row in rows:
+        said = [verdict(x, row["right"]) for x in row["answers"].values()]
+        table.add_row(escape(row["question"]), escape(row["right"]), *said)
+    return table
+
+
+def verdict(answer: str, right: str) -> str:
+    """An answer for the table, green if what is right stands in it."""
+    return f"[{'green' if is_right(answer, right) else 'red'}]{mark(answer, right)}[/]"
+
+
+def is_right(answer: str, right: str) -> bool:
+    """Whether the answer has the right words in it, as RULER counts."""
+    return right.casefold() in answer.casefold()
+
+
+def mark(answer: str, right: str) -> str:
+    """An answer with a mark that can be read without colours."""
+    return f"{'✓' if is_right(answer, right) else '✗'} {escape(answer) or '(nothing)'}"
+
+
+def found_table(
+    found: Counts,
+    asked: Mapping[Family, int],
+    caches: Mapping[str, Footprint],
+) -> Table:
+    """Facts found and what the caches held, one column a method."""
+    seen = caches["full"].logical_tokens
+    table = Table(
+        title=f"\nFacts found in {sum(asked.values())} other texts of {seen:.0f} tokens on average",
+        title_justify="left",
+        padding=(0, 0, 0, 1),
+    )
+    table.add_column("")
+    for words in METHODS.values():
+        table.add_column(words, justify="right", no_wrap=True)
+    for family, count in asked.items():
+        table.add_row(
+            f"{KINDS[family]} found, of {count}", *(str(found[x][family]) for x in METHODS)
+        )
+    held = [caches[x] for x in METHODS]
+    table.add_section()
+    table.add_row("tokens held by a head", *(f"{x.live_tokens:.0f}" for x in held))
+    table.add_row("compression ratio", *(f"{x.compression_ratio:.2f}x" for x in held))
+    table.add_row("KV bytes a token read", *(f"{x.kv_bytes / seen:,.0f}" for x in held))
+    return table
+
+
+def texts_table(found: Mapping[str, Fidelity], length: int) -> Table:
+    """How far the model is from itself with the full cache on plain text."""
+    table = Table(
+        title=f"\nDMS beside the full cache on texts of {length} tokens, token by token",
+        title_justify="left",
+        padding=(0, 0, 0, 1),
+    )
+    table.add_column("text")
+    for name in ("ppl, full", "ppl, DMS", "mean KL", "same next token", "CR"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for text, x in found.items():
+        table.add_row(
+            text,
+            f"{x.perplexity_full:.2f}",
+            f"{x.perplexity:.2f}",
+            f"{x.kl:.3f}",
+            f"{100 * x.top1:.1f} %",
+            f"{x.compression_ratio:.2f}x",
+        )
+    return table
+
+
+def picture(
+    path: Path,
+    name: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    told: Story,
+    found: Counts,
+    plan: Plan,
+    caches: Mapping[str, Footprint],
+) -> None:
+    """Draw the surroundings of the story's first fact, and the bars."""
+    held = heads_holding(model, told.ids)
+    heads = int(held.max())
+    span = told.spans[0]
+    begin, end = max(0, span.start - SHOWN), span.stop + SHOWN
+    shown = Passage(
+        tokens=[str(tokenizer.decode([x])) for x in told.ids[begin:end]],
+        held=held[begin:end].tolist(),
+        heads=heads,
+        fact=range(span.start - begin, span.stop - begin),
+    )
+    dms = caches["dms"]
+    draw(
+        path,
+        shown,
+        {
+            METHODS[x]: {KINDS[family]: n for family, n in counts.items()}
+            for x, counts in found.items()
+        },
+        {KINDS[family]: n for family, n in plan.count.items()},
+        f"What is left of a text of {len(told.ids)} tokens in the cache of {name}, and what is still known",
+        f"{dms.live_tokens:.0f} of {dms.logical_tokens:.0f} tokens",
+    )
+
+
+def ending(output: Path, results: Mapping[str, Any]) -> str:
+    """What was done, where it lies, and what to try next."""
+    dms, seconds = results["caches"]["dms"], results["seconds"]
+    held = f"{dms['live_tokens']:.0f} of {dms['logical_tokens']:.0f} tokens ({dms['compression_ratio']:.1f}x fewer)"
+    return f"""
+[bold]Done[/bold] in {seconds["total"]:.0f} s, {seconds["compress"]:.0f} of them to compress.
+Each head of the cache decided for itself what to forget, before any question was known, and held {held}.
+The model's own weights are untouched.
+
+  {output}/smollm2.png    what was forgotten, token by token
+  {output}/results.json   every number above
+  {output}/model          the model, for generate, eval, export
+
+Try next:
+  modelopt-dms generate {output}/model --prompt "The capital of France is" --max-new-tokens 40 --stats
+  modelopt-dms generate {output}/model --cr 2 --stats --prompt "..."      another ratio, without training
+  modelopt-dms eval {output}/model --data YOUR.txt --lengths 512,1024 --count 4
+"""
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", choices=[REAL, "embedded"], default=REAL)
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="where to write")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float32"], default="bfloat16", help=f"of {REAL}"
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -222,14 +411,20 @@ def main(argv: list[str] | None = None) -> None:
         help="change the recipe, for example dms.window=32; may be repeated",
     )
     parser.add_argument(
-        "--quick", action="store_true", help="seconds, not minutes: only proves it runs"
+        "--quick", action="store_true", help="less of everything: only proves it runs"
     )
     args = parser.parse_args(argv)
     hf_logging.disable_progress_bar()
-    plan = QUICK if args.quick else Plan()
-    plan = replace(plan, changes=(*plan.changes, *args.set))
+    console = Console()
     args.output.mkdir(parents=True, exist_ok=True)
-    run(args.output, plan, args.seed, Console())
+    if args.model == REAL and bring(REAL, console):
+        plan = QUICK if args.quick else Plan()
+        plan = replace(plan, changes=(*plan.changes, *args.set))
+        run(REAL, args.output, plan, args.seed, args.dtype, console)
+        return
+    small = demo_embedded.QUICK if args.quick else demo_embedded.Plan()
+    small = replace(small, changes=(*small.changes, *args.set))
+    demo_embedded.run(args.output, small, args.seed, console)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def load(path: str) -> ModuleType:
 @pytest.fixture(scope="module")
 def demo_output(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("demo")
-    load("examples/demo.py").main(["--quick", "--output", str(output)])
+    load("examples/demo_embedded.py").main(["--quick", "--output", str(output)])
     return output
 
 
@@ -89,7 +89,7 @@ def test_the_demo_leaves_a_picture_a_loadable_model_and_nothing_half_written(
 def test_the_demo_runs_again_over_its_own_output_but_not_over_another_model(
     demo_output: Path, tmp_path: Path
 ) -> None:
-    demo = load("examples/demo.py")
+    demo = load("examples/demo_embedded.py")
     demo.clear(demo_output / "model")
     assert not (demo_output / "model").exists()
     other = tmp_path / "model"

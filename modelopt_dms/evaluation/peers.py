@@ -1,13 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What DMS is compared with: the same model and physical cache, with decisions nobody learnt."""
+"""What DMS is compared with: decisions nobody learnt, in the same physical cache or in a plain one that is cut once.
+
+`sliding_window` and `random_eviction` evict while a text is read and written. `cut` evicts once, when a context has
+been read and no question is known, as kvpress' presses do; what it keeps is chosen by `keydiff` or `sinks_and_recent`.
+"""
 
 import copy
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from modelopt_dms.config import DMSConfig
 from modelopt_dms.convert import dms_modules
@@ -154,3 +160,78 @@ def fraction_for_budget(live_budget: float, logical_tokens: float, window: int) 
     if old <= 0:
         return 0.0
     return min(1.0, max(0.0, 1 - (live_budget - window - 1) / old))
+
+
+# From keys [B, K, T, D] and a number to the tokens that stay [B, K, kept].
+Choose = Callable[[Tensor, int], Tensor]
+
+
+class CutLayer(DynamicLayer):
+    """What is left of a layer after an eviction; later tokens get the positions that they would have had without it."""
+
+    def __init__(self, keys: Tensor, values: Tensor, evicted: int) -> None:
+        """Take over the rows that stay.
+
+        Args:
+            keys: [B, K, kept, D], of tokens of their own for every head.
+            values: [B, K, kept, D].
+            evicted: how many tokens every head has lost.
+        """
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.keys, self.values, self.evicted = keys, values, evicted
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, evicted ones included: the next token's position."""
+        return int(self.evicted + self.keys.shape[-2])
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Rows, and where they begin: as if the newest were held, so that all of them are in front of every query."""
+        return self.keys.shape[-2] + query_length, self.evicted
+
+
+def cut(cache: Cache, choose: Choose, kept: int) -> DynamicCache:
+    """A copy of a plain model's cache in which every KV head holds exactly `kept` of the tokens seen.
+
+    Args:
+        cache: a DynamicCache after a context; not changed.
+        choose: `keydiff` or `sinks_and_recent`.
+        kept: tokens a head.
+    """
+    seen = cache.get_seq_length()
+    if not SINKS < kept <= seen:
+        raise ValueError(f"kept={kept} must be above {SINKS} and at most the {seen} tokens seen")
+    left = DynamicCache()
+    layers: Iterable[Any] = cache.layers
+    for layer in layers:
+        index = choose(layer.keys, kept).sort(-1).values[..., None]  # [B, K, kept, 1]
+        keys, values = (
+            x.gather(2, index.expand(-1, -1, -1, x.shape[-1])) for x in (layer.keys, layer.values)
+        )
+        left.layers.append(CutLayer(keys, values, seen - kept))
+    return left
+
+
+def keydiff(keys: Tensor, kept: int) -> Tensor:
+    """The tokens whose keys are least like the mean direction of all of them (KeyDiff, arXiv 2504.15364).
+
+    Of all keys at once, as in kvpress; the paper's own prefill goes block by block.
+
+    Args:
+        keys: as they are cached, rotated [B, K, T, D].
+        kept: tokens a head.
+
+    Returns:
+        Indices [B, K, kept].
+    """
+    keys = keys.double()  # in bfloat16, many scores would be the same
+    mean = F.normalize(keys, dim=-1).mean(2, keepdim=True)  # [B, K, T, D] -> [B, K, 1, D]
+    return F.cosine_similarity(keys, mean, dim=-1).topk(kept, largest=False).indices
+
+
+def sinks_and_recent(keys: Tensor, kept: int) -> Tensor:
+    """The first `SINKS` and the newest tokens (StreamingLLM, arXiv 2309.17453): indices [B, K, kept]."""
+    B, K, T, _ = keys.shape
+    first = torch.arange(SINKS, device=keys.device)
+    newest = torch.arange(T - kept + SINKS, T, device=keys.device)
+    return torch.cat([first, newest]).expand(B, K, -1)

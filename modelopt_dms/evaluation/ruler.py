@@ -112,7 +112,7 @@ def _prompt(
     def encode(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    head, tail = _frame(tokenizer)
+    head, tail = chat_frame(tokenizer)
     make = _tracking if family == "tracking" else _needles
     intro, facts, question, turns = make(family, rng)
     asked, *rest = _encode_turns(encode, [f"\n{question}{tail}{turns[0]}", *turns[1:]])
@@ -137,7 +137,7 @@ def _prompt(
     return Episode(family, context(number), [Question(*pair) for pair in pairs])
 
 
-def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+def chat_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """What a chat template puts before and after a user's message; just a first token if there is no template."""
     if tokenizer.chat_template is None:
         return str(tokenizer.bos_token or ""), "\n"

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 from modelopt_dms.cache import DMSLayer, kv_stats
+from modelopt_dms.evaluation.peers import CutLayer
 from modelopt_dms.evaluation.tasks import TASKS, Episode, held_out_text, make_episodes
 
 TEXT = "text"  # the name of the perplexity "task"
@@ -77,7 +78,7 @@ class Score:
 
 
 def footprint(cache: Cache) -> Footprint:
-    """What one sequence of a cache holds on average; a plain model's cache holds everything."""
+    """What one sequence of a cache holds on average; a plain model's cache holds everything, unless it was `cut`."""
     if any(isinstance(layer, DMSLayer) for layer in cache.layers):
         stats = kv_stats(cache)
         sequences = len(stats.layers[0].logical)
@@ -90,7 +91,9 @@ def footprint(cache: Cache) -> Footprint:
     layers: Sequence[Any] = cache.layers
     tensors = [x for layer in layers for x in (layer.keys, layer.values)]
     kv_bytes = sum(x.numel() * x.element_size() for x in tensors) / len(tensors[0])
-    return Footprint(cache.get_seq_length(), cache.get_seq_length(), kv_bytes, 1.0)
+    seen = cache.get_seq_length()
+    live = seen - max((x.evicted for x in layers if isinstance(x, CutLayer)), default=0)
+    return Footprint(seen, live, kv_bytes, seen / live)
 
 
 @torch.no_grad()
