@@ -20,7 +20,15 @@ from modelopt_dms.data.mix.chats import chat
 from modelopt_dms.data.mix.passages import code, prose, repeat
 from modelopt_dms.data.mix.writing import SHORTEST, Asked, Document, Writer
 
-__all__ = ["KINDS", "SHARES", "SHORTEST", "Asked", "Document", "calibration_documents", "calibration_mix"]
+__all__ = [
+    "KINDS",
+    "SHARES",
+    "SHORTEST",
+    "Asked",
+    "Document",
+    "calibration_documents",
+    "calibration_mix",
+]
 
 KINDS: dict[str, Callable[[Writer], Document]] = {
     "chat": chat,
@@ -28,7 +36,7 @@ KINDS: dict[str, Callable[[Writer], Document]] = {
     "code": code,
     "repeat": repeat,
 }
-SHARES: Mapping[str, float] = {"chat": 0.5, "prose": 0.2, "code": 0.15, "repeat": 0.15}
+SHARES: Mapping[str, float] = {"chat": 0.3, "prose": 0.45, "code": 0.15, "repeat": 0.1}
 
 
 def calibration_mix(

@@ -18,7 +18,7 @@ _WEIGHTS = (10, 2, 1, 2, 1)
 # Tokens of context for each fact, so that a long chat has more of them.
 _TOKENS_A_FACT = 55
 # Facts are less than half of the text, else there is no distance between them and the questions.
-_FACTS_SHARE = 0.4
+_FACTS_SHARE = 0.35
 # Tokens between facts and the first question, where the length allows for it, and how often.
 _FAR, _FAR_SHARE = 330, 0.85
 _TOKENS_A_QUESTION = 130
@@ -71,7 +71,8 @@ _LEADS = (
     "Without guessing: ",
     "Let us go on. ",
 )
-_AFTER = (*[""] * 5, " Answer briefly.", " Only the answer, please.", " Look it up above.")
+_AFTER_ANY = (*[""] * 6, " Look it up above.", " Tell me.")
+_AFTER = (*_AFTER_ANY, " Answer briefly.", " Only the answer, please.")
 
 
 def chat(writer: Writer) -> Document:
@@ -92,7 +93,7 @@ def chat(writer: Writer) -> Document:
         needed = [x for x in groups if any(q in f.questions for f in x for q in questions)]
         groups = needed if len(questions) == 1 else groups
     prose = writer.pick(writer.prose(), free)
-    far = min(_FAR, free * 2 // 3) if rng.random() < _FAR_SHARE else 0
+    far = min(_FAR, free * 4 // 5) if rng.random() < _FAR_SHARE else 0
     placed = [
         (depth, fact)
         for group in groups
@@ -154,7 +155,8 @@ def _choose(rng: Random, groups: list[list[Fact]], count: int) -> list[Question]
 def _turns(rng: Random, questions: list[Question]) -> list[Turn]:
     turns: list[Turn] = []
     for question in questions:
-        text = rng.choice(_LEADS) + question.text + rng.choice(_AFTER)
+        bare = question.answer.rstrip(".") in question.values
+        text = rng.choice(_LEADS) + question.text + rng.choice(_AFTER if bare else _AFTER_ANY)
         turns += [("user", text), ("assistant", question.answer)]
     if len(questions) > 2 and rng.random() < 0.4:
         turns += _follow_up(rng, questions)

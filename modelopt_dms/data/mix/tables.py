@@ -11,7 +11,7 @@ _TABLES = tuple(
     (title, tuple(tuple(x.split(": ")) for x in columns.split(", ")))
     for title, columns in (
         ("Telephone list", "name: person, extension: four, room: room"),
-        ("Price list", "item: thing, price: price, in stock: two"),
+        ("Price list", "item: thing, price: price, stock: two"),
         ("Departures", "destination: city, time: time, platform: small"),
         ("Hosts", "host: name, address: ip, port: port"),
         ("Samples", "sample: code, mass: decimal, material: material"),
@@ -20,7 +20,7 @@ _TABLES = tuple(
         ("Releases", "project: name, version: version, date: date"),
         ("Shopping list", "product: food, grams: three, price: price"),
         ("Library loans", "borrower: person, book: name, due: date"),
-        ("Budget", "team: team, amount: five, approved by: person"),
+        ("Budget", "team: team, amount: five, approver: person"),
         ("Job openings", "position: job, city: city, reference: code"),
         ("Settings", "key: key, value: number, previous: number"),
         ("Timetable", "subject: subject, teacher: last, room: room"),
@@ -82,7 +82,7 @@ _CELL = (
 )
 _ROW = (
     'Which {key} in "{title}" has the {head} {value}?',
-    'In "{title}", whose {head} is {value}? Name the {key}.',
+    'In "{title}", where is the {head} {value}? Name the {key}.',
 )
 
 
