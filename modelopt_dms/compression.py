@@ -126,9 +126,7 @@ def expected_ratios(model: PreTrainedModel, length: int) -> tuple[float, float] 
 
     def ratio(low: float, high: float, factor: float) -> float:
         """At another length, from the ratio at the curve's."""
-        share = target_evicted_fraction(
-            low + part * (high - low), curve.length, window, protected
-        )
+        share = target_evicted_fraction(low + part * (high - low), curve.length, window, protected)
         return max(1.0, factor * physical_cr(share, length, window, protected))
 
     return ratio(a.lowest_cr, b.lowest_cr, 0.9), ratio(a.highest_cr, b.highest_cr, 1.1)

@@ -29,7 +29,8 @@ def made():
 
 def curve(fractions):
     points = tuple(
-        CurvePoint(-i, f, *[physical_cr(f, 100, 4)] * 3, i / 10) for i, f in enumerate(sorted(fractions))
+        CurvePoint(-i, f, *[physical_cr(f, 100, 4)] * 3, i / 10)
+        for i, f in enumerate(sorted(fractions))
     )
     return Curve(100, 4, 0, ((0.0,),), points)
 

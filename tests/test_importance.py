@@ -79,6 +79,13 @@ def test_memory_does_not_grow_with_the_square_of_the_length(monkeypatch):
     monkeypatch.setattr(importance, "SCORES", {"cpu": 4096})
     q, k, v = (torch.randn(1, heads, 512, 4) for heads in (4, 2, 2))
     output_change(
-        q, k, v, torch.eye(4).expand(4, -1, -1), torch.ones(1, 512), torch.tensor([512]), 16, Scoring(0.5)
+        q,
+        k,
+        v,
+        torch.eye(4).expand(4, -1, -1),
+        torch.ones(1, 512),
+        torch.tensor([512]),
+        16,
+        Scoring(0.5),
     )
     assert max(sizes) <= 4096 < 512 * 512

@@ -17,9 +17,8 @@ from modelopt_dms.config import CalibrateConfig
 from modelopt_dms.convert import dms_modules
 from modelopt_dms.data import Samples
 from modelopt_dms.gate import EvictionGate, eviction_off, hidden_input
-from modelopt_dms.ops import Scoring, output_change, shift_decisions
+from modelopt_dms.ops import output_change, shift_decisions
 from modelopt_dms.train.head import input_device
-
 
 # The importance is a sum of squares that spans many decades: its root, a norm, is nearer to what a
 # linear gate can tell apart (benchmarks/results/real_model_log.md has other powers).
@@ -71,13 +70,17 @@ def head_grams(module: nn.Module, heads: int, width: int) -> Tensor:
     Raises:
         ValueError: there is none.
     """
-    maps = [x for x in module.modules() if isinstance(x, nn.Linear) and x.in_features == heads * width]
+    maps = [
+        x for x in module.modules() if isinstance(x, nn.Linear) and x.in_features == heads * width
+    ]
     if not maps:
         raise ValueError(
             f"{type(module).__name__} has no linear output projection from {heads} heads of {width} dimensions; "
             "calibrate cannot weigh its keys, use a recipe with a retrofit only"
         )
-    parts = maps[-1].weight.detach().float().unflatten(1, (heads, width)).transpose(0, 1)  # [H, C, Dv]
+    parts = (
+        maps[-1].weight.detach().float().unflatten(1, (heads, width)).transpose(0, 1)
+    )  # [H, C, Dv]
     return parts.mT @ parts
 
 
