@@ -47,6 +47,7 @@ def compress(
 ) -> None:
     """Retrofit MODEL so that its KV cache forgets, and save it to OUTPUT."""
     place = check_model(model)
+    from modelopt_dms.compression import expected_ratios
     from modelopt_dms.flow import OURS, SUMMARY_FILE
     from modelopt_dms.flow import compress as run
     from modelopt_dms.output import check_output
@@ -79,13 +80,14 @@ def compress(
             ),
             highlight=False,
         )
-        if "lowest_cr" in summary:
-            out.print(
-                "  single samples: {lowest_cr:.2f} to {highest_cr:.2f}; expect other texts there".format(
-                    **summary
-                ),
-                highlight=False,
-            )
+    curve = getattr(network.config, "dms_curve", None)
+    if curve is not None and (expected := expected_ratios(network, curve["length"])) is not None:
+        out.print(
+            "expect {:.2f} to {:.2f} of other texts of {} tokens".format(
+                *expected, curve["length"]
+            ),
+            highlight=False,
+        )
 
 
 def tune(
