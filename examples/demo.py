@@ -46,9 +46,10 @@ from modelopt_dms.report import write_json
 
 REAL = "smollm2"
 RECIPE = "calibrated_cr4-1k"
-KINDS: dict[Family, str] = {"needle": "needles", "multikey": "needles of four"}
+KINDS: dict[Family, str] = {"needle": "needles", "multikey": "multi-key"}
 # Right answers by method and family.
 Counts = dict[str, dict[Family, int]]
+PICTURED = 3  # of the facts
 SHOWN = 45  # tokens before and after the fact in the picture
 
 
@@ -300,6 +301,9 @@ def found_table(
     table = Table(
         title=f"\nFacts found in {sum(asked.values())} other texts of {seen:.0f} tokens on average",
         title_justify="left",
+        caption="needles: one fact in a text; multi-key: four, one of them asked for (RULER).\n"
+        "Bytes are those allocated: lists that grow have room to spare.",
+        caption_justify="left",
         padding=(0, 0, 0, 1),
     )
     table.add_column("")
@@ -320,7 +324,7 @@ def found_table(
 def texts_table(found: Mapping[str, Fidelity], length: int) -> Table:
     """How far the model is from itself with the full cache on plain text."""
     table = Table(
-        title=f"\nDMS beside the full cache on texts of {length} tokens, token by token",
+        title=f"\nDMS beside the full cache on {length} tokens of text",
         title_justify="left",
         padding=(0, 0, 0, 1),
     )
@@ -349,10 +353,10 @@ def picture(
     plan: Plan,
     caches: Mapping[str, Footprint],
 ) -> None:
-    """Draw the surroundings of the story's first fact, and the bars."""
+    """Draw the surroundings of one of the story's facts, and the bars."""
     held = heads_holding(model, told.ids)
     heads = int(held.max())
-    span = told.spans[0]
+    span = told.spans[PICTURED]
     begin, end = max(0, span.start - SHOWN), span.stop + SHOWN
     shown = Passage(
         tokens=[str(tokenizer.decode([x])) for x in told.ids[begin:end]],

@@ -114,12 +114,13 @@ def _passage(figure: Any, passage: Passage) -> None:
     axes.set_xlim(0, COLUMNS)
     axes.set_ylim(lines, 0)
     size = TEXT[2] * WIDTH * 72 / COLUMNS / CHARACTER
-    shades, scale = colormaps["YlGnBu"], Normalize(0, passage.heads)
+    # Few tokens are held by all heads; the darkest shade is for the most that the passage has.
+    shades, scale = colormaps["YlGnBu"], Normalize(0, max(passage.held))
     for x in placed:
         shade = shades(scale(passage.held[x.index]))
         box = Rectangle((x.column, x.line + 0.06), len(x.text), 0.8, facecolor=shade, lw=0)
         axes.add_patch(box)
-        dark = 0.3 * shade[0] + 0.59 * shade[1] + 0.11 * shade[2] < 0.55
+        dark = 0.3 * shade[0] + 0.59 * shade[1] + 0.11 * shade[2] < 0.5
         axes.text(
             x.column,
             x.line + 0.47,
