@@ -96,13 +96,15 @@ def draw(figure: Any, content: dict[str, Any]) -> None:
     places = sorted({(x["length"], x["dtype"]) for x in rows}) or [(0, "")]
     figure.set_size_inches(max(6, 4 * len(places)), 8)
     axes = figure.subplots(2, len(places), squeeze=False)
+    groups = sorted({group_of(x["method"]) for x in rows})
+    colors = {group: f"C{i}" for i, group in enumerate(groups)}
     for column, (length, dtype) in enumerate(places):
         here = [x for x in rows if (x["length"], x["dtype"]) == (length, dtype)]
         above, below = axes[0][column], axes[1][column]
         needles = [x for x in here if x["task"] == "needle"]
-        _curves(above, needles, lambda x: 100 * x["right"] / x["asked"])
+        _curves(above, colors, needles, lambda x: 100 * x["right"] / x["asked"])
         prose = [x for x in here if x["task"] == FIDELITY and x["category"] == "prose"]
-        _curves(below, prose, lambda x: max(x["tail_kl"], 1e-6))
+        _curves(below, colors, prose, lambda x: max(x["tail_kl"], 1e-6))
         above.set_title(f"{length} tokens, {dtype}")
         above.set_ylabel("needles found, %")
         above.set_ylim(-3, 103)
@@ -117,7 +119,9 @@ def draw(figure: Any, content: dict[str, Any]) -> None:
         axes[0][0].legend(fontsize=7)
 
 
-def _curves(axes: Any, rows: list[Row], value: Callable[[Row], float]) -> None:
+def _curves(
+    axes: Any, colors: dict[str, str], rows: list[Row], value: Callable[[Row], float]
+) -> None:
     """A line for each group: the mean of its draws, and a band from the least to the most where there are several."""
     for group in sorted({group_of(x["method"]) for x in rows}):
         own = [x for x in rows if group_of(x["method"]) == group]
@@ -125,9 +129,9 @@ def _curves(axes: Any, rows: list[Row], value: Callable[[Row], float]) -> None:
         values = [[value(x) for x in own if x["ratio"] == ratio] for ratio in ratios]
         means = [sum(x) / len(x) for x in values]
         if group.startswith("kvpress"):
-            axes.plot(ratios, means, ".--", label=group, linewidth=1)
+            axes.plot(ratios, means, ".--", label=group, color=colors[group], linewidth=1)
             continue
-        (line,) = axes.plot(ratios, means, "o-", label=group, linewidth=2)
+        (line,) = axes.plot(ratios, means, "o-", label=group, color=colors[group], linewidth=2)
         axes.fill_between(
             ratios,
             [min(x) for x in values],
