@@ -114,8 +114,8 @@ class Curve:
 def expected_ratios(model: PreTrainedModel, length: int) -> tuple[float, float] | None:
     """The compression ratios that most texts of this many tokens get at the model's thresholds; None without a curve.
 
-    From the held-out sample that was compressed least to the one that was compressed most, a quarter wider on both sides:
-    samples are few, and texts are of more kinds (benchmarks/results/real_model_log.md).
+    From the held-out sample that was compressed least to the one that was compressed most, a quarter wider on both
+    sides: samples are few, and texts are of more kinds (benchmarks/results/real_model_log.md).
     """
     if getattr(model.config, "dms_curve", None) is None:
         return None
@@ -150,12 +150,18 @@ def curve_of(model: PreTrainedModel) -> Curve:
     stored = getattr(model.config, "dms_curve", None)
     if stored is None:
         raise CompressionError(
-            f"{type(model).__name__} carries no curve from thresholds to compression ratios; make one with "
-            "modelopt_dms.measure_curve, or compress the model with this version"
+            f"{type(model).__name__} carries no curve from thresholds to compression ratios; compress the "
+            "original model, with data, by a recipe that calibrates or retrofits"
         )
-    points = tuple(CurvePoint(**x) for x in stored["points"])
-    thresholds = tuple(tuple(x) for x in stored["thresholds"])
-    return Curve(**{**stored, "points": points, "thresholds": thresholds})
+    try:
+        points = tuple(CurvePoint(**x) for x in stored["points"])
+        thresholds = tuple(tuple(x) for x in stored["thresholds"])
+        return Curve(**{**stored, "points": points, "thresholds": thresholds})
+    except (TypeError, KeyError) as error:
+        raise CompressionError(
+            f"{type(model).__name__}: config.json's dms_curve is damaged or of another version ({error}); "
+            "compress the original model again"
+        ) from error
 
 
 def store_curve(model: PreTrainedModel, curve: Curve) -> None:

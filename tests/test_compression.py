@@ -95,6 +95,13 @@ def test_the_range_that_other_texts_get_is_known(made):
     assert expected_ratios(build("llama"), 64) is None
 
 
+def test_a_curve_of_another_version_is_one_error():
+    model = build("llama")
+    model.config.dms_curve = {"points": [{"shift": 0.0, "kl": 0.0}], "thresholds": [[0.0]]}
+    with pytest.raises(CompressionError, match="damaged or of another version"):
+        curve_of(model)
+
+
 def test_there_and_back_is_exactly_where_it_was(made):
     model, _ = made
     dms.set_compression(model, 3.0)
