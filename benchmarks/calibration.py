@@ -31,7 +31,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.utils import logging as hf_logging
 
 import modelopt_dms as dms
-from modelopt_dms.calibration import trace_curve
+from modelopt_dms.calibration import HeldOut, trace_curve
 from modelopt_dms.compression import store_curve
 from modelopt_dms.data import Samples, pad
 from modelopt_dms.evaluation import peers
@@ -235,7 +235,7 @@ def retrofits(
 def at_ratio(model: PreTrainedModel, held_out: Samples, tokenizer: Any, args: Any) -> Any:
     """A model's quality at the one compression ratio: KL on held-out samples, accuracy, perplexity."""
     ratios = [args.target * x for x in (0.5, 0.7, 0.85, 1.0, 1.2, 1.5)]
-    curve = trace_curve(model, held_out, ratios, length=SAMPLE_LENGTH, batch_size=8)
+    curve = trace_curve(HeldOut(model, held_out, length=SAMPLE_LENGTH, batch_size=8), ratios)
     store_curve(model, curve)
     point = dms.set_compression(model, args.target, length=LENGTH)
     return {"kl": point.kl, **evaluate(model, tokenizer, args)}

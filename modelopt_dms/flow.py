@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modelopt_dms import processes
 from modelopt_dms.calibration import (
     CalibrationResult,
+    HeldOut,
     PreparedCalibration,
     calibrate,
     prepare_calibration,
@@ -227,10 +228,8 @@ def _measure_curve(
     else:
         return
     ratios = sorted({*how.curve, dms.target_cr} - {1.0})
-    found = trace_curve(
-        trained, held_out, ratios, length=length, batch_size=batch_size, progress=progress
-    )
-    store_curve(model, found)
+    judge = HeldOut(trained, held_out, length=length, batch_size=batch_size, progress=progress)
+    store_curve(model, trace_curve(judge, ratios, progress=progress))
 
 
 def _plan_quantization(

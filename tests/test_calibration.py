@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 import modelopt_dms as dms
 from modelopt_dms.calibration import fit, state
-from modelopt_dms.calibration.measuring import margins
+from modelopt_dms.calibration.measuring import HeldOut
 from modelopt_dms.calibration.run import prepare_calibration
 from modelopt_dms.calibration.statistics import Regression
 from modelopt_dms.config import CalibrateConfig, DMSConfig
@@ -166,7 +166,7 @@ def test_budgets_are_ragged_or_uniform_as_asked():
         model, _ = calibrated(config={"budget": budget})
         facts = DMSConfig(**model.config.dms_config)
         run = prepare_calibration(model, CalibrateConfig(**CONFIG), facts, data=documents())
-        above = margins(model, run.data.held_out, 4)
+        above = HeldOut(model, run.data.held_out, length=1, batch_size=4).margins()
         shares = torch.cat([(x > 0).float().mean(1) for x in above])
         spread[budget] = float(shares.max() - shares.min())
     assert 0 < 4 * spread["uniform"] < spread["global"], spread

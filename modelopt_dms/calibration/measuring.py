@@ -4,6 +4,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 from modelopt_dms.compression import Curve, CurvePoint, move_thresholds, thresholds_of
 from modelopt_dms.convert import dms_modules
 from modelopt_dms.data import Samples
-from modelopt_dms.gate import eviction_off, hidden_input, record_alpha
+from modelopt_dms.gate import eviction_off, gates, hidden_input, record_alpha
 from modelopt_dms.mode import facts_of
 from modelopt_dms.ops import shift_decisions
 from modelopt_dms.ratio import physical_cr, target_evicted_fraction
@@ -31,40 +32,27 @@ LOGITS_TOKENS = 512
 COMPARED_TOKENS = 2048
 
 
-def trace_curve(
-    model: PreTrainedModel,
-    samples: Samples,
-    ratios: Sequence[float],
-    *,
-    length: int,
-    batch_size: int,
-    progress: bool = False,
-) -> Curve:
+def trace_curve(held_out: "HeldOut", ratios: Sequence[float], *, progress: bool = False) -> Curve:
     """Measure what a common shift of all thresholds does, at shifts that reach some compression ratios.
 
     What is evicted in one layer changes what gates of the next ones read, so that shifts found with nothing evicted are
     only nearly right: each is measured, and corrected until the ratio is reached.
 
     Args:
-        model: a converted model; its thresholds are the curve's shift 0, and stay.
-        samples: held-out samples.
-        ratios: wanted compression ratios; those out of reach at `length` are left out, all others are on the curve.
-        length: tokens of a sequence that compression ratios are about.
-        batch_size: samples at a time.
+        held_out: samples and a model; the model's thresholds are the curve's shift 0, and stay.
+        ratios: wanted compression ratios; those out of reach at the length are left out, all others are on the curve.
         progress: show a progress bar.
     """
-    dms = facts_of(model)
-    logits = torch.cat([x.flatten() for x in margins(model, samples, batch_size)]).sort().values
+    model, dms, length = held_out.model, held_out.dms, held_out.length
+    logits = torch.cat([x.flatten() for x in held_out.margins()]).sort().values
     base = thresholds_of(model)
     reachable = [x for x in sorted(ratios) if x * (dms.window + 1 + dms.protect_first) <= length]
     fractions = [
         target_evicted_fraction(x, length, dms.window, dms.protect_first) for x in reachable
     ]
     points: list[CurvePoint] = []
-    bar = tqdm(total=len(fractions) + 1, desc="curve", unit="ratio", disable=not progress)
+    bar = tqdm(total=len(fractions), desc="curve", unit="ratio", disable=not progress)
     with bar, _in_eval(model):
-        judge = _Judge(model, samples, length, batch_size)
-        bar.update()
         correction = 0.0
         try:
             for wanted in fractions:
@@ -73,7 +61,7 @@ def trace_curve(
                     share = min(max(wanted + NEAR / 2 + correction, 0.0), 1.0)
                     shift = threshold_for(logits, share)
                     move_thresholds(model, base, shift)
-                    points.append(judge.point(shift))
+                    points.append(held_out.point(shift))
                     beyond = points[-1].evicted_fraction - wanted
                     reached = beyond >= 0.0 or share >= 1.0
                     if reached and (beyond <= NEAR or attempt >= TRIES):
@@ -94,19 +82,47 @@ def settle(model: PreTrainedModel, curve: Curve, fraction: float) -> Curve:
     return replace(curve, thresholds=thresholds_of(model), points=points)
 
 
-class _Judge:
-    """Held-out samples, and what the model says about them with eviction off."""
+class HeldOut:
+    """Held-out samples, and what the model and its gates say about them with eviction off, read in one pass."""
 
     @torch.no_grad()
     def __init__(
-        self, model: PreTrainedModel, samples: Samples, length: int, batch_size: int
+        self,
+        model: PreTrainedModel,
+        samples: Samples,
+        *,
+        length: int,
+        batch_size: int,
+        progress: bool = False,
     ) -> None:
+        """Read the samples.
+
+        Args:
+            model: a converted model.
+            samples: that it was not fitted to.
+            length: tokens of a sequence that compression ratios are about.
+            batch_size: samples at a time.
+            progress: show a progress bar.
+        """
         self.model, self.length, self.dms = model, length, facts_of(model)
         starts = range(0, len(samples), batch_size)
         self.batches = [samples.batch(slice(x, x + batch_size)) for x in starts]
         self.every = max(1, int((samples.tokens_ahead >= 0).sum()) // COMPARED_TOKENS)
-        with eviction_off(model):
-            self.wanted = [self._hidden(batch).cpu() for batch in self.batches]
+        self.wanted: list[Tensor] = []
+        found: dict[str, list[Tensor]] = {name: [] for name in dms_modules(model)}
+        bar = tqdm(self.batches, desc="held out", unit="forward", disable=not progress)
+        with _in_eval(model), eviction_off(model):
+            for batch in bar:
+                counts = counted_tokens(batch, self.dms.window, self.dms.protect_first)
+                with _reading(model, counts, found):
+                    self.wanted.append(self._hidden(batch).cpu())
+        # Eviction logits of every layer [R, N], N tokens whose eviction counts.
+        self._logits = [torch.cat(parts, dim=1) for parts in found.values()]
+
+    def margins(self) -> list[Tensor]:
+        """By how much eviction logits exceed their thresholds, for every layer [R, N]; nothing is evicted."""
+        thresholds = [x.threshold.cpu()[:, None] for x in gates(self.model)]
+        return [x - t for x, t in zip(self._logits, thresholds, strict=True)]
 
     @torch.no_grad()
     def point(self, shift: float) -> CurvePoint:
@@ -171,38 +187,26 @@ def threshold_for(logits: Tensor, fraction: float) -> float:
     return float(logits[min(len(logits) - 1, int((1.0 - fraction) * len(logits)))])
 
 
-@torch.no_grad()
-def margins(model: PreTrainedModel, samples: Samples, batch_size: int) -> list[Tensor]:
-    """By how much eviction logits exceed their thresholds, for every layer [R, N], N tokens whose eviction counts."""
-    dms = facts_of(model)
-    found: dict[str, list[Tensor]] = {name: [] for name in dms_modules(model)}
-    counts = torch.empty(0)
+@contextmanager
+def _reading(
+    model: PreTrainedModel, counts: Tensor, found: dict[str, list[Tensor]]
+) -> Iterator[None]:
+    """Inside, every forward adds the eviction logits [R, N] of the tokens [B, T] that count, by layer name."""
 
     def read(name: str, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         gate = module.dms_gate
-        z = gate.logits(hidden_input(args, kwargs))
-        above = shift_decisions(z - gate.threshold[:, None], gate.shift)
-        found[name].append(above.transpose(0, 1)[:, counts.to(above.device)].cpu())
+        z = shift_decisions(gate.logits(hidden_input(args, kwargs)), gate.shift)
+        found[name].append(z.transpose(0, 1)[:, counts.to(z.device)].cpu())
 
-    handles = []
-    for name, module in dms_modules(model).items():
-        hook: Any = _named(read, name)
-        handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    handles = [
+        module.register_forward_pre_hook(partial(read, name), with_kwargs=True)
+        for name, module in dms_modules(model).items()
+    ]
     try:
-        with _in_eval(model), eviction_off(model):
-            for start in range(0, len(samples), batch_size):
-                batch = samples.batch(slice(start, start + batch_size))
-                counts = counted_tokens(batch, dms.window, dms.protect_first)
-                device = input_device(model)
-                last_hidden(model, batch["input_ids"].to(device), batch["position_ids"].to(device))
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    return [torch.cat(parts, dim=1) for parts in found.values()]
-
-
-def _named(read: Any, name: str) -> Any:
-    return lambda module, args, kwargs: read(name, module, args, kwargs)
 
 
 @contextmanager

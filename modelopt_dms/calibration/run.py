@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelopt_dms.calibration.fit import accumulate
-from modelopt_dms.calibration.measuring import margins, settle, threshold_for, trace_curve
+from modelopt_dms.calibration.measuring import HeldOut, settle, threshold_for, trace_curve
 from modelopt_dms.calibration.samples import CalibrationData, draw
 from modelopt_dms.calibration.state import STATE_FILE, check_state
 from modelopt_dms.calibration.statistics import Fit
@@ -184,15 +185,16 @@ def calibrate(
         fraction = target_evicted_fraction(
             dms.target_cr, config.sample_length, dms.window, dms.protect_first
         )
-        _set_thresholds(model, run.data, config, fraction)
-        curve = trace_curve(
+        held_out = HeldOut(
             model,
             run.data.held_out,
-            sorted({*config.curve, dms.target_cr} - {1.0}),
             length=config.sample_length,
             batch_size=config.batch_size,
             progress=progress,
         )
+        _set_thresholds(model, held_out.margins(), config, fraction)
+        ratios = sorted({*config.curve, dms.target_cr} - {1.0})
+        curve = trace_curve(held_out, ratios, progress=progress)
         curve = settle(model, curve, fraction)
     finally:
         model.train(training)
@@ -224,10 +226,9 @@ def _put(model: PreTrainedModel, fits: list[Fit]) -> None:
 
 
 def _set_thresholds(
-    model: PreTrainedModel, data: CalibrationData, config: CalibrateConfig, fraction: float
+    model: PreTrainedModel, above: list[Tensor], config: CalibrateConfig, fraction: float
 ) -> None:
-    """Move thresholds so that this fraction of held-out tokens is above them."""
-    above = margins(model, data.held_out, config.batch_size)
+    """Move thresholds so that this fraction of held-out tokens is above them; margins [R, N] by layer."""
     together = torch.cat([x.flatten() for x in above]).sort().values
     for gate, rows in zip(gates(model), above, strict=True):
         for row, own in enumerate(rows):
