@@ -57,6 +57,21 @@ def test_adapters_fit_every_family_and_the_teacher_is_the_untouched_model(family
     torch.testing.assert_close(merged, changed, atol=1e-4, rtol=1e-4)
 
 
+def test_adapters_of_a_bfloat16_model_take_steps_that_bfloat16_would_lose():
+    model = dms.apply_dms(build("llama").to(torch.bfloat16), {"window": 4})
+    ids = tokens(2, 16)
+    config = make_config(**LORA)
+    with adapted(model, config), learning(model, config):
+        adapters = {k: p for k, p in model.named_parameters() if ".lora_A." in k}
+        assert {p.dtype for p in adapters.values()} == {torch.float32}
+        before = {k: p.detach().clone() for k, p in adapters.items()}
+        for p in adapters.values():
+            p.data += 1e-5 * p.sign()  # a step of AdamW at a learning rate of 1e-5
+        moved = sum(int((p != before[k]).sum()) for k, p in adapters.items())
+        assert moved == sum(p.numel() for p in adapters.values())
+        assert model(ids, use_cache=False).logits.dtype == torch.bfloat16
+
+
 def test_an_error_leaves_the_base_model_as_it_was(monkeypatch):
     model = make_model()
     before = base_weights(model)

@@ -54,6 +54,7 @@ def adapted(model: PreTrainedModel, config: RetrofitConfig) -> Iterator[None]:
 def _inject(model: PreTrainedModel, config: RetrofitConfig) -> Any:
     from peft import LoraConfig
     from peft.tuners.lora import LoraModel
+    from peft.tuners.tuners_utils import cast_adapter_dtype
 
     modules: Any = config.lora_modules
     options = LoraConfig(
@@ -65,9 +66,12 @@ def _inject(model: PreTrainedModel, config: RetrofitConfig) -> Any:
         # Random initial values must not depend on what ran before.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            return LoraModel(model, {ADAPTER: options}, ADAPTER)
+            tuner = LoraModel(model, {ADAPTER: options}, ADAPTER)
     except ValueError as error:
         raise LoraError(f"retrofit.lora_modules={modules}: {error}") from error
+    # In bfloat16, most of an optimizer's steps are smaller than the distance to the next number.
+    cast_adapter_dtype(tuner, ADAPTER)
+    return tuner
 
 
 @contextmanager
