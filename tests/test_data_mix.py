@@ -19,7 +19,8 @@ from modelopt_dms.data import DataError
 from modelopt_dms.data.installed_text import definitions, english, part_of, python_source
 from modelopt_dms.data.mix import SHARES, Document, calibration_documents, calibration_mix
 from modelopt_dms.data.mix.facts import PAIRS, PLAIN
-from modelopt_dms.data.mix.templates import EVERYDAY, HOPS, SEVERAL, STATEMENTS
+from modelopt_dms.data.mix.templates import HOPS, SEVERAL, STATEMENTS
+from modelopt_dms.data.mix.writing import own_texts
 from modelopt_dms.evaluation.text import source_files
 from modelopt_dms.recipe import Recipe
 
@@ -137,7 +138,8 @@ def test_a_tokenizer_without_a_chat_template_gets_plain_turns() -> None:
 
 
 def test_nothing_is_like_the_needles_of_the_evaluation(chats: list[Document]) -> None:
-    texts = [STATEMENTS, HOPS, SEVERAL, EVERYDAY, *(x.text for x in chats)]
+    own = ("\n\n".join(x) for x in own_texts())
+    texts = [STATEMENTS, HOPS, SEVERAL, *own, *(x.text for x in chats)]
     for text in texts:
         assert not re.search(r"magic|special number|\bVAR\b", text)
 

@@ -2,11 +2,11 @@
 """Text to calibrate and retrofit on that the package makes itself: offline, the same for a seed, for any tokenizer.
 
     chat    questions about facts that stand far above, in the tokenizer's chat template
-    prose   English of Python's reference and of docstrings
+    prose   essays, stories, reports, letters and handbooks in `prose/`, written for this; and docstrings
     code    Python's standard library
     repeat  a passage, other text, and the passage again
 
-Text that is not made here comes with Python (PSF-2.0), less what is set apart for evaluation, see `installed_text`;
+What is not ours comes with Python (PSF-2.0), less what is set apart for evaluation, see `installed_text`;
 other versions of Python give other documents.
 """
 

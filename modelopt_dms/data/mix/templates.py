@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What facts and everyday paragraphs are made of. Text only; slots in braces are those of `values`."""
+"""What facts are made of. Text only; slots in braces are those of `values`."""
 
 # A statement, then its questions, each with what answers it. Slots of a question stand in the statement.
 STATEMENTS = """
@@ -226,89 +226,4 @@ A {animal} was counted at {time}. | At which times was a {animal} counted?
 {first} wrote the word {noun} on the wall. | Which words did {first} write on the wall?
 On the way to {city} we met {person}. | Whom did we meet on the way to {city}?
 A {job} can be reached at {phone}. | At which numbers can a {job} be reached?
-"""
-
-# Paragraphs that nobody asks about.
-EVERYDAY = """
-The rain had stopped by the time {first} reached the bridge. On the other side a {job} was packing up a stall, and the
-smell of {food} still hung over the square. Nobody spoke. A {animal} crossed the road, looked at them both for a
-moment and vanished behind the {material} fence.
-
-We spent most of the afternoon in the garden, pulling weeds and talking about nothing in particular. {first} had made
-lemonade. Towards evening the wind turned, and we carried the chairs inside before the first drops fell.
-
-Dear {first}, thank you for your letter, which took almost three weeks to arrive. Everything is well here. The roof
-has been mended at last, and the children are back at school. Your {thing} stands in the kitchen, where everybody
-admires it. Do write again soon.
-
-The committee met for the second time this year. Most of the discussion was about the state of the roads. Several
-members pointed out that repairs had been promised before. It was agreed to wait for the report before deciding
-anything. The chair thanked everyone for coming.
-
-To keep {food} fresh, store them in a dry place away from the light. Never wash them before storing. If you have more
-than you can eat, they can be dried or pickled, and will keep through the winter.
-
-Most people who learn to play an instrument give up within the first year. The reason is rarely a lack of talent. It is
-more often that practice is dull, that progress is slow, and that nobody listens. A good teacher knows this, and
-chooses pieces that sound like music from the beginning.
-
-The old town lies on a hill above the river. Its streets are narrow and steep, and cars are not allowed. Visitors come
-for the view and stay for the cafes. In winter, when the fog rises from the valley, the place seems to float.
-
-In the beginning there were only two people in the workshop, and neither of them knew much about {material}. They
-learned by making mistakes. Within a few years they had customers in every part of the country, and the first
-competitors appeared.
-
-The history of {subject} is full of quarrels. Two schools disagreed about its very purpose, and their letters are still
-a pleasure to read. What one side called obvious, the other called absurd. In the end both turned out to be partly
-right.
-
-Customers sometimes ask why the delivery takes so long. The answer is that every {thing} is made by hand and tested
-before it leaves the house. We could work faster, but then we would have to lower our standards, and that is not what
-our customers want.
-
-"You never told me that you had been there," said {first}. "You never asked," said the {job}, and went on cutting bread.
-Outside it was getting dark. A dog barked somewhere, then another, and then the whole village was quiet again.
-
-Before you start, make sure that everything you need is within reach. Read the instructions to the end once. If a step
-is not clear, do not guess; it is better to ask than to repair. Take breaks, drink enough water and keep the floor
-free of cables.
-
-The {animal} is a shy creature that is mostly active at night. It feeds on insects, roots and fallen fruit. The young
-are born in spring and stay with their mother for about a year. Farmers used to hunt it, but it is now protected in
-most countries.
-
-Last night I dreamed of the house by the sea. All the doors were open and there was sand on the stairs. I walked from
-room to room, looking for something, but every time I came close to remembering what it was, a bell rang.
-
-Prices rose again last month, although less than expected. Economists explain this with the mild weather and with
-weak demand from abroad. Households will notice little of it for now. The central bank did not comment.
-
-It is often said that travel broadens the mind. It may also tire the feet and empty the purse. Still, few people regret
-a journey once they are home, and even the missed trains become good stories with time.
-
-The team has made good progress this week. The tests pass again, the documentation has been reviewed, and the last
-open question about the design was settled on {weekday}. Next week we shall look at the remaining complaints, most of
-which concern the colours of the charts.
-
-She closed the book and looked out of the window. The {city} she remembered was a different one, with trams and
-chestnut trees and a {job} on every corner. Perhaps it had never existed. Perhaps one only remembers what one has read.
-
-Wool must be washed by hand in lukewarm water. Do not rub it and do not wring it out. Lay it flat on a towel to dry,
-away from the sun. With a little care a good pullover lasts for decades.
-
-Our neighbours have bought a {animal}. We hear it every morning before six. My wife says that it is a charming animal
-and that we shall get used to it. I have started to look for a flat in another part of the town.
-
-The museum reopened after two years of building work. The new rooms are bright and the labels can finally be read. What
-is missed is the old collection of clocks, which used to strike the hour one after the other for almost ten minutes.
-
-When the power failed, the whole street came out to look. Somebody brought candles, somebody else a guitar. It was the
-first time that we had all talked to each other, and when the lights came back an hour later, nobody was pleased.
-
-A contract of this kind should be read by a lawyer. Pay attention to the periods of notice and to everything that is
-written in small print. What has been promised by word of mouth counts for nothing if it cannot be proved.
-
-Clouds form when moist air rises and cools. The height at which this happens depends on temperature and humidity. Flat
-clouds usually mean calm weather; those that grow into towers by noon often bring thunder in the evening.
 """

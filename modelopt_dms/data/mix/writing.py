@@ -4,16 +4,16 @@
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from modelopt_dms.data.installed_text import definitions, english, python_source, sentences
-from modelopt_dms.data.mix.templates import EVERYDAY
-from modelopt_dms.data.mix.values import Draw
 
-_EVERYDAY = tuple(" ".join(x.split()) for x in EVERYDAY.split("\n\n"))
-# Of the runs of prose; the others are technical.
-_EVERYDAY_SHARE = 0.4
+# Of the runs of prose; the others are docstrings, which are shorter.
+_TEXTS_SHARE = 0.6
+_TEXTS = Path(__file__).parent / "prose"
 # Below this no template of a chat leaves room for anything.
 SHORTEST = 32
 
@@ -44,6 +44,13 @@ class Document:
 
 
 Turn = tuple[str, str]
+
+
+@cache
+def own_texts() -> tuple[tuple[str, ...], ...]:
+    """Paragraphs of every text that was written for the mix, by name of its file."""
+    files = sorted(_TEXTS.glob("*.txt"))
+    return tuple(tuple(x.read_text(encoding="utf-8").strip().split("\n\n")) for x in files)
 
 
 @dataclass
@@ -83,18 +90,19 @@ class Writer:
         return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
 
     def prose(self) -> Iterator[str]:
-        """Sentences without end: some paragraphs of one module in their order, or one of everyday life, and so on.
+        """Sentences without end: one of our own texts from some paragraph on, or docstrings of one module, and so on.
 
         The first of a paragraph begins with an empty line.
         """
         sources = english("calibration")
         names = list(sources)
         weights = [len(sources[x]) for x in names]
-        everyday = self.rng.sample(_EVERYDAY, len(_EVERYDAY))
+        texts = self.rng.sample(own_texts(), len(own_texts()))
         while True:
             paragraphs: Sequence[str]
-            if everyday and self.rng.random() < _EVERYDAY_SHARE:
-                paragraphs = [Draw(self.rng, self.taken).fill(everyday.pop())]
+            if texts and self.rng.random() < _TEXTS_SHARE:
+                paragraphs = texts.pop()
+                paragraphs = paragraphs[self.rng.randrange((len(paragraphs) + 1) // 2) :]
             else:
                 paragraphs = sources[self.rng.choices(names, weights)[0]]
                 start = self.rng.randrange(len(paragraphs))
