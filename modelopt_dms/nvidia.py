@@ -46,6 +46,7 @@ def read_config(config: dict[str, Any]) -> PreTrainedConfig:
         scale=config.get("dms_alpha_scale", 100.0),
         offset=config.get("dms_initial_alpha_offset", 5.0),
         decision_shift=1,
+        evict=not config.get("dms_disable_eviction", False),
     )
     base = {
         key: value

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "modelopt_dms"
 
 # Rooms by step, from the ground up. A room may import rooms of lower steps, and itself.
 STAIRCASE = [
-    {"kv_quant", "config", "shelf", "output", "data", "ratio", "processes", "usage"},
+    {"kv_quant", "config", "shelf", "output", "data", "ratio", "processes", "usage", "plain_yaml"},
     {"ops", "checkpoints"},
     {"gate", "pages", "paging", "kv_format", "recipe", "engine"},
     {"cache", "gate_kinds", "schema", "compression", "previews"},
