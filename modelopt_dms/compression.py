@@ -4,14 +4,19 @@
 import math
 from bisect import bisect_left
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import nn
 from transformers import PreTrainedModel
 
+from modelopt_dms.config import in_one_line
 from modelopt_dms.gate import gates
 from modelopt_dms.ratio import physical_cr, target_evicted_fraction
+
+# Stored curves are read back as they were written, or refused.
+STRICT = ConfigDict(allow_inf_nan=False, extra="forbid")
 
 # How much wider than held-out samples' the range of ratios is that is expected of other texts.
 MARGIN = 0.25
@@ -35,11 +40,13 @@ class CurvePoint:
     """
 
     shift: float
-    evicted_fraction: float
-    compression_ratio: float
-    lowest_cr: float
-    highest_cr: float
+    evicted_fraction: Annotated[float, Field(ge=0.0, le=1.0)]
+    compression_ratio: Annotated[float, Field(ge=1.0)]
+    lowest_cr: Annotated[float, Field(ge=1.0)]
+    highest_cr: Annotated[float, Field(ge=1.0)]
     kl: float
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
 
 @dataclass(frozen=True)
@@ -54,11 +61,13 @@ class Curve:
         points: by rising evicted fraction.
     """
 
-    length: int
-    window: int
-    protect_first: int
+    length: Annotated[int, Field(ge=1)]
+    window: Annotated[int, Field(ge=1)]
+    protect_first: Annotated[int, Field(ge=0)]
     thresholds: tuple[tuple[float, ...], ...]
     points: tuple[CurvePoint, ...]
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     def at(self, cr: float, length: int | None = None) -> CurvePoint:
         """The point at a compression ratio, interpolated between measured ones.
@@ -111,6 +120,9 @@ class Curve:
         )
 
 
+_CURVE = TypeAdapter(Curve)
+
+
 def expected_ratios(model: PreTrainedModel, length: int) -> tuple[float, float] | None:
     """The compression ratios that most texts of this many tokens get at the model's thresholds; None without a curve.
 
@@ -154,14 +166,23 @@ def curve_of(model: PreTrainedModel) -> Curve:
             "original model, with data, by a recipe that calibrates or retrofits"
         )
     try:
-        points = tuple(CurvePoint(**x) for x in stored["points"])
-        thresholds = tuple(tuple(x) for x in stored["thresholds"])
-        return Curve(**{**stored, "points": points, "thresholds": thresholds})
-    except (TypeError, KeyError) as error:
-        raise CompressionError(
-            f"{type(model).__name__}: config.json's dms_curve is damaged or of another version ({error}); "
-            "compress the original model again"
-        ) from error
+        curve = _CURVE.validate_python(stored)
+    except ValidationError as error:
+        raise _damaged(in_one_line(error)) from error
+    fractions = [x.evicted_fraction for x in curve.points]
+    if len(fractions) < 2 or fractions != sorted(set(fractions)):
+        raise _damaged(f"points must be two or more, by rising evicted_fraction, not {fractions}")
+    rows = [len(gate.threshold) for gate in gates(model)]
+    if [len(x) for x in curve.thresholds] != rows:
+        found = [len(x) for x in curve.thresholds]
+        raise _damaged(f"the model's gates have {rows} thresholds, those in the file are {found}")
+    return curve
+
+
+def _damaged(why: str) -> CompressionError:
+    return CompressionError(
+        f"dms_curve is damaged or of another version ({why}); compress the original model again"
+    )
 
 
 def store_curve(model: PreTrainedModel, curve: Curve) -> None:

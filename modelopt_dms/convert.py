@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 from modelopt_dms.attention import ATTENTION_NAME, GRAPH_ATTENTION_NAME, register_attention
 from modelopt_dms.cache import LayerStep, adopt
 from modelopt_dms.config import DMSConfig
+from modelopt_dms.finite import check_weights
 from modelopt_dms.gate import EvictionGate, hidden_input
 from modelopt_dms.gate_kinds import NeuronGate, ResidualGate
 from modelopt_dms.kv_format import kv_formats
@@ -100,6 +101,7 @@ def plan_conversion(
 
     Raises:
         UnsupportedModelError: nothing to convert, or a layer that cannot be.
+        WeightError: a weight is not finite.
     """
     if is_converted(model):
         raise UnsupportedModelError(
@@ -117,6 +119,7 @@ def plan_conversion(
         raise UnsupportedModelError(
             f"{type(model).__name__} does not use transformers' attention interface, so its layers cannot be hooked"
         )
+    check_weights(model)
     plan: dict[str, tuple[nn.Module, EvictionGate]] = {}
     left_alone: dict[str, str] = {}
     for name, module in model.named_modules():
