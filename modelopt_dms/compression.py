@@ -149,6 +149,48 @@ def expected_ratios(model: PreTrainedModel, length: int) -> tuple[float, float] 
     )
 
 
+def ratio_warning(
+    model: PreTrainedModel, reached: float, length: int, asked: float | None = None
+) -> str | None:
+    """One line if texts got another compression ratio than was asked for, with both; None if it is as expected.
+
+    Args:
+        model: a DMS model; of others nothing is expected.
+        reached: the ratio that texts got.
+        length: their tokens.
+        asked: by default the recipe's target_cr.
+    """
+    facts = getattr(model.config, "dms_config", None)
+    if facts is None or not facts.get("evict", True):
+        return None
+    asked = facts["target_cr"] if asked is None else asked
+    plain = physical_cr(1.0 - 1.0 / asked, length, facts["window"], facts["protect_first"])
+    found = expected_ratios(model, length) or ((1 - MARGIN) * plain, (1 + MARGIN) * plain)
+    return missed_ratio(asked, reached, length, found)
+
+
+def missed_ratio(
+    asked: float, reached: float, length: int, expected: tuple[float, float] | None = None
+) -> str | None:
+    """One line if a ratio that was reached is out of what was expected, with the one that was asked for; else None.
+
+    Args:
+        asked: compression ratio that was asked for.
+        reached: the ratio at the end.
+        length: tokens of the texts that reached it.
+        expected: lowest and highest; by default a quarter around what was asked for.
+    """
+    low, high = expected or ((1 - MARGIN) * asked, (1 + MARGIN) * asked)
+    low = max(1.0, low)
+    if low - 0.01 <= reached <= high + 0.01:
+        return None
+    return (
+        f"asked for a compression ratio of {asked:g}, reached {reached:.2f} on texts of {length} tokens, where "
+        f"{low:.2f} to {high:.2f} was expected: they are unlike what the thresholds were set on, or the gates have not "
+        "learnt; calibrate on text of this kind, retrofit for longer, or move the thresholds with --cr"
+    )
+
+
 def _tail(evicted_fraction: float) -> float:
     return -math.log(max(1.0 - evicted_fraction, 1e-4))
 

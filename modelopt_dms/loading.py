@@ -20,7 +20,7 @@ from modelopt_dms import nvidia
 from modelopt_dms.compression import CompressionError, curve_of
 from modelopt_dms.config import DMSConfig, QuantizationConfig, in_one_line
 from modelopt_dms.convert import dms_modules, is_converted
-from modelopt_dms.finite import check_weights
+from modelopt_dms.finite import WeightError, check_weights
 from modelopt_dms.hf_quantizer import unmark
 from modelopt_dms.mode import CheckpointError, apply_dms, read_facts
 from modelopt_dms.names import GATE_KEY, StoredNames
@@ -53,14 +53,13 @@ def load(
     path = Path(path)
     try:
         return _load(path, dtype, device_map, trust_remote_code)
-    except ValidationError as error:
-        raise CheckpointError(f"{path}: {in_one_line(error)}") from error
-    except torch.OutOfMemoryError:
+    except (CheckpointError, WeightError, OSError, MemoryError, torch.OutOfMemoryError):
         raise
-    except (TypeError, KeyError, IndexError, AttributeError, AssertionError, RuntimeError) as error:
-        # A damaged directory: transformers and ModelOpt trust what they read.
-        line = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"{path} cannot be loaded: {type(error).__name__}: {line}") from error
+    except Exception as error:
+        # A damaged directory: transformers and ModelOpt trust what they read, and fail anyhow and anywhere.
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        line = in_one_line(error) if isinstance(error, ValidationError) else str(error)
+        raise CheckpointError(f"{path} cannot be loaded: {kind}{' '.join(line.split())}") from error
 
 
 def _load(
