@@ -6,7 +6,6 @@ python tools/model_table.py [MODEL_TYPE ...]
 
 import argparse
 import json
-import shutil
 import sys
 import tempfile
 import warnings
@@ -17,38 +16,47 @@ import transformers
 from model_checks import LIMITS, ROOT, Row, check, reload
 from tiny_configs import architectures
 
-BATCH = 12  # models that one process loads
+BATCH = 32  # models that one process loads
+DATA = ROOT / "benchmarks" / "results" / "models.json"
+PAGE = ROOT / "docs" / "models.md"
 
 
 def main() -> None:
-    """Try all, or those named; all are written to docs/models.md and benchmarks/results/models.json."""
+    """Try all, or those named, whose rows then take the place of their old ones; exit 1 if any deviates."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", help="model types; all, unless given")
-    names = parser.parse_args().names
+    parser.add_argument("names", nargs="*", help="architectures; all, unless given")
+    parser.add_argument("--again", metavar="RESULT", help="those with this result, e.g. deviates")
+    given = parser.parse_args()
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    rows = run(names or list(architectures()))
-    if not names:
-        rows = sorted(rows, key=lambda x: x.name)
-        data = {"transformers": transformers.__version__, "rows": [asdict(x) for x in rows]}
-        place = ROOT / "benchmarks" / "results" / "models.json"
-        place.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-        (ROOT / "docs" / "models.md").write_text(table(rows), encoding="utf-8")
-    sys.exit(any(x.result == "deviates" for x in rows))
+    rows = {} if not (given.names or given.again) else read_rows()
+    names = given.names or list(architectures())
+    if given.again:
+        names = [name for name, row in rows.items() if row.result == given.again]
+    for start in range(0, len(names), BATCH):
+        rows |= {row.name: row for row in run(names[start : start + BATCH])}
+        ordered = [rows[x] for x in sorted(rows)]
+        data = {"transformers": transformers.__version__, "rows": [asdict(x) for x in ordered]}
+        DATA.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        PAGE.write_text(table(ordered), encoding="utf-8")
+    sys.exit(any(x.result == "deviates" for x in rows.values()))
+
+
+def read_rows() -> dict[str, Row]:
+    """Rows of an earlier run with the same transformers, by name."""
+    data = json.loads(DATA.read_text(encoding="utf-8")) if DATA.is_file() else {}
+    same = data.get("transformers") == transformers.__version__
+    return {x["name"]: Row(**x) for x in data["rows"]} if same else {}
 
 
 def run(names: list[str]) -> list[Row]:
-    """Rows of these architectures, printed as they come."""
-    rows: list[Row] = []
-    for start in range(0, len(names), BATCH):
-        place = Path(tempfile.mkdtemp())
-        batch = [check(name, place) for name in names[start : start + BATCH]]
-        reload(batch, place)
-        shutil.rmtree(place)
-        for row in batch:
-            print(f"{row.result:10} {row.name:30} {row.why[:200]} {row.differences}", flush=True)
-        rows += batch
+    """Rows of these architectures, printed."""
+    with tempfile.TemporaryDirectory() as place:
+        rows = [check(name, Path(place)) for name in names]
+        reload(rows, Path(place))
+    for row in rows:
+        print(f"{row.result:10} {row.name:30} {row.why[:200]} {row.differences}", flush=True)
     return rows
 
 
