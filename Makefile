@@ -17,7 +17,7 @@ INPUTS := pyproject.toml constraints.txt
 # Compiling every file of every package would take a minute; most are never imported.
 PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 
-.PHONY: help demo test test-all test-gpu test-tensorrt lint bench clean
+.PHONY: help demo models test test-all test-gpu test-tensorrt lint bench clean
 
 help:
 	@echo "make demo   compress SmolLM2-135M, ask it and its peers about a text, write demo_output/ (downloads 93 MB)"
@@ -26,6 +26,7 @@ help:
 	@echo "make test-gpu  the tests that need a CUDA device"
 	@echo "make test-tensorrt  the tests that need TensorRT's packages, and neither its libraries nor a GPU"
 	@echo "make lint   ruff and mypy"
+	@echo "make models  try every architecture of transformers on a tiny model: docs/models.md (15 minutes)"
 	@echo "make bench  the CPU benchmark, benchmarks/results/cpu.json"
 	@echo "make clean  remove .venv, .venv-tensorrt, .venv-kvpress and demo_output"
 
@@ -89,6 +90,9 @@ $(KVPRESS_VENV)/.ready: constraints.txt
 	@$(KVPRESS_VENV)/bin/python -m pip install --quiet --no-compile --requirement $(KVPRESS_VENV)/torch.txt
 	@$(KVPRESS_VENV)/bin/python -m pip install --quiet --no-compile --constraint $(KVPRESS_VENV)/torch.txt kvpress==0.5.5
 	@touch $@
+
+models: $(VENV)/.runtime
+	$(BIN)/python tools/model_table.py
 
 clean:
 	rm -rf $(VENV) $(TENSORRT_VENV) $(KVPRESS_VENV) demo_output

@@ -7,13 +7,15 @@
     model.generate(**inputs)
     print(dms.kv_stats(model))
 
-Importing the package costs nothing; the first use of a name below imports transformers and ModelOpt, and registers
-the ModelOpt mode "dms". Whoever calls only `mto.restore` calls `register()` first.
+Importing the package costs nothing; the first use of a name below imports transformers and ModelOpt. From then on
+`from_pretrained` of transformers loads the directories that are saved here, and ModelOpt has the mode "dms".
 """
 
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
+
+from modelopt_dms.registering import register_when_imported
 
 if TYPE_CHECKING:
     from modelopt_dms.cache import KVStats, kv_stats
@@ -104,23 +106,18 @@ __all__ = [
     "load_recipe",
     "preview",
     "quantize",
-    "register",
     "retrofit",
     "set_compression",
     "tune",
 ]
 
 
-def register() -> None:
-    """Make ModelOpt know the mode "dms", and NVFP4 without a GPU: for `mto.restore`."""
-    import_module("modelopt_dms.mode")
-    import_module("modelopt_dms.quantization").register_backend()
+register_when_imported()
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    register()
     globals()[name] = found = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
     return found
 

@@ -4,14 +4,19 @@
 import math
 from bisect import bisect_left
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import torch
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import nn
 from transformers import PreTrainedModel
 
+from modelopt_dms.config import in_one_line
 from modelopt_dms.gate import gates
 from modelopt_dms.ratio import physical_cr, target_evicted_fraction
+
+# Stored curves are read back as they were written, or refused.
+STRICT = ConfigDict(allow_inf_nan=False, extra="forbid")
 
 # How much wider than held-out samples' the range of ratios is that is expected of other texts.
 MARGIN = 0.25
@@ -35,11 +40,13 @@ class CurvePoint:
     """
 
     shift: float
-    evicted_fraction: float
-    compression_ratio: float
-    lowest_cr: float
-    highest_cr: float
+    evicted_fraction: Annotated[float, Field(ge=0.0, le=1.0)]
+    compression_ratio: Annotated[float, Field(ge=1.0)]
+    lowest_cr: Annotated[float, Field(ge=1.0)]
+    highest_cr: Annotated[float, Field(ge=1.0)]
     kl: float
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
 
 @dataclass(frozen=True)
@@ -54,11 +61,13 @@ class Curve:
         points: by rising evicted fraction.
     """
 
-    length: int
-    window: int
-    protect_first: int
+    length: Annotated[int, Field(ge=1)]
+    window: Annotated[int, Field(ge=1)]
+    protect_first: Annotated[int, Field(ge=0)]
     thresholds: tuple[tuple[float, ...], ...]
     points: tuple[CurvePoint, ...]
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     def at(self, cr: float, length: int | None = None) -> CurvePoint:
         """The point at a compression ratio, interpolated between measured ones.
@@ -111,6 +120,9 @@ class Curve:
         )
 
 
+_CURVE = TypeAdapter(Curve)
+
+
 def expected_ratios(model: PreTrainedModel, length: int) -> tuple[float, float] | None:
     """The compression ratios that most texts of this many tokens get at the model's thresholds; None without a curve.
 
@@ -137,6 +149,48 @@ def expected_ratios(model: PreTrainedModel, length: int) -> tuple[float, float] 
     )
 
 
+def ratio_warning(
+    model: PreTrainedModel, reached: float, length: int, asked: float | None = None
+) -> str | None:
+    """One line if texts got another compression ratio than was asked for, with both; None if it is as expected.
+
+    Args:
+        model: a DMS model; of others nothing is expected.
+        reached: the ratio that texts got.
+        length: their tokens.
+        asked: by default the recipe's target_cr.
+    """
+    facts = getattr(model.config, "dms_config", None)
+    if facts is None or not facts.get("evict", True):
+        return None
+    asked = facts["target_cr"] if asked is None else asked
+    plain = physical_cr(1.0 - 1.0 / asked, length, facts["window"], facts["protect_first"])
+    found = expected_ratios(model, length) or ((1 - MARGIN) * plain, (1 + MARGIN) * plain)
+    return missed_ratio(asked, reached, length, found)
+
+
+def missed_ratio(
+    asked: float, reached: float, length: int, expected: tuple[float, float] | None = None
+) -> str | None:
+    """One line if a ratio that was reached is out of what was expected, with the one that was asked for; else None.
+
+    Args:
+        asked: compression ratio that was asked for.
+        reached: the ratio at the end.
+        length: tokens of the texts that reached it.
+        expected: lowest and highest; by default a quarter around what was asked for.
+    """
+    low, high = expected or ((1 - MARGIN) * asked, (1 + MARGIN) * asked)
+    low = max(1.0, low)
+    if low - 0.01 <= reached <= high + 0.01:
+        return None
+    return (
+        f"asked for a compression ratio of {asked:g}, reached {reached:.2f} on texts of {length} tokens, where "
+        f"{low:.2f} to {high:.2f} was expected: they are unlike what the thresholds were set on, or the gates have not "
+        "learnt; calibrate on text of this kind, retrofit for longer, or move the thresholds with --cr"
+    )
+
+
 def _tail(evicted_fraction: float) -> float:
     return -math.log(max(1.0 - evicted_fraction, 1e-4))
 
@@ -154,14 +208,23 @@ def curve_of(model: PreTrainedModel) -> Curve:
             "original model, with data, by a recipe that calibrates or retrofits"
         )
     try:
-        points = tuple(CurvePoint(**x) for x in stored["points"])
-        thresholds = tuple(tuple(x) for x in stored["thresholds"])
-        return Curve(**{**stored, "points": points, "thresholds": thresholds})
-    except (TypeError, KeyError) as error:
-        raise CompressionError(
-            f"{type(model).__name__}: config.json's dms_curve is damaged or of another version ({error}); "
-            "compress the original model again"
-        ) from error
+        curve = _CURVE.validate_python(stored)
+    except ValidationError as error:
+        raise _damaged(in_one_line(error)) from error
+    fractions = [x.evicted_fraction for x in curve.points]
+    if len(fractions) < 2 or fractions != sorted(set(fractions)):
+        raise _damaged(f"points must be two or more, by rising evicted_fraction, not {fractions}")
+    rows = [len(gate.threshold) for gate in gates(model)]
+    if [len(x) for x in curve.thresholds] != rows:
+        found = [len(x) for x in curve.thresholds]
+        raise _damaged(f"the model's gates have {rows} thresholds, those in the file are {found}")
+    return curve
+
+
+def _damaged(why: str) -> CompressionError:
+    return CompressionError(
+        f"dms_curve is damaged or of another version ({why}); compress the original model again"
+    )
 
 
 def store_curve(model: PreTrainedModel, curve: Curve) -> None:
@@ -185,8 +248,12 @@ def set_compression(model: PreTrainedModel, cr: float, *, length: int | None = N
         What is expected there.
 
     Raises:
-        CompressionError: no curve, or a ratio that it does not reach.
+        CompressionError: no curve, a ratio that it does not reach, or eviction is switched off.
     """
+    if not model.config.dms_config.get("evict", True):
+        raise CompressionError(
+            f"cr={cr:g}: eviction is switched off in this model (dms_config.evict=false in its config.json)"
+        )
     curve = curve_of(model)
     point = curve.at(cr, length)
     move_thresholds(model, curve.thresholds, point.shift)

@@ -6,10 +6,48 @@ from typing import Any, Literal
 
 from modelopt.torch.opt.config import ModeloptBaseConfig, ModeloptField
 from modelopt.torch.quantization.config import QuantizeConfig
-from pydantic import field_validator, model_validator
+from pydantic import ConfigDict, ValidationError, field_validator, model_validator
+
+# No window, number of steps or seed that is meant needs more than 32 bits; nor a float more than this range.
+LARGEST_INTEGER = 2**32 - 1
+SMALLEST_FLOAT, LARGEST_FLOAT = 1e-12, 1e9
 
 
-class DMSConfig(ModeloptBaseConfig):
+class Section(ModeloptBaseConfig):
+    """What users write: every number is finite, and of a size that can be computed with."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _numbers_can_be_meant(cls, value: Any) -> Any:
+        for x in value if isinstance(value, list) else [value]:
+            if isinstance(x, int) and abs(x) > LARGEST_INTEGER:
+                raise ValueError(f"must be at most {LARGEST_INTEGER}")
+            if isinstance(x, float) and x and not SMALLEST_FLOAT <= abs(x) <= LARGEST_FLOAT:
+                raise ValueError(
+                    f"must be 0, or of a size from {SMALLEST_FLOAT:g} to {LARGEST_FLOAT:g}"
+                )
+        return value
+
+
+def in_one_line(error: ValidationError) -> str:
+    """Every field that pydantic refuses, with its value and what is accepted."""
+    return "; ".join(_readable(x) for x in error.errors())
+
+
+def _readable(error: Any) -> str:
+    key = ".".join(map(str, error["loc"]))
+    message = error["msg"].removeprefix("Value error, ")
+    given = repr(error["input"])
+    if isinstance(error["input"], Mapping):
+        return f"{key}: {message}" if key else message
+    if len(given) > 200:
+        given = f"{given[:200]}..."
+    return f"{key or 'value'}={given}: {message}"
+
+
+class DMSConfig(Section):
     """The facts about a DMS model that its weights alone do not tell. Stored with the model."""
 
     target_cr: float = ModeloptField(
@@ -69,6 +107,11 @@ class DMSConfig(ModeloptBaseConfig):
         title="Borrowed dimension",
         description="Which dimension of the query head the 'neuron' gate borrows.",
     )
+    evict: bool = ModeloptField(
+        default=True,
+        title="Evict",
+        description="False: the gates are there, and nothing is evicted (NVIDIA's dms_disable_eviction).",
+    )
     layers: list[str] = ModeloptField(
         default=["*"],
         title="Layers",
@@ -83,7 +126,7 @@ class DMSConfig(ModeloptBaseConfig):
         return value
 
 
-class CalibrateConfig(ModeloptBaseConfig):
+class CalibrateConfig(Section):
     """How the gates are fitted, without training, to what future queries attend to."""
 
     samples: int = ModeloptField(
@@ -141,7 +184,7 @@ class CalibrateConfig(ModeloptBaseConfig):
         return sorted(set(value))
 
 
-class RetrofitConfig(ModeloptBaseConfig):
+class RetrofitConfig(Section):
     """How the gates learn: distillation from the same model with eviction off, plus a rate loss."""
 
     steps: int = ModeloptField(
@@ -299,7 +342,7 @@ class RetrofitConfig(ModeloptBaseConfig):
         return value
 
 
-class QuantizationConfig(QuantizeConfig):
+class QuantizationConfig(Section, QuantizeConfig):
     """ModelOpt's own section (`quant_cfg`, `algorithm`), and what calibrates it."""
 
     samples: int = ModeloptField(
@@ -344,7 +387,7 @@ def quantization_to_dict(config: QuantizationConfig) -> dict[str, Any]:
     return data | config.model_dump(include={"quant_cfg"}, exclude_unset=True)
 
 
-class ExportConfig(ModeloptBaseConfig):
+class ExportConfig(Section):
     """What `compress` writes besides the model itself."""
 
     format: Literal["hf", "onnx", "tensorrt", "trtllm"] = ModeloptField(

@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 from modelopt_dms.attention import ATTENTION_NAME, GRAPH_ATTENTION_NAME, register_attention
 from modelopt_dms.cache import LayerStep, adopt
 from modelopt_dms.config import DMSConfig
+from modelopt_dms.finite import check_weights
 from modelopt_dms.gate import EvictionGate, hidden_input
 from modelopt_dms.gate_kinds import NeuronGate, ResidualGate
 from modelopt_dms.kv_format import kv_formats
@@ -23,6 +24,15 @@ from modelopt_dms.paging import PagedSlots, PagedUsage
 from modelopt_dms.usage import Usage
 
 DMSRegistry = _DMRegistryCls("DMS")
+
+# Kinds of layers whose caches do not grow with the context, and what their size is called. Of others only
+# full_attention is known.
+BOUNDED = {
+    "sliding_attention": "sliding_window",
+    "chunked_attention": "attention_chunk_size",
+    "linear_attention": "",
+    "conv": "",
+}
 
 
 class UnsupportedModelError(ValueError):
@@ -76,6 +86,10 @@ def convert_model(model: PreTrainedModel, config: DMSConfig) -> ConvertSummary:
             DMSRegistry.register({type(module): type(module).__name__})(DMSAttention)
         reference = next(module.parameters())
         DMSRegistry.convert(module, gate=gate.to(reference.device))
+    text = model.config.get_text_config(decoder=True)
+    if _never_slides(text):
+        # transformers would make caches of sliding layers, which a gate cannot serve.
+        text.sliding_window = None
     model.set_attn_implementation(ATTENTION_NAME)
     return ConvertSummary(list(plan), left_alone)
 
@@ -87,6 +101,7 @@ def plan_conversion(
 
     Raises:
         UnsupportedModelError: nothing to convert, or a layer that cannot be.
+        WeightError: a weight is not finite.
     """
     if is_converted(model):
         raise UnsupportedModelError(
@@ -104,6 +119,7 @@ def plan_conversion(
         raise UnsupportedModelError(
             f"{type(model).__name__} does not use transformers' attention interface, so its layers cannot be hooked"
         )
+    check_weights(model)
     plan: dict[str, tuple[nn.Module, EvictionGate]] = {}
     left_alone: dict[str, str] = {}
     for name, module in model.named_modules():
@@ -135,26 +151,52 @@ def is_attention(module: nn.Module) -> bool:
 
 
 def _reason_to_leave(module: Any) -> str | None:
-    """Why a layer stays as it is, or None: bounded already, or its keys are not its own."""
-    config, index = _text_config(module), module.layer_idx
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None:
-        if kinds[index] != "full_attention":
-            return f"{kinds[index]} is bounded already"
-    elif getattr(config, "sliding_window", None) is not None:
-        return f"sliding-window attention ({config.sliding_window} tokens) is bounded already"
-    elif getattr(config, "attention_chunk_size", None) is not None:
-        return f"chunked attention ({config.attention_chunk_size} tokens) is bounded already"
+    """Why a layer stays as it is, or None: bounded, of an unknown kind, or its keys are not its own."""
     if not module.is_causal:
         return "attention is not causal"
-    if getattr(module, "is_kv_shared_layer", False) or getattr(config, "num_kv_shared_layers", 0):
-        return "its keys and values are shared between layers"
+    config = _text_config(module)
+    kind = _kind(config, module.layer_idx)
+    if kind in BOUNDED:
+        size = f" ({getattr(config, BOUNDED[kind])} tokens)" if BOUNDED[kind] else ""
+        return f"{kind}{size} is bounded already"
+    if kind != "full_attention":
+        return f"layers of kind {kind!r} are not supported"
+    if getattr(module, "is_kv_shared_layer", False):
+        return "its keys and values are another layer's"
+    if getattr(module, "store_full_length_kv", False):
+        return "its keys and values are read by other layers, too"
+    if getattr(config, "num_kv_shared_layers", 0) and not hasattr(module, "is_kv_shared_layer"):
+        return "layers share keys and values in a way that is not known"
     return None
+
+
+def _kind(config: PreTrainedConfig, index: int) -> str:
+    """The kind of a layer in transformers' words, as its own caches read it from a config."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None:
+        return kinds[index]
+    if getattr(config, "sliding_window", None) is not None and not _never_slides(config):
+        return "sliding_attention"
+    return (
+        "full_attention"
+        if getattr(config, "attention_chunk_size", None) is None
+        else "chunked_attention"
+    )
+
+
+def _never_slides(config: PreTrainedConfig) -> bool:
+    """Whether all layers have a window that holds the longest sequence, as in Phi-3.5-mini and Phi-4-mini."""
+    if getattr(config, "layer_types", None) is not None:
+        return False
+    window, longest = (
+        getattr(config, x, None) for x in ("sliding_window", "max_position_embeddings")
+    )
+    return window is not None and longest is not None and window >= longest
 
 
 def _make_gate(name: str, module: Any, layer: nn.Module, config: DMSConfig) -> EvictionGate:
     text = _text_config(module)
-    heads = text.num_attention_heads
+    heads = getattr(module, "num_heads", None) or text.num_attention_heads
     # MLA: one latent a token, so one decision.
     latent = getattr(module, "kv_lora_rank", None) is not None
     kv_heads = 1 if latent else heads // getattr(module, "num_key_value_groups", 1)
@@ -177,7 +219,9 @@ def _make_gate(name: str, module: Any, layer: nn.Module, config: DMSConfig) -> E
 
 
 def _text_config(module: Any) -> Any:
-    return module.config.get_text_config(decoder=True)
+    """A layer's config, where they differ from layer to layer."""
+    config = module.config.get_text_config(decoder=True)
+    return config.per_layer_config[module.layer_idx] if config.is_heterogeneous else config
 
 
 def _stage_step(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 """The front door's flow: recipe -> gates -> calibration -> retrofit -> a model that forgets, saved if asked for."""
 
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,25 +21,30 @@ from modelopt_dms.calibration import (
     prepare_calibration,
     trace_curve,
 )
+from modelopt_dms.calibration.state import WRITTEN as SUMS
 from modelopt_dms.compression import store_curve
 from modelopt_dms.config import CalibrateConfig, QuantizationConfig, RetrofitConfig
 from modelopt_dms.convert import plan_conversion
 from modelopt_dms.data import calibration_batches
 from modelopt_dms.data.mix import SHORTEST, calibration_mix
-from modelopt_dms.exporters import RECIPE_FILE, ExportError, check_format, export
+from modelopt_dms.exporters import ExportError, check_format, export
+from modelopt_dms.exporters.hf import write_companions
 from modelopt_dms.mode import apply_dms
-from modelopt_dms.output import check_output, staged
+from modelopt_dms.model_card import CARD_FILE, card
+from modelopt_dms.output import check_output, remove, staged
 from modelopt_dms.previews import Preview, preview_prepared
 from modelopt_dms.quantization import check_quantization, is_quantized, quantize
-from modelopt_dms.recipe import Recipe, load_recipe, recipe_to_yaml
+from modelopt_dms.recipe import Recipe, load_recipe
 from modelopt_dms.train import PreparedRun, RetrofitResult, prepare, retrofit
+from modelopt_dms.train.checkpoint import RESUMABLE
+from modelopt_dms.written import check_written
 
 SUMMARY_FILE = "dms_summary.json"
 WORK_DIR = "retrofit"
 CALIBRATION_DIR = "calibration"
 EXPORT_DIR = "exported"
 # What an interrupted run may leave, and the next one goes on from.
-OURS = (CALIBRATION_DIR, WORK_DIR, EXPORT_DIR)
+OURS = (CALIBRATION_DIR, WORK_DIR)
 # Documents of the built-in mix for a retrofit that would visit more: they are repeated, as other data are.
 MOST_BUILT_IN = 1024
 
@@ -142,21 +146,27 @@ def _write(
     tokenizer: PreTrainedTokenizerBase | None,
     results: Mapping[str, CalibrationResult | RetrofitResult],
 ) -> None:
-    """Export and save a finished model; the export first, as a saved model ends the run.
+    """Export and save a finished model, complete or not there at all; then remove what only a resume needs.
 
     Raises:
         ExportError: the format cannot hold the model, which is saved all the same.
     """
     refused = None
-    if recipe.export is not None:
-        exported = target / EXPORT_DIR
-        shutil.rmtree(exported, ignore_errors=True)  # an interrupted run's
-        try:
-            export(model, exported, recipe.export.format, tokenizer=tokenizer, recipe=recipe)
-        except ExportError as error:
-            refused = ExportError(f"{error} (the model itself is saved in {target})")
-    save(model, target, recipe=recipe, tokenizer=tokenizer, results=results)
-    shutil.rmtree(target / CALIBRATION_DIR, ignore_errors=True)
+    with staged(target) as place:
+        if recipe.export is not None:
+            try:
+                export(
+                    model,
+                    place / EXPORT_DIR,
+                    recipe.export.format,
+                    tokenizer=tokenizer,
+                    recipe=recipe,
+                )
+            except ExportError as error:
+                refused = ExportError(f"{error} (the model itself is saved in {target})")
+        save(model, place, recipe=recipe, tokenizer=tokenizer, results=results)
+    remove(target / CALIBRATION_DIR, SUMS)
+    remove(target / WORK_DIR, RESUMABLE)
     if refused is not None:
         raise refused
 
@@ -277,17 +287,20 @@ def _or_built_in(
 
 def save(
     model: PreTrainedModel,
-    target: Path,
+    place: Path,
     *,
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase | None,
     results: Mapping[str, CalibrationResult | RetrofitResult],
 ) -> None:
-    """Write model, tokenizer, resolved recipe and summary to `target`; complete or not there at all."""
-    with staged(target) as place:
-        model.save_pretrained(place)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(place)
-        (place / RECIPE_FILE).write_text(recipe_to_yaml(recipe), encoding="utf-8")
-        summary = {name: result.summary() for name, result in results.items()}
-        (place / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    """Write model, tokenizer, resolved recipe, summary and model card into a directory, and read the model back.
+
+    Raises:
+        OutputError: it was not written right.
+    """
+    model.save_pretrained(place)
+    check_written(place, model)
+    write_companions(place, tokenizer, recipe)
+    summary = {name: result.summary() for name, result in results.items()}
+    (place / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    (place / CARD_FILE).write_text(card(model, recipe, summary), encoding="utf-8")

@@ -31,7 +31,7 @@ class EvictionGate(nn.Module):
     """One attention layer's gate: z = scale * (w . x) - offset for every KV head, in float32 (paper section 3.1).
 
     Attributes:
-        enabled: False while the model must behave as if it had never been converted.
+        enabled: False while the model must behave as if it had never been converted; always, with dms.evict=False.
         noise_seed: seed of the logistic noise of the next training forward; None for no noise.
         tau: temperature of the relaxed decision.
         moved: what is added to the threshold of the next training forward.
@@ -63,7 +63,7 @@ class EvictionGate(nn.Module):
             "threshold", torch.full((rows,), config.threshold, dtype=torch.float32)
         )
         self.threshold: Tensor
-        self.enabled = True
+        self.enabled = config.evict
         self.noise_seed: int | None = None
         self.tau = 0.1
         self.moved = 0.0

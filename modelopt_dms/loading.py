@@ -2,27 +2,31 @@
 """A directory -> a DMS model, quantized or not. Reads JSON and safetensors only."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from modelopt.torch.quantization.nn import TensorQuantizer
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as hf_logging
 
 from modelopt_dms import nvidia
-from modelopt_dms.config import DMSConfig, QuantizationConfig
+from modelopt_dms.compression import CompressionError, curve_of
+from modelopt_dms.config import DMSConfig, QuantizationConfig, in_one_line
 from modelopt_dms.convert import dms_modules, is_converted
-from modelopt_dms.mode import CheckpointError, apply_dms
+from modelopt_dms.finite import WeightError, check_weights
+from modelopt_dms.hf_quantizer import unmark
+from modelopt_dms.mode import CheckpointError, apply_dms, read_facts
+from modelopt_dms.names import GATE_KEY, StoredNames
 from modelopt_dms.packed import is_packed, unpack
 from modelopt_dms.quantization import insert, is_quantized
 
-GATE_KEY = ".dms_gate."
 RANGE_SUFFIXES = ("._amax", "._pre_quant_scale")
 
 
@@ -47,29 +51,55 @@ def load(
         CheckpointError: not a DMS or quantized checkpoint, gates missing, or a file is broken.
     """
     path = Path(path)
+    try:
+        return _load(path, dtype, device_map, trust_remote_code)
+    except (CheckpointError, WeightError, OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        # A damaged directory: transformers and ModelOpt trust what they read, and fail anyhow and anywhere.
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        line = in_one_line(error) if isinstance(error, ValidationError) else str(error)
+        raise CheckpointError(f"{path} cannot be loaded: {kind}{' '.join(line.split())}") from error
+
+
+def _load(
+    path: Path,
+    dtype: torch.dtype | str,
+    device_map: str | dict[str, Any] | None,
+    trust_remote_code: bool,
+) -> PreTrainedModel:
     if not (path / "config.json").is_file():
         raise CheckpointError(
             f"{path} has no config.json; expected a directory written by save_pretrained"
         )
     raw = _read_json(path / "config.json")
+    if not isinstance(raw, dict):
+        raise CheckpointError(
+            f"{path / 'config.json'} must hold a mapping, not {type(raw).__name__}"
+        )
     theirs = nvidia.is_nvidia(raw)
     config = (
         nvidia.read_config(raw)
         if theirs
         else AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     )
-    facts = getattr(config, "dms_config", None)
-    quantization = getattr(config, "dms_quantization", None)
-    if facts is None and quantization is None:
+    if not any(getattr(config, x, None) for x in ("dms_config", "dms_quantization")):
         raise CheckpointError(
             f"{path} is not a DMS model: config.json has no dms_config; compress it first"
         )
-    ours = (nvidia.GATE_KEY,) if theirs else (GATE_KEY, *RANGE_SUFFIXES)
-    stored = _read(path, ("",) if is_packed(path) else ours)
+    unmark(config)
+    files = sorted(path.glob("*.safetensors"))
     ranges: dict[str, Tensor] = {}
     weights = None
-    if is_packed(path):
+    if theirs:
+        stored = nvidia.gate_tensors(
+            _read(path, files, (nvidia.GATE_KEY,)), DMSConfig(**config.dms_config)
+        )
+    elif is_packed(path):
+        stored = _read(path, files, ("",))
         weights, ranges = unpack(stored, path)
+    else:
+        stored = _read(path, files, (GATE_KEY, *RANGE_SUFFIXES))
     model = _load_base(
         path,
         config,
@@ -78,8 +108,31 @@ def load(
         device_map=device_map,
         trust_remote_code=trust_remote_code,
     )
-    if theirs:
-        stored = nvidia.gate_tensors(stored, DMSConfig(**config.dms_config))
+    _attach(model, stored, ranges, path)
+    return model.eval()
+
+
+def attach(model: PreTrainedModel, files: Iterable[str | Path]) -> None:
+    """Put gates and quantizers on a model that transformers has loaded from these files, as its config says.
+
+    Args:
+        model: of the class that was saved, or another one on the same layers.
+        files: safetensors files of the checkpoint.
+
+    Raises:
+        CheckpointError: gates are missing, or a file is broken.
+    """
+    paths = [Path(x) for x in files]
+    place = paths[0].parent
+    _attach(model, _read(place, paths, (GATE_KEY, *RANGE_SUFFIXES)), {}, place)
+
+
+def _attach(
+    model: PreTrainedModel, stored: dict[str, Tensor], ranges: dict[str, Tensor], path: Path
+) -> None:
+    """Gates and ranges by their names in the checkpoint; `ranges` are those that lay in packed weights."""
+    facts = getattr(model.config, "dms_config", None)
+    quantization = getattr(model.config, "dms_quantization", None)
     gates = {key: x for key, x in stored.items() if GATE_KEY in key}
     if facts is not None:
         if not gates:
@@ -87,9 +140,11 @@ def load(
                 f"{path} says it is a DMS model, but its safetensors hold no *{GATE_KEY}* tensors"
             )
         if not is_converted(model):
+            config = read_facts(facts, str(path / "config.json"))
             del model.config.dms_config
-            apply_dms(model, DMSConfig(**facts))
+            apply_dms(model, config)
         _put_gates(model, gates, path)
+        _check_curve(model, path)
     if quantization is None and not is_quantized(model) and _ranges(stored):
         raise CheckpointError(
             f"{path} was quantized by mtq.quantize, but nothing says how; quantize with modelopt_dms.quantize, or call "
@@ -97,14 +152,20 @@ def load(
         )
     if quantization is not None and not is_quantized(model):
         insert(model, QuantizationConfig(**quantization))
-        ranges |= _ranges(stored)
-        _put_ranges(model, ranges, path)
-    return model.eval()
+        _put_ranges(model, ranges | _ranges(stored), path)
+    check_weights(model, str(path))
 
 
-def _read(path: Path, parts: tuple[str, ...]) -> dict[str, Tensor]:
+def _check_curve(model: PreTrainedModel, path: Path) -> None:
+    if getattr(model.config, "dms_curve", None) is not None:
+        try:
+            curve_of(model)
+        except CompressionError as error:
+            raise CheckpointError(f"{path / 'config.json'}: {error}") from None
+
+
+def _read(path: Path, files: list[Path], parts: tuple[str, ...]) -> dict[str, Tensor]:
     """The tensors whose names contain one of these parts."""
-    files = sorted(path.glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{path} has no safetensors file")
     stored = {}
@@ -132,13 +193,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _load_base(
     path: Path, config: PreTrainedConfig, weights: dict[str, Tensor] | None, **kwargs: Any
 ) -> PreTrainedModel:
-    loader: Any = AutoModelForCausalLM
     source: dict[str, Any] = {"pretrained_model_name_or_path": path, "config": config}
+    loader = _model_class(config, path, kwargs["trust_remote_code"])
+    if loader is not AutoModelForCausalLM:
+        kwargs.pop("trust_remote_code")
     if weights is not None:
         # The weights are in plain numbers again; transformers has no reader for ModelOpt's packed ones.
-        del config.quantization_config
-        kwargs.pop("trust_remote_code")
-        loader = _plain_class(config, path)
         source |= {"pretrained_model_name_or_path": None, "state_dict": weights}
     # transformers lists our gates as unexpected keys: true, expected, and of no use to a reader.
     verbosity = hf_logging.get_verbosity()
@@ -154,30 +214,39 @@ def _load_base(
     return model
 
 
-def _plain_class(config: PreTrainedConfig, path: Path) -> Any:
-    """The class of transformers that a checkpoint's config names."""
-    names = config.architectures or ["(none)"]
-    found = getattr(transformers, names[0], None)
-    if found is None:
-        raise CheckpointError(f"{path}: architectures={names} is no model of transformers")
-    return found
+def _model_class(config: PreTrainedConfig, path: Path, trust_remote_code: bool) -> Any:
+    """The class that a checkpoint's config names, else the causal LM of its type."""
+    found = getattr(transformers, (config.architectures or [""])[0], None)
+    if found is not None:
+        return found
+    if getattr(config, "auto_map", None) and trust_remote_code:
+        return AutoModelForCausalLM
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise CheckpointError(
+            f"{path}: architectures={config.architectures} is no model of transformers"
+        )
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
 
 
-def _put_gates(model: nn.Module, stored: dict[str, Tensor], path: Path) -> None:
+def _put_gates(model: PreTrainedModel, stored: dict[str, Tensor], path: Path) -> None:
     wanted = {
         f"{name}{GATE_KEY}{key}": tensor
         for name, module in dms_modules(model).items()
         for key, tensor in module.dms_gate.state_dict(keep_vars=True).items()
     }
-    if stored.keys() != wanted.keys():
-        differ = sorted(stored.keys() ^ wanted.keys())
+    names = StoredNames(model)
+    found = {names.of(key): tensor for key, tensor in stored.items()}
+    if found.keys() != wanted.keys():
+        differ = sorted(found.keys() ^ wanted.keys())
         raise CheckpointError(f"{path}: gates in the file and in the model differ: {differ}")
     for key, tensor in wanted.items():
-        if stored[key].shape != tensor.shape:
+        if found[key].shape != tensor.shape:
             raise CheckpointError(
-                f"{path}: {key} has shape {tuple(stored[key].shape)}, expected {tuple(tensor.shape)}"
+                f"{path}: {key} has shape {tuple(found[key].shape)}, expected {tuple(tensor.shape)}"
             )
-        tensor.data = stored[key].to(tensor.device)
+        if not found[key].is_floating_point():
+            raise CheckpointError(f"{path}: {key} is {found[key].dtype}, expected {tensor.dtype}")
+        tensor.data = found[key].to(tensor.device)
 
 
 def _put_ranges(model: PreTrainedModel, ranges: dict[str, Tensor], path: Path) -> None:
@@ -187,25 +256,11 @@ def _put_ranges(model: PreTrainedModel, ranges: dict[str, Tensor], path: Path) -
         for name, module in model.named_modules()
         if isinstance(module, TensorQuantizer)
     }
-    conversions = get_model_conversion_mapping(model)
+    names = StoredNames(model)
     for key, tensor in ranges.items():
         name, _, buffer = key.rpartition(".")
-        candidates = (name, *_quantizer_names(name, conversions))
-        found = next((x for x in candidates if x in quantizers), None)
+        found = names.quantizer(name, quantizers)
         if found is None:
             raise CheckpointError(f"{path}: {key} belongs to no quantizer of this model")
         device = next(model.get_submodule(found.rpartition(".")[0]).parameters(), tensor).device
         setattr(quantizers[found], buffer.removeprefix("_"), tensor.to(device))
-
-
-def _quantizer_names(name: str, conversions: list[Any]) -> list[str]:
-    """What a quantizer may be called in the model, where transformers renames or fuses what it loads."""
-    renamings = [x for x in conversions if isinstance(x, WeightRenaming)]
-    converters = [x for x in conversions if isinstance(x, WeightConverter)]
-    names = [rename_source_key(name, renamings, [])[0]]
-    module, _, kind = name.rpartition(".")
-    fused = rename_source_key(f"{module}.weight", renamings, converters)[0]
-    if fused != f"{module}.weight":
-        expert = next((x for x in reversed(module.split(".")) if x.isdigit()), "")
-        names += [f"{fused}_{kind}", f"{fused}_{kind}s.{expert}"]
-    return names

@@ -1,70 +1,56 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DMS as a ModelOpt mode: apply and restore. Importing this module registers the mode, and nothing else."""
+"""What the ModelOpt mode "dms" does: apply and restore."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from modelopt.torch.opt.conversion import ModelLikeModule, apply_mode
-from modelopt.torch.opt.mode import (
-    ConvertEntrypoint,
-    ModeDescriptor,
-    RestoreEntrypoint,
-    _ModeRegistryCls,
-)
+from pydantic import ValidationError
 from torch import nn
 from transformers import PreTrainedModel
 
-from modelopt_dms.config import DMSConfig
+from modelopt_dms.config import DMSConfig, in_one_line
 from modelopt_dms.convert import convert_model, is_converted
-
-MODE_NAME = "dms"
-
-KVSparsityModeRegistry = _ModeRegistryCls("kv_sparsity")
+from modelopt_dms.hf_quantizer import mark
+from modelopt_dms.modelopt_mode import MODE_NAME, KVSparsityModeRegistry
 
 
 class CheckpointError(ValueError):
     """A directory that cannot be loaded as a DMS model; the message says what is missing or broken."""
 
 
-@KVSparsityModeRegistry.register_mode
-class DMSModeDescriptor(ModeDescriptor):
-    """The mode "dms": gates on every full-attention layer. Apply it before quantization."""
-
-    @property
-    def name(self) -> str:
-        """Name under which ModelOpt saves the mode."""
-        return MODE_NAME
-
-    @property
-    def config_class(self) -> type[DMSConfig]:
-        """Schema of the mode's config."""
-        return DMSConfig
-
-    @property
-    def convert(self) -> ConvertEntrypoint:
-        """Entry point for applying the mode."""
-        return _convert
-
-    @property
-    def restore(self) -> RestoreEntrypoint:
-        """Entry point for applying a saved mode; weights come after it."""
-        return _restore
-
-
-def _convert(model: Any, config: DMSConfig) -> tuple[nn.Module, dict[str, Any]]:
+def convert(model: Any, config: DMSConfig) -> tuple[nn.Module, dict[str, Any]]:
+    """Put gates on a model as the config says; ModelOpt keeps the names of the layers as metadata."""
     model = model.init_modellike() if isinstance(model, ModelLikeModule) else model
     summary = convert_model(model, config)
     # Plain transformers keeps unknown config fields: the marker survives save, load and export.
     model.config.dms_config = config.model_dump()
+    mark(model.config)
+    _use_cache(model)
     return model, {"layers": summary.converted}
 
 
-def _restore(model: nn.Module, config: DMSConfig, metadata: dict[str, Any]) -> nn.Module:
-    model, found = _convert(model, config)
+def restore(model: nn.Module, config: DMSConfig, metadata: dict[str, Any]) -> nn.Module:
+    """The same for a model whose weights, and gates, come after it.
+
+    Raises:
+        CheckpointError: the gates would be on other layers.
+    """
+    model, found = convert(model, config)
     if found["layers"] != metadata["layers"]:
         raise CheckpointError(
             f"the checkpoint has gates on {metadata['layers']}, but this model would have them on {found['layers']}"
         )
     return model
+
+
+def _use_cache(model: Any) -> None:
+    """Undo `use_cache=False`, which trainings leave in a config: without a cache there is nothing to evict from."""
+    for config in (model.config, model.config.get_text_config(decoder=True)):
+        if getattr(config, "use_cache", True) is False:
+            config.use_cache = True
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.use_cache = True
 
 
 def facts_of(model: PreTrainedModel) -> DMSConfig:
@@ -76,7 +62,21 @@ def facts_of(model: PreTrainedModel) -> DMSConfig:
     facts = getattr(model.config, "dms_config", None)
     if facts is None:
         raise ValueError(f"{type(model).__name__} has no gates; call apply_dms (or compress) first")
-    return DMSConfig(**facts)
+    return read_facts(facts, "config.json")
+
+
+def read_facts(stored: Any, where: str) -> DMSConfig:
+    """The DMS facts in a `dms_config` that was read from a file.
+
+    Raises:
+        CheckpointError: a field, its value and what is accepted.
+    """
+    if not isinstance(stored, Mapping):
+        raise CheckpointError(f"{where}: dms_config={stored!r} must be a mapping")
+    try:
+        return DMSConfig(**stored)
+    except ValidationError as error:
+        raise CheckpointError(f"{where}: dms_config: {in_one_line(error)}") from None
 
 
 def apply_dms(model: PreTrainedModel, config: DMSConfig | dict[str, Any]) -> PreTrainedModel:

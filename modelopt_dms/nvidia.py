@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from modelopt_dms.config import DMSConfig
-from modelopt_dms.mode import CheckpointError
+from modelopt_dms.mode import CheckpointError, read_facts
 
 MARK = "dms_window_size"
 GATE_KEY = ".dms_proj_alpha"
@@ -38,15 +38,17 @@ def read_config(config: dict[str, Any]) -> PreTrainedConfig:
             "the checkpoint has dms_separate_alpha=false (decisions in query neurons); only checkpoints with separate "
             "dms_proj_alpha weights can be loaded"
         )
-    facts = DMSConfig(
-        gate="residual",
-        target_cr=config.get("dms_cr", 8),
-        window=config[MARK],
-        granularity=config.get("dms_alpha_per", "head"),
-        scale=config.get("dms_alpha_scale", 100.0),
-        offset=config.get("dms_initial_alpha_offset", 5.0),
-        decision_shift=1,
-    )
+    theirs = {
+        "gate": "residual",
+        "target_cr": config.get("dms_cr", 8),
+        "window": config[MARK],
+        "granularity": config.get("dms_alpha_per", "head"),
+        "scale": config.get("dms_alpha_scale", 100.0),
+        "offset": config.get("dms_initial_alpha_offset", 5.0),
+        "decision_shift": 1,
+        "evict": not config.get("dms_disable_eviction", False),
+    }
+    facts = read_facts(theirs, "config.json, from NVIDIA's dms_* fields")
     base = {
         key: value
         for key, value in config.items()

@@ -1,12 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Output directories: refused if something would be lost, and filled so that they are complete or not a model yet."""
+"""Output directories: nothing of the user's is lost, and what is written is complete or not a model yet.
 
+A directory is ours if it holds our marker file, which `own` writes; only what lies in such a directory is ever removed,
+and only by names that we give to what we write.
+"""
+
+import json
 import os
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+MARKER = ".modelopt_dms"
+_PARTIAL = f"{MARKER}.partial"
 STAGING_DIR = ".staging"
 LAST = ("config.json", "dms_engine.json")
 
@@ -20,7 +28,7 @@ def check_output(output_dir: str | Path, ours: tuple[str, ...] = ()) -> Path:
 
     Args:
         output_dir: need not exist.
-        ours: names that an interrupted run may have left in it.
+        ours: names of directories that an interrupted run may have left in it.
 
     Raises:
         OutputError: it is a file, holds something else or a finished model, or cannot be written.
@@ -36,19 +44,78 @@ def check_output(output_dir: str | Path, ours: tuple[str, ...] = ()) -> Path:
         raise OutputError(
             f"output_dir={target} already holds a model; choose another directory or remove it"
         )
-    foreign = sorted(present - set(ours))
-    # A run that was stopped while it moved its files here has left the rest of them in staging.
-    if foreign and STAGING_DIR not in present:
+    # A run that was stopped while it moved its files here has left their names in the staging directory.
+    moved = {Path(x).parts[0] for x in _files_of(target / STAGING_DIR)}
+    foreign = sorted(present - {*ours, *moved, STAGING_DIR})
+    if foreign:
         raise OutputError(
             f"output_dir={target} holds files that are not ours ({', '.join(foreign[:3])}); choose an empty directory"
         )
+    for name in sorted(present & {*ours, STAGING_DIR}):
+        check_owned(target / name)
     return target
+
+
+def check_owned(directory: Path) -> None:
+    """Refuse a directory that holds something and not our marker.
+
+    Raises:
+        OutputError: see above, or it is a file.
+    """
+    if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
+        raise OutputError(f"{directory} is no directory of ours; choose another output or move it")
+    if not directory.exists() or (directory / MARKER).is_file():
+        return
+    held = sorted(x.name for x in directory.iterdir() if x.name != _PARTIAL)
+    if held:
+        raise OutputError(
+            f"{directory} holds files that are not ours ({', '.join(held[:3])}); choose another output or move them"
+        )
+
+
+def own(directory: Path) -> Path:
+    """Make a directory, or take an empty one, and mark it as ours.
+
+    Raises:
+        OutputError: it holds something already and is not marked.
+    """
+    check_owned(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    if not (directory / MARKER).is_file():
+        _mark(directory, [])
+    return directory
+
+
+def remove(directory: Path, names: Iterable[str]) -> None:
+    """Remove from a directory of ours what we wrote there; the directory too if nothing else is in it.
+
+    Args:
+        directory: if it is not there or not marked, nothing happens.
+        names: patterns of file and directory names that we write there.
+    """
+    if directory.is_symlink() or not (directory / MARKER).is_file():
+        return
+    for path in {x for name in names for x in directory.glob(name)}:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    if {x.name for x in directory.iterdir()} <= {MARKER}:
+        (directory / MARKER).unlink(missing_ok=True)
+        directory.rmdir()
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A name beside `path` to write a file under, which then takes its place; an error leaves what was there."""
-    temporary = path.with_name(f".{path.name}")
+    # A name that nobody has: a file of the user's may bear any that we would choose.
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    # mkstemp makes files that only their owner reads.
+    mask = os.umask(0)
+    os.umask(mask)
+    temporary.chmod(0o666 & ~mask)
     try:
         yield temporary
         os.replace(temporary, path)
@@ -58,21 +125,59 @@ def whole(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def staged(target: Path) -> Iterator[Path]:
-    """A directory to write a model into; when all is written, its files move to `target`. An error leaves no trace."""
+    """A directory to write a model into; when all is written, its files move to `target`. An error leaves no trace.
+
+    Raises:
+        OutputError: the staging directory there is not ours.
+    """
     existed = target.exists()
     staging = target / STAGING_DIR
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
+    check_owned(staging)
+    _remove_interrupted(target)
+    own(staging)
     try:
         yield staging
     except Exception:
-        shutil.rmtree(staging if existed else target)
+        shutil.rmtree(staging)
+        if not existed and not any(target.iterdir()):
+            target.rmdir()
         raise
+    files = sorted(
+        str(x.relative_to(staging)) for x in staging.rglob("*") if x.is_file() and x.name != MARKER
+    )
+    _mark(staging, files)
     # Without the last ones the directory is not a model, and the next run starts over.
-    for path in sorted(staging.iterdir(), key=lambda x: x.name in LAST):
-        place = target / path.name
-        # Of an interrupted run; a directory is not replaced by another one unless it is empty.
-        if place.is_dir() and not place.is_symlink():
-            shutil.rmtree(place)
-        os.replace(path, place)
-    staging.rmdir()
+    for name in sorted(files, key=lambda x: x in LAST):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(staging / name, target / name)
+    shutil.rmtree(staging)
+
+
+def _remove_interrupted(target: Path) -> None:
+    """Remove what a run that was stopped in the middle of its moves has written, by the names in its marker."""
+    staging = target / STAGING_DIR
+    for name in _files_of(staging):
+        path = target / name
+        path.unlink(missing_ok=True)
+        for parent in path.parents:
+            if parent == target or not parent.is_dir() or any(parent.iterdir()):
+                break
+            parent.rmdir()
+    shutil.rmtree(staging, ignore_errors=True)
+
+
+def _mark(directory: Path, files: list[str]) -> None:
+    content = {"written_by": "modelopt_dms", "files": files}
+    partial = directory / _PARTIAL
+    partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    os.replace(partial, directory / MARKER)
+
+
+def _files_of(directory: Path) -> list[str]:
+    """Names of files that the marker of a directory lists; none if it is not ours."""
+    try:
+        files = json.loads((directory / MARKER).read_text(encoding="utf-8"))["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    # Never out of the directory, whatever the file says.
+    return [x for x in files if isinstance(x, str) and not {"..", "/"} & {*Path(x).parts}]

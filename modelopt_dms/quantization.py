@@ -10,20 +10,16 @@ from typing import Any
 import modelopt.torch.quantization as mtq
 import torch
 from modelopt.torch.quantization.nn import TensorQuantizer
-from modelopt.torch.quantization.nn.modules.tensor_quantizer import (
-    is_registered_quant_backend,
-    register_quant_backend,
-)
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from modelopt_dms.config import QuantizationConfig, quantization_to_dict
 from modelopt_dms.convert import dms_modules
+from modelopt_dms.hf_quantizer import mark
 from modelopt_dms.kv_format import row_format
 from modelopt_dms.kv_quant import BLOCK, Nvfp4
+from modelopt_dms.modelopt_mode import NVFP4_BACKEND
 from modelopt_dms.ranges import settle
-
-NVFP4_BACKEND = "modelopt_dms_nvfp4"
 
 
 class QuantizationError(ValueError):
@@ -95,7 +91,6 @@ def insert(model: PreTrainedModel, config: QuantizationConfig, calibrate: Any = 
         config: complete, as `quantize` left it in the model's config.
         calibrate: function of the model; None leaves the quantizers without ranges.
     """
-    register_backend()
     quant_cfg = [x.model_dump(exclude_unset=True) for x in config.quant_cfg]
     algorithm = None if calibrate is None else config.model_dump()["algorithm"]
     with torch.no_grad():
@@ -103,6 +98,7 @@ def insert(model: PreTrainedModel, config: QuantizationConfig, calibrate: Any = 
     # Plain transformers keeps unknown config fields: what a later load needs survives in config.json, whose keys are
     # text.
     model.config.dms_quantization = json.loads(json.dumps(quantization_to_dict(config)))
+    mark(model.config)
 
 
 def is_quantized(model: nn.Module) -> bool:
@@ -119,12 +115,6 @@ def quantization_of(model: PreTrainedModel) -> QuantizationConfig | None:
 def quantizes(model: nn.Module) -> bool:
     """Whether any quantizer of a model does something."""
     return any(isinstance(x, TensorQuantizer) and x.is_enabled for x in model.modules())
-
-
-def register_backend() -> None:
-    """Make ModelOpt know our NVFP4 arithmetic, which needs no GPU."""
-    if not is_registered_quant_backend(NVFP4_BACKEND):
-        register_quant_backend(NVFP4_BACKEND, _fake_nvfp4)
 
 
 def _complete(model: PreTrainedModel, config: QuantizationConfig) -> QuantizationConfig:
@@ -176,7 +166,7 @@ def _kv_entries(config: QuantizationConfig) -> list[Any]:
     ]
 
 
-def _fake_nvfp4(inputs: Tensor, quantizer: TensorQuantizer) -> Tensor:
+def fake_nvfp4(inputs: Tensor, quantizer: TensorQuantizer) -> Tensor:
     """What ModelOpt's dynamic NVFP4 computes on a GPU, anywhere; gradients pass straight through."""
     amax = quantizer._get_amax(inputs).float().amax().clamp(min=torch.finfo(torch.float32).tiny)
     form = Nvfp4(amax.view(1))

@@ -17,8 +17,10 @@ from modelopt_dms.config import (
     ExportConfig,
     QuantizationConfig,
     RetrofitConfig,
+    in_one_line,
     quantization_to_dict,
 )
+from modelopt_dms.plain_yaml import read_yaml, read_yaml_file
 from modelopt_dms.shelf import RecipeError, recipe_path, recipes_dir, suggestion
 
 
@@ -75,6 +77,12 @@ class Recipe(ModeloptBaseConfig):
 
     @model_validator(mode="after")
     def _something_learns(self) -> "Recipe":
+        learns = self.calibrate is not None or self.retrofit is not None
+        if learns and self.dms is not None and not self.dms.evict:
+            raise ValueError(
+                "dms.evict=False evicts nothing, so there is nothing to calibrate or retrofit; use dms.evict=True, or "
+                "leave the sections calibrate and retrofit out"
+            )
         if self.calibrate is not None and self.dms is not None and self.dms.gate == "neuron":
             raise ValueError(
                 "dms.gate='neuron' has no weights of its own to calibrate; use dms.gate='adapter', or only retrofit"
@@ -156,15 +164,19 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
 def _read(path: Path) -> dict[str, Any]:
     """The mapping in a recipe file, its imports resolved by ModelOpt's loader."""
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        documents = read_yaml_file(path)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"recipe {path} cannot be read: {error}") from error
-    if not isinstance(raw, dict):
-        raise RecipeError(f"recipe {path} must be a YAML mapping, got {type(raw).__name__}")
+        raise RecipeError(f"recipe {path} cannot be read: {_line(error)}") from error
+    if len(documents) != 1 or not isinstance(documents[0], dict):
+        kinds = " and ".join(type(x).__name__ for x in documents[:3])
+        raise RecipeError(f"recipe {path} must be a YAML mapping, got {kinds or 'nothing'}")
+    raw = documents[0]
     _check_keys(raw, Recipe, "", str(path), also=("imports", "$import"))
+    _check_imports(raw, "", path)
     imports = raw.get("imports")
     if isinstance(imports, dict):
         raw["imports"] = {key: _locate(value, path.parent) for key, value in imports.items()}
+        _check_units(raw["imports"], path)
     with tempfile.TemporaryDirectory() as place:
         located = Path(place) / path.name
         located.write_text(yaml.safe_dump(raw), encoding="utf-8")
@@ -175,6 +187,36 @@ def _read(path: Path) -> dict[str, Any]:
                 raise _invalid(str(path), error.__cause__) from None
             raise RecipeError(str(error).replace(str(located), str(path))) from None
     return resolved.model_dump(exclude_unset=True)
+
+
+def _check_imports(data: Any, at: str, recipe: Path) -> None:
+    """Refuse what ModelOpt's loader takes for the name of a unit, and is none."""
+    for key, value in data.items() if isinstance(data, dict) else enumerate(data):
+        names = value if isinstance(value, list) else [value]
+        if key == "$import" and not (names and all(isinstance(x, str) for x in names)):
+            raise RecipeError(
+                f"{recipe}: {at}$import={value!r} must be a name that stands under imports, or a list of names"
+            )
+        if isinstance(value, (dict, list)):
+            _check_imports(value, f"{at}{key}.", recipe)
+
+
+def _check_units(imports: dict[str, Any], recipe: Path) -> None:
+    """Refuse units that are no plain YAML before ModelOpt's loader, which takes anything, reads them."""
+    for name, unit in imports.items():
+        if not isinstance(unit, str):
+            raise RecipeError(f"{recipe}: imports.{name}={unit!r} must be the path of a unit")
+        if Path(unit).is_file():
+            try:
+                read_yaml_file(Path(unit))
+            except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+                raise RecipeError(
+                    f"unit {unit} of {recipe} cannot be read: {_line(error)}"
+                ) from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).replace('in "<unicode string>", ', "in ").split())
 
 
 def _locate(name: Any, beside: Path) -> Any:
@@ -195,7 +237,7 @@ def _pairs(overrides: Mapping[str, Any] | Sequence[str]) -> list[tuple[str, Any]
         if not equals or not key:
             raise RecipeError(f"override {text!r} must read KEY=VALUE, for example dms.window=512")
         try:
-            pairs.append((key, yaml.safe_load(value)))
+            pairs.append((key, read_yaml(value)))
         except yaml.YAMLError:
             raise RecipeError(f"override {text!r}: {value!r} is not a YAML value") from None
     return pairs
@@ -241,11 +283,4 @@ def _schemas(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _invalid(where: str, error: ValidationError) -> RecipeError:
-    return RecipeError(f"{where}: {'; '.join(_readable(x) for x in error.errors())}")
-
-
-def _readable(error: Any) -> str:
-    key = ".".join(map(str, error["loc"])) or "recipe"
-    message = error["msg"].removeprefix("Value error, ")
-    given = error["input"]
-    return f"{key}: {message}" if isinstance(given, Mapping) else f"{key}={given!r}: {message}"
+    return RecipeError(f"{where}: {in_one_line(error)}")

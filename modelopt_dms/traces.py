@@ -8,7 +8,6 @@ traces.jsonl.partial/traces.jsonl    one record a trace; renamed to traces.jsonl
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelopt_dms.data import DataError, Tokens, tokenize_prompts
 from modelopt_dms.gate import eviction_off
-from modelopt_dms.output import OutputError
+from modelopt_dms.output import OutputError, check_owned, own, remove
 from modelopt_dms.train.checkpoint import ResumeError, differences, model_digest, write_text
 
 SETTINGS_FILE = "settings.json"
@@ -92,7 +91,7 @@ def generate_traces(
     target = check_traces_output(output)
     starts = tokenize_prompts(prompts, tokenizer, count)
     _check_fits(model, starts, sampling)
-    work = target.with_name(f"{target.name}.partial")
+    work = _work(target)
     ends = _end_tokens(model, tokenizer)
     settings = _settings(model, starts, sampling, ends)
     _open(work, settings)
@@ -116,7 +115,7 @@ def generate_traces(
         with records.open("a", encoding="utf-8") as file:
             file.write("\n".join(lines) + "\n")
     os.replace(records, target)
-    shutil.rmtree(work)
+    remove(work, (SETTINGS_FILE, f".{SETTINGS_FILE}.partial"))
     return target
 
 
@@ -136,7 +135,13 @@ def check_traces_output(output: str | Path) -> Path:
         raise OutputError(
             f"output={target} cannot be written: {nearest} is not a writable directory"
         )
+    check_owned(_work(target))
     return target
+
+
+def _work(target: Path) -> Path:
+    """Where traces lie until all are there."""
+    return target.with_name(f"{target.name}.partial")
 
 
 def _check_fits(model: PreTrainedModel, starts: Sequence[Tokens], sampling: Sampling) -> None:
@@ -172,7 +177,7 @@ def _open(work: Path, settings: Mapping[str, Mapping[str, Any]]) -> None:
     """Begin a run in a directory, or go on with the one that is there if it is the same."""
     path = work / SETTINGS_FILE
     if not path.exists():
-        work.mkdir(parents=True, exist_ok=True)
+        own(work)
         write_text(path, json.dumps(settings, indent=2) + "\n")
         return
     try:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """compress: nothing happens before everything is checked, and nothing is ever half-written."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ import modelopt_dms as dms
 from modelopt_dms import flow, output
 from modelopt_dms.compression import curve_of
 from modelopt_dms.convert import is_converted
+from modelopt_dms.exporters import RECIPE_FILE
 from modelopt_dms.quantization import is_quantized
 from modelopt_dms.recipe import Recipe
 from modelopt_dms.shelf import list_recipes
@@ -42,8 +44,28 @@ def test_compress_saves_a_model_that_loads_as_the_same(tmp_path: Path) -> None:
     model = dms.compress(
         build("llama"), RECIPE, data=DOCUMENTS, output_dir=tmp_path / "out", progress=False
     )
-    assert torch.equal(logits(dms.load(tmp_path / "out")), logits(model))
-    assert dms.load_recipe(tmp_path / "out" / flow.RECIPE_FILE) == RECIPE
+    out = tmp_path / "out"
+    assert torch.equal(logits(dms.load(out)), logits(model))
+    assert dms.load_recipe(out / RECIPE_FILE) == RECIPE
+    measured = json.loads((out / flow.SUMMARY_FILE).read_text())["retrofit"]
+    row = f"| retrofit | 32 | 2 | {measured['compression_ratio']:.2f} | {measured['kl']:.4f} |"
+    assert row in (out / "README.md").read_text()
+
+
+def test_a_finished_directory_holds_nothing_that_only_a_resume_needs(tmp_path: Path) -> None:
+    recipe = Recipe(
+        **RECIPE.model_dump(exclude={"calibrate", "quantize", "export"}),
+        calibrate={"samples": 2, "sample_length": 32, "held_out": 2},
+    )
+    dms.compress(
+        build("llama"), recipe, data=DOCUMENTS, output_dir=tmp_path / "out", progress=False
+    )
+    found = {str(x.relative_to(tmp_path / "out")) for x in (tmp_path / "out").rglob("*")}
+    assert {x for x in found if not x.startswith("retrofit/logs/")} == {
+        *("README.md", "config.json", "generation_config.json", "model.safetensors"),
+        *("dms_recipe.yaml", "dms_summary.json"),
+        *("retrofit", "retrofit/logs", "retrofit/train_log.jsonl"),
+    }
 
 
 def test_without_an_output_directory_nothing_is_written(
@@ -191,7 +213,7 @@ def test_every_shipped_recipe_runs_scaled_to_a_tiny_model(name: str, tmp_path: P
     loaded = dms.load(tmp_path / "out")
     assert torch.equal(logits(loaded), logits(model))
     assert curve_of(loaded) == curve_of(model)
-    stored = dms.load_recipe(tmp_path / "out" / flow.RECIPE_FILE)
+    stored = dms.load_recipe(tmp_path / "out" / RECIPE_FILE)
     assert stored == dms.load_recipe(name, changes)
     assert is_quantized(model) == (wanted.quantize is not None)
     exported = tmp_path / "out" / flow.EXPORT_DIR
@@ -200,7 +222,7 @@ def test_every_shipped_recipe_runs_scaled_to_a_tiny_model(name: str, tmp_path: P
         loaded = dms.load(exported)
         assert torch.equal(logits(loaded), logits(model))
         assert curve_of(loaded) == curve_of(model)
-        assert dms.load_recipe(exported / flow.RECIPE_FILE) == stored
+        assert dms.load_recipe(exported / RECIPE_FILE) == stored
 
 
 QUANTIZED = dms.load_recipe("fp8_default-kv_fp8-dms_cr8", TINY | SCALED | {"dms.target_cr": 2.0})
@@ -236,10 +258,10 @@ def test_a_quantization_aware_run_that_dies_goes_on_from_its_checkpoint(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(flow, "export", lambda *args, **kwargs: _interrupt())
         dms.compress(build("llama"), recipe, output_dir=tmp_path / "cut", **options)
+    shutil.copytree(tmp_path / "cut" / flow.WORK_DIR, tmp_path / "other" / flow.WORK_DIR)
     again = dms.compress(build("llama"), recipe, output_dir=tmp_path / "cut", **options)
     assert torch.equal(logits(again), logits(whole))
     other = dms.load_recipe(recipe, {"quantize.order": "after_retrofit"})
-    shutil.copytree(tmp_path / "cut" / flow.WORK_DIR, tmp_path / "other" / flow.WORK_DIR)
     with pytest.raises(ValueError, match="quantize"):
         dms.compress(build("llama"), other, output_dir=tmp_path / "other", **options)
 

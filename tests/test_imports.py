@@ -12,14 +12,15 @@ PACKAGE = Path(__file__).parent.parent / "modelopt_dms"
 
 # Rooms by step, from the ground up. A room may import rooms of lower steps, and itself.
 STAIRCASE = [
-    {"kv_quant", "config", "shelf", "output", "data", "ratio", "processes", "usage"},
-    {"ops", "checkpoints"},
+    {"kv_quant", "config", "shelf", "output", "data", "ratio", "processes", "usage"}
+    | {"registering", "modelopt_mode", "hf_quantizer", "names", "plain_yaml", "finite"},
+    {"ops", "checkpoints", "written"},
     {"gate", "pages", "paging", "kv_format", "recipe", "engine"},
     {"cache", "gate_kinds", "schema", "compression", "previews"},
     {"page_attention"},
     {"attention"},
     {"convert", "ranges"},
-    {"mode", "paged_cache"},
+    {"mode", "paged_cache", "model_card"},
     {"quantization", "generation"},
     {"train", "packed", "nvidia"},
     {"loading", "exporters", "calibration", "traces"},

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from modelopt_dms.cache import kv_stats
+from modelopt_dms.compression import CompressionError, set_compression
 from modelopt_dms.loading import load
 from modelopt_dms.mode import CheckpointError
 
@@ -156,3 +157,18 @@ def test_what_cannot_be_loaded_says_why(tmp_path: Path) -> None:
     save_file(kept, tmp_path / "lost" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="layers.1.self_attn"):
         load(tmp_path / "lost")
+
+
+@torch.no_grad()
+def test_a_checkpoint_that_disables_eviction_evicts_nothing(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "theirs", dms_disable_eviction=True)
+    ids = tokens(2, LENGTH)
+    expected = build("qwen3")(ids, use_cache=False).logits
+    model = load(tmp_path / "theirs")
+    model.save_pretrained(tmp_path / "ours")
+    for loaded in (model, load(tmp_path / "ours")):
+        logits, cache = feed(loaded, ids, [17] + [1] * (LENGTH - 17))
+        assert distance(logits, expected) < 1e-5
+        assert kv_stats(cache).live_tokens == LENGTH
+        with pytest.raises(CompressionError, match="dms_config.evict=false"):
+            set_compression(loaded, 2.0)

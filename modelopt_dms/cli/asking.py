@@ -3,7 +3,7 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -17,12 +17,8 @@ from modelopt_dms.cli.options import (
     RatioOpt,
     TrustOpt,
     out,
+    warn,
 )
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from modelopt_dms.cache import KVStats
 
 
 def generate(
@@ -46,6 +42,7 @@ def generate(
     from transformers import TextStreamer, set_seed
 
     from modelopt_dms.cache import kv_stats
+    from modelopt_dms.compression import expected_ratios, ratio_warning
     from modelopt_dms.convert import is_converted
     from modelopt_dms.generation import graphed
 
@@ -71,24 +68,13 @@ def generate(
     if stats:
         held = kv_stats(network)
         out.print(str(held), highlight=False)
-        _print_expected(network, held)
-
-
-def _print_expected(network: "PreTrainedModel", held: "KVStats") -> None:
-    """Whether the text was compressed as calibration's held-out texts were."""
-    from modelopt_dms.compression import expected_ratios
-
-    expected = expected_ratios(network, int(held.logical_tokens))
-    if expected is None:
-        return
-    low, high = expected
-    line = f"expected of texts of this length: {low:.2f}x to {high:.2f}x"
-    if not low <= held.compression_ratio <= high:
-        line += (
-            f"; this one got {held.compression_ratio:.2f}x: it is unlike what the thresholds were set on; "
-            "calibrate on text of this kind, or move them with --cr"
-        )
-    out.print(line, highlight=False)
+        length = int(held.logical_tokens)
+        if (expected := expected_ratios(network, length)) is not None:
+            low, high = expected
+            out.print(
+                f"expected of texts of this length: {low:.2f}x to {high:.2f}x", highlight=False
+            )
+        warn(ratio_warning(network, held.compression_ratio, length, cr))
 
 
 def evaluate(
@@ -115,6 +101,7 @@ def evaluate(
 ) -> None:
     """Score a model through its physical KV cache: long-memory tasks, and perplexity on text."""
     place = check_model(model)
+    from modelopt_dms.compression import ratio_warning
     from modelopt_dms.evaluation import score
     from modelopt_dms.evaluation.files import score_files
     from modelopt_dms.report import results_table, write_json
@@ -132,6 +119,12 @@ def evaluate(
     if json_file is not None:
         write_json(json_file, rows)
     out.print(results_table(rows))
+    found = (
+        ratio_warning(network, row["compression_ratio"], int(row["logical_tokens"]), cr)
+        for row in rows
+    )
+    # One is enough: the table shows the others.
+    warn(next((line for line in found if line is not None), None))
 
 
 def _length(text: str) -> int:

@@ -28,6 +28,7 @@ from modelopt_dms.cli.options import (
     ModelArg,
     TrustOpt,
     out,
+    warn,
 )
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def compress(
 ) -> None:
     """Retrofit MODEL so that its KV cache forgets, and save it to OUTPUT."""
     place = check_model(model)
-    from modelopt_dms.compression import expected_ratios
+    from modelopt_dms.compression import expected_ratios, missed_ratio
     from modelopt_dms.flow import OURS, SUMMARY_FILE
     from modelopt_dms.flow import compress as run
     from modelopt_dms.output import check_output
@@ -72,7 +73,8 @@ def compress(
     if not processes.is_main():
         return
     out.print(f"saved to {escape(str(output))}", highlight=False)
-    for stage, summary in json.loads((output / SUMMARY_FILE).read_text()).items():
+    stages = json.loads((output / SUMMARY_FILE).read_text())
+    for stage, summary in stages.items():
         out.print(
             "{stage}, on held-out samples of {sequence_length} tokens: compression ratio {compression_ratio:.2f} "
             "(recipe: {target_cr:g}), KL from the full cache {kl:.4f} nats a token; {seconds:.0f} s".format(
@@ -80,6 +82,14 @@ def compress(
             ),
             highlight=False,
         )
+    if chosen.dms is not None and not stages and chosen.dms.evict:
+        warn(
+            "the gates have learnt nothing yet, so the model evicts nothing; a recipe with calibrate or retrofit does"
+        )
+    if stages:
+        # What the last stage left is what the model does.
+        last = [*stages.values()][-1]
+        warn(missed_ratio(last["target_cr"], last["compression_ratio"], last["sequence_length"]))
     curve = getattr(network.config, "dms_curve", None)
     if curve is not None and (expected := expected_ratios(network, curve["length"])) is not None:
         out.print(

@@ -7,11 +7,20 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from modelopt_dms.checkpoints.base import EMBEDDED
 from modelopt_dms.checkpoints.fetch import KNOWN
 
 out, err = Console(), Console(stderr=True)
+
+
+def warn(line: str | None) -> None:
+    """Print a warning to standard error, if there is one."""
+    if line is not None:
+        err.print(
+            f"[bold yellow]warning:[/bold yellow] {escape(line)}", highlight=False, soft_wrap=True
+        )
 
 
 class Dtype(str, Enum):

@@ -10,10 +10,12 @@ from modelopt.torch.export import export_hf_checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelopt_dms.exporters.errors import ExportError
+from modelopt_dms.hf_quantizer import GUARD_OF_EXPORTS, QUANT_METHOD, unmark
 from modelopt_dms.output import check_output, staged
 from modelopt_dms.packed import PACKED_FILE
 from modelopt_dms.quantization import quantizes
 from modelopt_dms.recipe import Recipe, recipe_to_yaml
+from modelopt_dms.written import check_written
 
 RECIPE_FILE = "dms_recipe.yaml"
 
@@ -25,27 +27,28 @@ def export_hf(
     tokenizer: PreTrainedTokenizerBase | None = None,
     recipe: Recipe | None = None,
 ) -> Path:
-    """Write a quantized model as ModelOpt's unified Hugging Face checkpoint; `modelopt_dms.load` reads it back.
+    """Write a model as ModelOpt's unified Hugging Face checkpoint; `modelopt_dms.load` reads it back.
 
-    ModelOpt packs the weights in place, so this works on a copy and needs the memory of a second model.
+    Weights of a quantized one are packed; of another, this is what `save_pretrained` writes. ModelOpt packs in place,
+    so this works on a copy and needs the memory of a second model.
 
     Args:
-        model: compressed and quantized; not changed.
+        model: compressed, quantized or not; it is not changed.
         output_dir: new or empty.
         tokenizer: written along with the model.
         recipe: written along with the model.
 
     Raises:
-        ExportError: a model without quantizers, or with some that ModelOpt cannot pack.
+        ExportError: quantizers that ModelOpt cannot pack.
         OutputError: the directory cannot be written to without losing something.
     """
-    if not quantizes(model):
-        raise ExportError(
-            "no quantizer of the model is enabled, so there is nothing to pack; save_pretrained writes it as it is"
-        )
     target = check_output(output_dir)
     with staged(target) as place:
-        write_packed(model, place)
+        if quantizes(model):
+            write_packed(model, place)
+        else:
+            model.save_pretrained(place)
+            check_written(place, model)
         write_companions(place, tokenizer, recipe)
     return target
 
@@ -58,6 +61,7 @@ def write_packed(model: PreTrainedModel, place: Path) -> None:
     """
     packed: Any = copy.deepcopy(model)
     packed.config.architectures = [_plain_name(model)]
+    unmark(packed.config)
     try:
         export_hf_checkpoint(packed, dtype=model.dtype, export_dir=place)
     except (AssertionError, RuntimeError, ValueError) as error:
@@ -65,6 +69,18 @@ def write_packed(model: PreTrainedModel, place: Path) -> None:
             f"ModelOpt's unified checkpoint cannot hold this quantization ({error}); use save_pretrained"
         ) from error
     _add_dms(place / PACKED_FILE, model)
+    mark_for_engines(place)
+    check_written(place, model)
+
+
+def mark_for_engines(place: Path) -> None:
+    """Let engines read a checkpoint as what it is to them; `from_pretrained` still refuses to run it without gates."""
+    path = place / "config.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if content.get("quantization_config", {}).get("quant_method") == QUANT_METHOD:
+        del content["quantization_config"]
+    content["fusion_config"] = {GUARD_OF_EXPORTS: True}
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def write_companions(

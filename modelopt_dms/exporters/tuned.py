@@ -11,7 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from modelopt_dms.convert import dms_modules
+from modelopt_dms.names import StoredNames
 from modelopt_dms.output import check_output, staged
+from modelopt_dms.written import check_written
 
 KEY = ".dms_gate.threshold"
 
@@ -30,7 +32,8 @@ def save_tuned(model: PreTrainedModel, source: str | Path, output_dir: str | Pat
     source, target = Path(source), check_output(output_dir)
     wanted = {f"{name}{KEY}": x.dms_gate.threshold for name, x in dms_modules(model).items()}
     holders = {x: keys for x in source.glob("*.safetensors") if (keys := _thresholds(x))}
-    found = {key for keys in holders.values() for key in keys}
+    names = StoredNames(model)
+    found = {names.of(key) for keys in holders.values() for key in keys}
     if found != wanted.keys():
         raise ValueError(
             f"{source} does not hold the thresholds of this model (differing: {sorted(found ^ wanted.keys())[:3]}); "
@@ -39,9 +42,12 @@ def save_tuned(model: PreTrainedModel, source: str | Path, output_dir: str | Pat
     with staged(target) as place:
         for path in source.iterdir():
             if path in holders:
-                _rewrite(path, place / path.name, {key: wanted[key] for key in holders[path]})
+                _rewrite(
+                    path, place / path.name, {key: wanted[names.of(key)] for key in holders[path]}
+                )
             elif path.is_file():
                 shutil.copy2(path, place / path.name)
+        check_written(place, model)
 
 
 def _thresholds(path: Path) -> list[str]:

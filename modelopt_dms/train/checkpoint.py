@@ -34,6 +34,7 @@ from modelopt_dms.config import (
 )
 from modelopt_dms.data import PreparedData
 from modelopt_dms.gate import EvictionGate, gate_parameters
+from modelopt_dms.output import MARKER, own, remove
 
 RUN_FILE = "run.json"
 LOG_FILE = "train_log.jsonl"
@@ -43,6 +44,8 @@ WEIGHTS_FILE = "trained.safetensors"
 INDEX_FILE = "shards.json"
 PROGRESS_FILE = "progress.json"
 KEPT_CHECKPOINTS = 2
+# What only a run that goes on needs; the logs stay.
+RESUMABLE = (RUN_FILE, f".{RUN_FILE}.partial", "checkpoint-*", PARTIAL_DIR, MARKER)
 # Changing these does not change what a run computes.
 FREE_FIELDS = ("save_steps",)
 SAMPLES_PER_STEP = "batch_size * gradient_accumulation_steps * processes"
@@ -137,10 +140,9 @@ def _make_ready(
     directory: Path, description: Mapping[str, Mapping[str, Any]], outdated: list[Path]
 ) -> None:
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(directory / PARTIAL_DIR, ignore_errors=True)
-        for path in outdated:
-            shutil.rmtree(path)
+        own(directory)
+        remove(directory, (PARTIAL_DIR, *(x.name for x in outdated)))
+        own(directory)
         write_text(directory / RUN_FILE, json.dumps(description, indent=2) + "\n")
     except OSError as error:
         raise ResumeError(f"output_dir={directory} cannot be written: {error}") from error

@@ -230,4 +230,4 @@ def _publish(
 
 
 def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}")
+    return path.with_name(f".{path.name}.refit")

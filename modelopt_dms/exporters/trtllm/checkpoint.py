@@ -9,7 +9,12 @@ import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelopt_dms.convert import dms_modules
-from modelopt_dms.exporters.hf import ExportError, write_companions, write_packed
+from modelopt_dms.exporters.hf import (
+    ExportError,
+    mark_for_engines,
+    write_companions,
+    write_packed,
+)
 from modelopt_dms.exporters.trtllm.backend import ACCEPTED, FACTORY, NAME, TRANSFORMERS
 from modelopt_dms.exporters.trtllm.graph import RATIO_FIELD, check_servable
 from modelopt_dms.kv_format import kv_formats
@@ -17,6 +22,7 @@ from modelopt_dms.output import check_output, staged
 from modelopt_dms.packed import PACKED_FILE
 from modelopt_dms.quantization import quantizes
 from modelopt_dms.recipe import Recipe
+from modelopt_dms.written import check_written
 
 CONFIG_FILE = "dms_autodeploy.yaml"
 PLUGIN = "modelopt_dms_plugin"
@@ -79,6 +85,8 @@ def export_trtllm(
             _finish_quantization(place / PACKED_FILE)
         else:
             model.save_pretrained(place)
+            check_written(place, model)
+            mark_for_engines(place)
         write_companions(place, tokenizer, recipe)
         _change(place / "config.json", **{RATIO_FIELD: 1.0})
         _write_serving(place, model, "unified" if packed else "Hugging Face")
