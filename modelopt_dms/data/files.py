@@ -6,31 +6,40 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from modelopt_dms.data.errors import DataError
+from modelopt_dms.data.formats import COLUMNS, FORMATS, explain_columns
 
-# What a record may hold, the most finished form first.
-COLUMNS = ("input_ids", "messages", "text")
 SUFFIXES = (".jsonl", ".txt", ".parquet")
+# Columns that a record of ids or texts is read with; a chat's template may take any.
+_BESIDE = ("attention_mask", "position_ids", "seq_lengths")
+_GZIP = b"\x1f\x8b"
 
 
-def choose_column(names: Sequence[str], where: str) -> str:
-    """The most finished of the columns that a record or a table has.
+def choose_columns(names: Sequence[str], where: str, format: str | None = None) -> list[str]:
+    """The columns of a table that are read.
+
+    Args:
+        names: of the table.
+        where: names the table in messages.
+        format: see `formats.FORMATS`.
 
     Raises:
         DataError: it has none that we know.
     """
-    found = next((column for column in COLUMNS if column in names), None)
-    if found is None:
+    wanted = COLUMNS if format is None else FORMATS[format][0]
+    found = [x for x in wanted if x in names]
+    if format is not None and len(found) < len(wanted):
         raise DataError(
-            f"{where} has columns {', '.join(names) or '(none)'}; expected one of {', '.join(COLUMNS)}"
+            f"{where} has columns {', '.join(names)}; format={format} expects {', '.join(wanted)}"
         )
-    return found
+    if not found:
+        raise DataError(f"{where} {explain_columns(list(names))}")
+    if format is not None or "messages" in found:
+        return list(names)
+    return [*found, *(x for x in _BESIDE if x in names)]
 
 
-def read_files(paths: Sequence[Path]) -> tuple[list[Any], list[str]]:
+def read_files(paths: Sequence[Path], format: str | None = None) -> tuple[list[Any], list[str]]:
     """Records of all files, and their labels ("notes.jsonl:17").
 
     Raises:
@@ -39,13 +48,13 @@ def read_files(paths: Sequence[Path]) -> tuple[list[Any], list[str]]:
     records: list[Any] = []
     labels: list[str] = []
     for path in paths:
-        for record, label in _read_file(path):
+        for record, label in _read_file(path, format):
             records.append(record)
             labels.append(label)
     return records, labels
 
 
-def _read_file(path: Path) -> Iterator[tuple[Any, str]]:
+def _read_file(path: Path, format: str | None) -> Iterator[tuple[Any, str]]:
     if path.suffix not in SUFFIXES:
         raise DataError(
             f"{str(path)[:80]} is not a {', '.join(SUFFIXES)} file; pass texts as a list of strings"
@@ -53,27 +62,55 @@ def _read_file(path: Path) -> Iterator[tuple[Any, str]]:
     if not path.is_file():
         raise DataError(f"{path} does not exist or is not a file")
     try:
+        with path.open("rb") as file:
+            if file.read(2) == _GZIP:
+                raise DataError(f"{path} is compressed by gzip; unpack it first")
         if path.suffix == ".jsonl":
             yield from _read_jsonl(path)
         elif path.suffix == ".parquet":
-            table = pq.ParquetFile(path)
-            column = choose_column(table.schema_arrow.names, str(path))
-            values = table.read([column])[column].to_pylist()
-            yield from (
-                (x, f"{path} row {i}") for i, x in enumerate({column: value} for value in values)
-            )
+            yield from _read_parquet(path, format)
         else:
-            yield path.read_text(encoding="utf-8"), str(path)
-    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+            # utf-8-sig leaves out the mark that editors of Windows put in front.
+            yield path.read_text(encoding="utf-8-sig"), str(path)
+    except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
 
 
+def _read_parquet(path: Path, format: str | None) -> Iterator[tuple[Any, str]]:
+    # Imported late: not every user has tables.
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.ParquetFile(path)
+        columns = choose_columns(table.schema_arrow.names, str(path), format)
+        rows = table.read(columns).to_pylist(maps_as_pydicts="strict")
+    except (pa.ArrowException, KeyError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    for number, row in enumerate(rows):
+        yield row, f"{path} row {number}"
+
+
 def _read_jsonl(path: Path) -> Iterator[tuple[Any, str]]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                yield json.loads(line), f"{path}:{number}"
-            except json.JSONDecodeError as error:
+                yield json.loads(line, object_pairs_hook=_unique), f"{path}:{number}"
+            except RecursionError:
+                raise DataError(f"{path}:{number} is nested too deeply") from None
+            except DataError as error:
+                raise DataError(f"{path}:{number} {error}") from None
+            # Not only JSONDecodeError: Python refuses numbers of thousands of digits with a plain one.
+            except ValueError as error:
                 raise DataError(f"{path}:{number} is not JSON: {error}") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [x for x, _ in pairs]
+        twice = next(x for x in names if names.count(x) > 1)
+        raise DataError(f"has the key {twice!r:.40} twice in one mapping")
+    return found

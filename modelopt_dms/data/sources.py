@@ -9,8 +9,9 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modelopt_dms.data.documents import Documents, Tokens, as_paths, open_documents
+from modelopt_dms.data.documents import Documents, as_paths, open_documents
 from modelopt_dms.data.errors import DataError
+from modelopt_dms.data.records import Tokens
 
 
 @dataclass(frozen=True)
