@@ -3,7 +3,6 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -13,8 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelopt_dms.data.chat import render_chat
 from modelopt_dms.data.errors import DataError
-from modelopt_dms.data.files import SUFFIXES, choose_columns, read_files
-from modelopt_dms.data.formats import check_format, convert
+from modelopt_dms.data.files import choose_columns, read_files
+from modelopt_dms.data.formats import convert
+from modelopt_dms.data.inputs import Formatted, as_paths
 from modelopt_dms.data.records import Chat, Ids, Tokens, read_record
 
 KINDS = (
@@ -25,23 +25,7 @@ ACCEPTED = f"{KINDS}; `Formatted` of these if they are of another format; or a B
 
 # Characters that are tokenized together. Tokenizers take hundreds of bytes a character, and time that grows faster than
 # the text.
-LONGEST = 2_000_000
-
-
-@dataclass(frozen=True)
-class Formatted:
-    """Data whose records are of another project's format: `Formatted("chats.jsonl", "sharegpt")`.
-
-    Attributes:
-        data: of any kind that we accept but a blend; its records are converted when they are read.
-        format: "sharegpt", "alpaca" or "prompt-completion", see `data.formats`.
-    """
-
-    data: Any
-    format: str
-
-    def __post_init__(self) -> None:
-        check_format(self.format)
+LONGEST = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -195,23 +179,6 @@ def _records(data: Any, name: str, format: str | None) -> Records:
     if not isinstance(data, Sequence):
         raise DataError(f"{name} is a {type(data).__name__}; expected {KINDS}")
     return Records(data, (), format, name)
-
-
-def as_paths(data: Any) -> list[Path]:
-    """The files that data are, if they are files and not yet texts."""
-    if isinstance(data, Formatted):
-        return as_paths(data.data)
-    if isinstance(data, str | Path):
-        return [Path(data)]
-    if isinstance(data, Sequence) and data and all(_is_path(item) for item in data):
-        return [Path(item) for item in data]
-    return []
-
-
-def _is_path(item: Any) -> bool:
-    return isinstance(item, Path) or (
-        isinstance(item, str) and "\n" not in item and item.endswith(SUFFIXES)
-    )
 
 
 def _documents(

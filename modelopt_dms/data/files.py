@@ -4,15 +4,20 @@
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from modelopt_dms.data.errors import DataError
-from modelopt_dms.data.formats import COLUMNS, FORMATS, explain_columns
+from modelopt_dms.data.formats import COLUMNS, FORMATS, SUFFIXES, convert, explain_columns
+from modelopt_dms.data.records import read_record
 
-SUFFIXES = (".jsonl", ".txt", ".parquet")
+if TYPE_CHECKING:
+    from modelopt_dms.data.tables import Table
+
 # Columns that a record of ids or texts is read with; a chat's template may take any.
 _BESIDE = ("attention_mask", "position_ids", "seq_lengths")
 _GZIP = b"\x1f\x8b"
+# Records that are read before anything else happens.
+_CHECKED = 100
 
 
 def choose_columns(names: Sequence[str], where: str, format: str | None = None) -> list[str]:
@@ -54,6 +59,19 @@ def read_files(paths: Sequence[Path], format: str | None = None) -> tuple[list[A
     return records, labels
 
 
+def check_start(path: Path, format: str | None = None) -> None:
+    """Refuse a file whose beginning cannot be read; for the command line, which asks before it loads a model.
+
+    Raises:
+        DataError: names the file, the record and the field.
+    """
+    if path.suffix == ".parquet" and path.is_file():
+        _table(path, format)
+        return
+    for (record, label), _ in zip(_read_file(path, format), range(_CHECKED), strict=False):
+        read_record(record if format is None else convert(record, format, label), label)
+
+
 def _read_file(path: Path, format: str | None) -> Iterator[tuple[Any, str]]:
     if path.suffix not in SUFFIXES:
         raise DataError(
@@ -68,7 +86,8 @@ def _read_file(path: Path, format: str | None) -> Iterator[tuple[Any, str]]:
         if path.suffix == ".jsonl":
             yield from _read_jsonl(path)
         elif path.suffix == ".parquet":
-            yield from _read_parquet(path, format)
+            rows = _table(path, format).rows()
+            yield from ((row, f"{path} row {number}") for number, row in enumerate(rows))
         else:
             # utf-8-sig leaves out the mark that editors of Windows put in front.
             yield path.read_text(encoding="utf-8-sig"), str(path)
@@ -76,19 +95,11 @@ def _read_file(path: Path, format: str | None) -> Iterator[tuple[Any, str]]:
         raise DataError(f"{path} cannot be read: {error}") from error
 
 
-def _read_parquet(path: Path, format: str | None) -> Iterator[tuple[Any, str]]:
-    # Imported late: not every user has tables.
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def _table(path: Path, format: str | None) -> "Table":
+    # Imported late: pyarrow takes longer than all the rest.
+    from modelopt_dms.data.tables import Table
 
-    try:
-        table = pq.ParquetFile(path)
-        columns = choose_columns(table.schema_arrow.names, str(path), format)
-        rows = table.read(columns).to_pylist(maps_as_pydicts="strict")
-    except (pa.ArrowException, KeyError) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    for number, row in enumerate(rows):
-        yield row, f"{path} row {number}"
+    return Table(path, lambda names: choose_columns(names, str(path), format))
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[Any, str]]:

@@ -14,6 +14,7 @@ from modelopt_dms.data.errors import DataError
 
 # What a record may hold, the most finished form first.
 COLUMNS = ("input_ids", "messages", "text")
+SUFFIXES = (".jsonl", ".txt", ".parquet")
 
 # Their value is the JSON of a call.
 _CALLERS = ("function_call", "tool_call")
@@ -137,5 +138,5 @@ def explain_columns(names: Mapping[str, Any] | list[str]) -> str:
     found = f"has columns {', '.join(map(str, names)) or '(none)'}; expected one of {', '.join(COLUMNS)}"
     for name, (columns, _) in FORMATS.items():
         if all(x in names for x in columns):
-            return f'{found}, or say that it is {name}: --format {name}, Formatted(data, "{name}")'
+            return f'{found}, or say that it is {name}: --format {name}, in Python dms.Formatted(data, "{name}")'
     return found

@@ -129,9 +129,14 @@ def _check_read(
     text: str,
 ) -> None:
     """Refuse a text on which the template's output does not depend."""
-    value = _at(messages[index], found.path)
     changed = list(messages)
-    changed[index] = _put(messages[index], found.path, value[: found.start] + mark)
+    if found.path[0] == _CALLS and found.path[-1] == "name":
+        # A call is read if anything of it is.
+        calls = [x for i, x in enumerate(messages[index][_CALLS]) if i != found.path[1]]
+        changed[index] = {**messages[index], _CALLS: calls}
+    else:
+        value = _at(messages[index], found.path)
+        changed[index] = _put(messages[index], found.path, value[: found.start] + mark)
     _compare(changed, template, text, f"messages[{index}]{_name(found.path)}")
 
 
