@@ -102,6 +102,14 @@ def test_a_thought_is_read_in_every_field_of_transformers(name: str) -> None:
     assert said == "q;whya;"
 
 
+def test_a_thought_under_two_names_is_one_thought_and_two_thoughts_are_refused() -> None:
+    template = "{% for m in messages %}{{ m.reasoning_content }}{{ m.content }};{% endfor %}"
+    answer = {"role": "assistant", "content": "a", "reasoning_content": "why"}
+    assert text_of([user("q"), {**answer, "reasoning": "why"}], template) == "q;whya;"
+    with pytest.raises(DataError, match=r"notes:3: .* ignores messages\[1\].reasoning"):
+        text_of([user("q"), {**answer, "reasoning": "because"}], template)
+
+
 def test_columns_that_the_template_takes_reach_it() -> None:
     tools = [{"type": "function", "function": {"name": "f"}}]
     plain = text_of([user("q")], TOOLS, source="mine", score=3)

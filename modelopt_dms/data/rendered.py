@@ -181,7 +181,7 @@ def _check_structures(messages: Sequence[Message], text: str, label: str) -> Non
         for value, where in values:
             printed = [str(value)] if isinstance(value, list | dict) and value else []
             if isinstance(value, list):
-                printed += [shape(x) for x in value for shape in (str, _json)]
+                printed += [f(x) for x in value if isinstance(x, dict) for f in (str, _json)]
             if any(x in text and (x != _json(value)) for x in printed):
                 raise NotRendered(
                     f"{label}: the tokenizer's chat_template prints messages[{index}]{where} as a "
@@ -206,6 +206,9 @@ def _texts(message: Message, thought: Text | None) -> Iterator[Text]:
         if thought is not None and thought.path == (name,):
             if name == "content" and value[thought.start :].strip():
                 yield thought
+            continue
+        # Some data have the same thought under several names.
+        if thought is not None and name != "content" and value == message[thought.path[0]]:
             continue
         skipped = _ABOUT_CALLS if name == _CALLS else frozenset(("type",))
         yield from (Text((name, *path)) for path in _leaves(value, skipped))
