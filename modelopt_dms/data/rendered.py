@@ -208,7 +208,7 @@ def _texts(message: Message, thought: Text | None) -> Iterator[Text]:
                 yield thought
             continue
         # Some data have the same thought under several names.
-        if thought is not None and name != "content" and value == message[thought.path[0]]:
+        if thought is not None and name != "content" and value == _at(message, thought.path):
             continue
         skipped = _ABOUT_CALLS if name == _CALLS else frozenset(("type",))
         yield from (Text((name, *path)) for path in _leaves(value, skipped))
