@@ -28,7 +28,7 @@ if TYPE_CHECKING:
         QuantizationConfig,
         RetrofitConfig,
     )
-    from modelopt_dms.data import Blend
+    from modelopt_dms.data import Blend, Formatted
     from modelopt_dms.evaluation.tuning import tune
     from modelopt_dms.exporters import export
     from modelopt_dms.flow import compress
@@ -55,6 +55,7 @@ _HOME = {
     "CalibrationResult": "calibration",
     "DMSCache": "paged_cache",
     "DMSConfig": "config",
+    "Formatted": "data",
     "KVStats": "cache",
     "Preview": "previews",
     "QuantizationConfig": "config",
@@ -86,6 +87,7 @@ __all__ = [
     "CalibrationResult",
     "DMSCache",
     "DMSConfig",
+    "Formatted",
     "KVStats",
     "Preview",
     "QuantizationConfig",

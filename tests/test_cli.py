@@ -112,10 +112,27 @@ def test_traces_of_the_embedded_model_are_data_for_compress(
     assert "traces.jsonl" in printed and "2 steps x " in printed
 
 
+def test_a_file_that_cannot_be_read_is_refused_before_anything_heavy_is_imported(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "bad.jsonl").write_text("[" * 100_000)
+    code = (
+        "import sys, modelopt_dms.cli as cli\n"
+        "try: cli.main()\n"
+        "finally: print([x for x in ('torch', 'transformers', 'datasets') if x in sys.modules])"
+    )
+    words = ["compress", "embedded", "-o", "x", "--data", str(tmp_path / "bad.jsonl")]
+    found = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert found.returncode == 1 and found.stdout.strip() == "[]"
+    assert "bad.jsonl:1 is nested too deeply" in found.stderr.replace("\n", "")
+
+
 def _mistakes(compressed: Path, place: Path) -> dict[str, tuple[list[object], str]]:
     (place / "empty.txt").touch()
     (place / "bad.jsonl").write_text('{"text": "x"}\n{oops\n')
     (place / "short.txt").write_text("too short")
+    turns = [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "hi"}]
+    (place / "sharegpt.jsonl").write_text(json.dumps({"conversations": turns}))
     (place / "full").mkdir()
     (place / "full" / "thesis.tex").touch()
     (place / "broken").mkdir()
@@ -133,6 +150,11 @@ def _mistakes(compressed: Path, place: Path) -> dict[str, tuple[list[object], st
         "missing data": ([*go, new, "--data", place / "no.txt"], "does not exist"),
         "empty data": ([*go, new, "--data", place / "empty.txt"], "is empty"),
         "bad data": ([*go, new, "--data", place / "bad.jsonl"], "bad.jsonl:2 is not JSON"),
+        "format": ([*go, new, "--data", place / "sharegpt.jsonl"], "--format sharegpt"),
+        "other format": (
+            [*go, new, "--data", place / "sharegpt.jsonl", "--format", "alpaca"],
+            "sharegpt.jsonl:1 has columns conversations; format=alpaca expects instruction, output",
+        ),
         "short data": ([*go, new, "--data", place / "short.txt"], "too short"),
         "occupied output": ([*go, place / "full"], "thesis.tex"),
         "finished output": ([*go, compressed], "already holds a model"),
@@ -144,7 +166,10 @@ def _mistakes(compressed: Path, place: Path) -> dict[str, tuple[list[object], st
         "weighted file": ([*go, new, "--data", "no.jsonl:2"], "no.jsonl does not exist"),
         "nothing to preview": (["preview", "--tokenizer", "embedded"], "--data is missing"),
         "prompts": (["traces", "x", "--prompts", "no.txt", "-o", "t.jsonl"], "--prompts no.txt"),
-        "traces": (["traces", "x", "--prompts", "no.txt", "-o", new], "must be a .jsonl file"),
+        "traces": (
+            ["traces", "x", "--prompts", place / "short.txt", "-o", new],
+            "must be a .jsonl file",
+        ),
         "task": (["eval", compressed, "--tasks", "recal"], "recal"),
     }
 
@@ -158,6 +183,8 @@ MISTAKES = [
     "missing data",
     "empty data",
     "bad data",
+    "format",
+    "other format",
     "short data",
     "occupied output",
     "finished output",

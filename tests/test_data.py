@@ -134,11 +134,18 @@ def test_chat_without_a_template_is_refused(tokenizer, model):
 
 
 def test_tokenizer_of_another_model_is_refused(tokenizer, model):
+    small = SimpleNamespace(get_input_embeddings=lambda: nn.Embedding(4, 2))
+    with pytest.raises(DataError, match="tokenizer has 9 tokens, but the model's embedding has 4"):
+        ids_of(TEXTS, tokenizer, small)
+
+
+def test_an_added_token_beyond_the_embedding_is_refused_where_it_is_used(tokenizer, model):
     tokenizer.add_tokens(["one", "two", "three", "four"])
+    assert ids_of(["the cat three"], tokenizer, model) == [[1, 2, 11]]
     with pytest.raises(
-        DataError, match="tokenizer has 13 tokens, but the model's embedding has 12"
+        DataError, match=r"data\[1\] holds token id 12, .* 12 rows; .* has 13 tokens"
     ):
-        ids_of(TEXTS, tokenizer, model)
+        ids_of(["the cat", "four"], tokenizer, model)
 
 
 def test_unreadable_lines_are_named(tokenizer, model, tmp_path):

@@ -2,15 +2,17 @@
 """Whatever a chat template does with thoughts, training sees each of them where the model wrote it."""
 
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from modelopt_dms.data import DataError
 from modelopt_dms.data.chat import render_chat, render_question
+from modelopt_dms.data.records import Chat, read_record
 
 # Small templates that treat thoughts as the real ones do.
 PLAIN = (
@@ -57,14 +59,18 @@ ON_REQUEST = NEVER.replace(
 
 
 def tokenizer_with(template: str) -> Any:
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    words = Tokenizer(models.WordLevel({"<s>": 0}, unk_token="<s>"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, chat_template=template)
 
-    compiled = ImmutableSandboxedEnvironment().from_string(template)
 
-    def apply(messages: Any, tokenize: bool, **variables: Any) -> str:
-        return compiled.render(messages=messages, **variables)
+def chat_of(messages: Any, **columns: Any) -> Chat:
+    found = read_record({"messages": messages, **columns}, "chat")
+    assert isinstance(found, Chat)
+    return found
 
-    return SimpleNamespace(chat_template=template, apply_chat_template=apply)
+
+def texts_of(messages: Any, template: str, label: str = "chat", **columns: Any) -> list[str]:
+    return render_chat(chat_of(messages, **columns), tokenizer_with(template), label)
 
 
 def ask(text: str) -> dict[str, str]:
@@ -83,14 +89,14 @@ TWO_TURNS = [ask("Q1"), inline("T1", "A1"), ask("Q2"), inline("T2", "A2")]
 
 
 def test_a_template_that_keeps_thoughts_gives_one_text() -> None:
-    (text,) = render_chat(TWO_TURNS, tokenizer_with(PLAIN), "chat")
+    (text,) = texts_of(TWO_TURNS, PLAIN)
     assert text.count("<user>") == 2 and "T1" in text and "T2" in text
 
 
 @pytest.mark.parametrize("turn", [inline, field])
 def test_thoughts_dropped_from_history_are_seen_where_they_were_written(turn: Any) -> None:
     chat = [ask("Q1"), turn("T1", "A1"), ask("Q2"), turn("T2", "A2")]
-    assert render_chat(chat, tokenizer_with(AFTER_LAST_QUESTION), "chat") == [
+    assert texts_of(chat, AFTER_LAST_QUESTION) == [
         "<user>Q1<end><assistant><think>\nT1\n</think>\n\nA1<end>",
         "<user>Q1<end><assistant>A1<end><user>Q2<end><assistant><think>\nT2\n</think>\n\nA2<end>",
     ]
@@ -99,7 +105,7 @@ def test_thoughts_dropped_from_history_are_seen_where_they_were_written(turn: An
 @pytest.mark.parametrize("turn", [inline, field])
 def test_a_template_that_drops_every_thought_gives_what_the_model_wrote(turn: Any) -> None:
     chat = [ask("Q1"), turn("T1", "A1"), ask("Q2"), turn("T2", "A2")]
-    first, second = render_chat(chat, tokenizer_with(NEVER), "chat")
+    first, second = texts_of(chat, NEVER)
     assert first == "<user>Q1<assistant><think>\nT1\n</think>\n\nA1<end>"
     assert second.startswith("<user>Q1<assistant>") and "T1" not in second
     assert second.endswith("A1<end><user>Q2<assistant><think>\nT2\n</think>\n\nA2<end>")
@@ -107,27 +113,26 @@ def test_a_template_that_drops_every_thought_gives_what_the_model_wrote(turn: An
 
 def test_a_turn_without_a_thought_after_the_last_thought_is_seen_too() -> None:
     chat = [*TWO_TURNS[:2], ask("Q2"), {"role": "assistant", "content": "A2"}]
-    texts = render_chat(chat, tokenizer_with(NEVER), "chat")
+    texts = texts_of(chat, NEVER)
     assert len(texts) == 2
     assert "T1" in texts[0] and texts[1].endswith("<user>Q2<assistant>A2<end>")
 
 
 def test_a_template_that_can_think_is_told_to() -> None:
-    (text,) = render_chat([ask("Q"), field("T", "A")], tokenizer_with(ON_REQUEST), "chat")
+    (text,) = texts_of([ask("Q"), field("T", "A")], ON_REQUEST)
     assert text == "<user>Q<assistant><think>\nT\n</think>\n\nA<end>"
 
 
 def test_answers_that_begin_inside_a_thought_and_other_fields_are_understood() -> None:
     """As generated after a prompt that ends in <think>; and gpt-oss's name of the field."""
-    tokenizer = tokenizer_with(NEVER)
     expected = ["<user>Q<assistant><think>\nT\n</think>\n\nA<end>"]
     for turn in ({"role": "assistant", "content": "T\n</think>\n\nA"}, field("T", "A", "thinking")):
-        assert render_chat([ask("Q"), turn], tokenizer, "chat") == expected
+        assert texts_of([ask("Q"), turn], NEVER) == expected
 
 
 def test_chats_without_thoughts_go_through_the_template_as_they_are() -> None:
     chat = [ask("Q"), {"role": "assistant", "content": "A"}]
-    assert render_chat(chat, tokenizer_with(NEVER), "chat") == ["<user>Q<assistant>A<end>"]
+    assert texts_of(chat, NEVER) == ["<user>Q<assistant>A<end>"]
 
 
 @given(
@@ -148,7 +153,7 @@ def test_every_thought_and_every_answer_is_seen_and_none_twice(
                 "field": field(f"why T{i}", answer),
             }[kind]
 
-    texts = render_chat(list(messages()), tokenizer_with(template), "chat")
+    texts = texts_of(list(messages()), template)
     for i, kind in enumerate(kinds):
         assert sum(f"T{i}" in text for text in texts) == (kind != "none")
         assert any(f"A{i}" in text for text in texts)
@@ -157,34 +162,38 @@ def test_every_thought_and_every_answer_is_seen_and_none_twice(
 def test_a_word_of_the_question_does_not_pass_for_the_thought() -> None:
     for thought in ("4", "think"):
         chat = [ask(thought), inline(thought, "four")]
-        (text,) = render_chat(chat, tokenizer_with(NEVER), "chat")
+        (text,) = texts_of(chat, NEVER)
         assert f"<think>\n{thought}\n</think>" in text
         kept = f"<think>\n{thought}\n</think>\n\nfour<end>"
-        (text,) = render_chat(chat, tokenizer_with(AFTER_LAST_QUESTION), "chat")
+        (text,) = texts_of(chat, AFTER_LAST_QUESTION)
         assert text == f"<user>{thought}<end><assistant>{kept}"
 
 
 def test_a_question_ends_where_the_answer_begins() -> None:
     tokenizer = tokenizer_with(NEVER)
-    assert render_question([ask("Q")], tokenizer, "chat") == "<user>Q<assistant><think>\n"
-    asked = render_question(TWO_TURNS, tokenizer, "chat")
+    assert render_question(chat_of([ask("Q")]), tokenizer, "chat") == "<user>Q<assistant><think>\n"
+    asked = render_question(chat_of(TWO_TURNS), tokenizer, "chat")
     assert asked.endswith("<user>Q2<assistant><think>\n")
     with pytest.raises(DataError, match="chat: messages hold nothing that could be answered"):
-        render_question([inline("T", "A")], tokenizer, "chat")
+        render_question(chat_of([inline("T", "A")]), tokenizer, "chat")
 
 
 def test_what_cannot_be_kept_is_said() -> None:
-    silent = tokenizer_with("{# </think> #}{% for m in messages %}{{ m.role }}{% endfor %}")
+    silent = "{# </think> #}{% for m in messages %}{{ m.content if m.role == 'user' }}{% endfor %}"
     with pytest.raises(
         DataError, match=r"notes:3: .*chat_template drops the thinking of messages\[1"
     ):
-        render_chat([ask("Q"), inline("T", "A")], silent, "notes:3")
+        texts_of([ask("Q"), inline("T", "")], silent, "notes:3")
     with pytest.raises(
         DataError, match=r"drops the thinking of messages\[1\] and knows no </think>"
     ):
-        render_chat([ask("Q"), field("T", "A", "thinking")], tokenizer_with(PLAIN), "notes:3")
+        texts_of([ask("Q"), field("T", "A", "thinking")], PLAIN, "notes:3")
     called = {**inline("T", "A"), "tool_calls": [{"name": "search"}]}
+    calling = NEVER.replace(
+        "+ content -", "+ content + (m.tool_calls[0].name if m.tool_calls else '') -"
+    )
+    assert calling != NEVER
     with pytest.raises(DataError, match="drops the thinking"):
-        render_chat([ask("Q"), called], tokenizer_with(NEVER), "notes:3")
+        texts_of([ask("Q"), called], calling, "notes:3")
     with pytest.raises(DataError, match="notes:3: the tokenizer's chat_template refuses it"):
-        render_chat([ask("Q")], tokenizer_with("{{ messages[5].content.x }}"), "notes:3")
+        texts_of([ask("Q")], "{{ messages[5].content.x }}", "notes:3")

@@ -7,13 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from modelopt_dms.cli.opening import check_files, check_model, load_any, set_ratio
+from modelopt_dms.cli.opening import check_model, load_any, open_files, set_ratio
 from modelopt_dms.cli.options import (
     DataOpt,
     DeviceOpt,
     DirArg,
     Dtype,
     DtypeOpt,
+    FormatOpt,
     RatioOpt,
     TrustOpt,
     out,
@@ -80,6 +81,7 @@ def generate(
 def evaluate(
     model: DirArg,
     data: DataOpt = None,
+    data_format: FormatOpt = None,
     tasks: Annotated[
         str | None,
         typer.Option(
@@ -101,18 +103,18 @@ def evaluate(
 ) -> None:
     """Score a model through its physical KV cache: long-memory tasks, and perplexity on text."""
     place = check_model(model)
+    given = open_files(data or [], "--data", data_format)
     from modelopt_dms.compression import ratio_warning
     from modelopt_dms.evaluation import score
     from modelopt_dms.evaluation.files import score_files
     from modelopt_dms.report import results_table, write_json
 
-    check_files(data or [])
     sizes = [_length(x) for x in lengths.split(",")]
     network, tokenizer = load_any(place, dtype, device, trust_remote_code)
     set_ratio(network, cr)
     rows: list[dict[str, Any]] = []
     if data:
-        rows += score_files(network, tokenizer, data, sizes, count)
+        rows += score_files(network, tokenizer, given, sizes, count)
     if tasks is not None or not data:
         names = tasks.split(",") if tasks else score.EVALUATIONS
         rows += score.evaluate(network, tokenizer, names, sizes, count, seed)

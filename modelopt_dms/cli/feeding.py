@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 
 from modelopt_dms.checkpoints.base import locate
-from modelopt_dms.cli.opening import check_files, check_model, load_any, load_tokenizer, open_data
+from modelopt_dms.cli.opening import check_model, load_any, load_tokenizer, open_data, open_files
 from modelopt_dms.cli.options import (
     NAMES,
     BlendOpt,
@@ -16,6 +16,7 @@ from modelopt_dms.cli.options import (
     DeviceOpt,
     Dtype,
     DtypeOpt,
+    FormatOpt,
     ModelArg,
     TrustOpt,
     out,
@@ -30,6 +31,7 @@ def preview(
         ),
     ],
     data: BlendOpt = None,
+    data_format: FormatOpt = None,
     recipe: Annotated[str, typer.Option("--recipe", "-r", help="Name or YAML file.")] = "dms_cr4",
     changes: ChangesOpt = None,
     count_all: Annotated[
@@ -39,14 +41,14 @@ def preview(
 ) -> None:
     """Count what a retrofit would read and visit, and show how its data begin."""
     place = locate(tokenizer)
+    given = open_data(data, data_format)
+    if not given:
+        raise ValueError("--data is missing: the .jsonl, .txt or .parquet files to count")
     from modelopt_dms.previews import preview as count
     from modelopt_dms.recipe import load_recipe
     from modelopt_dms.report import data_table, printable
 
     chosen = load_recipe(recipe, changes or [])
-    given = open_data(data)
-    if not given:
-        raise ValueError("--data is missing: the .jsonl, .txt or .parquet files to count")
     words = load_tokenizer(place, trust_remote_code)
     found = count(given, chosen, tokenizer=words, count_all=count_all)
     out.print(data_table(found))
@@ -62,6 +64,7 @@ def traces(
         typer.Option("--prompts", help=".jsonl, .txt or .parquet file; may be repeated."),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help=".jsonl file for the result.")],
+    prompts_format: FormatOpt = None,
     count: Annotated[
         int | None, typer.Option(min=1, help="Number of traces; by default one a prompt.")
     ] = None,
@@ -78,14 +81,14 @@ def traces(
 ) -> None:
     """Have MODEL itself, with eviction off, continue prompts: data for a retrofit. Goes on if interrupted."""
     place = check_model(model)
+    given = open_files(prompts, "--prompts", prompts_format)
     from modelopt_dms.data import tokenize_prompts
     from modelopt_dms.traces import Sampling, check_traces_output, generate_traces
 
     sampling = Sampling(max_new_tokens, temperature, top_p, batch_size, seed)
     check_traces_output(output)
-    check_files(prompts, "--prompts")
     # Of the model nothing but its tokenizer is loaded before the prompts are known to be usable.
-    starts = tokenize_prompts(prompts, load_tokenizer(place, trust_remote_code), count)
+    starts = tokenize_prompts(given, load_tokenizer(place, trust_remote_code), count)
     network, tokenizer = load_any(place, dtype, device, trust_remote_code)
     generate_traces(network, starts, tokenizer, output, sampling=sampling)
     out.print(f"saved to {escape(str(output))}", highlight=False)

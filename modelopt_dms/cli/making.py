@@ -25,6 +25,7 @@ from modelopt_dms.cli.options import (
     DeviceOpt,
     Dtype,
     DtypeOpt,
+    FormatOpt,
     ModelArg,
     TrustOpt,
     out,
@@ -40,6 +41,7 @@ def compress(
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory for the result.")],
     recipe: Annotated[str, typer.Option("--recipe", "-r", help="Name or YAML file.")] = "dms_cr4",
     data: BlendOpt = None,
+    data_format: FormatOpt = None,
     changes: ChangesOpt = None,
     dtype: DtypeOpt = Dtype.auto,
     device: DeviceOpt = None,
@@ -48,6 +50,7 @@ def compress(
 ) -> None:
     """Retrofit MODEL so that its KV cache forgets, and save it to OUTPUT."""
     place = check_model(model)
+    given = open_data(data, data_format)
     from modelopt_dms.compression import expected_ratios, missed_ratio
     from modelopt_dms.flow import OURS, SUMMARY_FILE
     from modelopt_dms.flow import compress as run
@@ -56,7 +59,6 @@ def compress(
 
     chosen = load_recipe(recipe, changes or [])
     check_output(output, OURS)
-    given = open_data(data)
     network, tokenizer = load_base(place, dtype, device, trust_remote_code)
     texts = given or (embedded_documents(tokenizer, chosen) if model == EMBEDDED else None)
     if texts is None and (chosen.calibrate or chosen.retrofit) and processes.is_main():
@@ -107,6 +109,7 @@ def tune(
         typer.Option(min=0.0, help="Percent by which perplexity may rise above the full cache's."),
     ] = 0.5,
     data: BlendOpt = None,
+    data_format: FormatOpt = None,
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", help="Write a copy that is set to what was found."),
@@ -122,6 +125,7 @@ def tune(
 ) -> None:
     """Find the largest compression ratio within a quality budget on your data."""
     place = check_compressed(model)
+    given = open_data(data, data_format)
     from modelopt_dms.compression import curve_of
     from modelopt_dms.evaluation.tasks import held_out_text
     from modelopt_dms.evaluation.tuning import tune as run
@@ -129,7 +133,6 @@ def tune(
     from modelopt_dms.output import check_output
     from modelopt_dms.report import trials_table
 
-    given = open_data(data)
     if output is not None:
         check_output(output)
     network, tokenizer = load_any(str(place), dtype, device, trust_remote_code)

@@ -8,6 +8,7 @@ from modelopt_dms import processes
 from modelopt_dms.checkpoints import base
 from modelopt_dms.checkpoints.gguf import gguf_file
 from modelopt_dms.cli.options import Dtype
+from modelopt_dms.data.inputs import Blend, Formatted, as_paths, parse_data
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -92,21 +93,28 @@ def embedded_documents(tokenizer: "PreTrainedTokenizerBase", recipe: Any) -> lis
     return [x.ids for x in training_documents(tokenizer, max(counts), max(lengths), seed)]
 
 
-def open_data(arguments: list[str] | None) -> Any:
-    """What --data name, checked as far as names go; None if there are none."""
-    from modelopt_dms.data import Blend, parse_data
-
-    found = parse_data(arguments or [])
+def open_data(arguments: list[str] | None, format: str | None = None) -> Any:
+    """What --data name, checked as far as names and the first records go; None if there are none."""
+    found = parse_data(arguments or [], format)
     sources = [source for source, _ in found.parts] if isinstance(found, Blend) else [found]
     for source in sources:
-        check_files([source] if isinstance(source, Path) else source)
+        _check_files(as_paths(source), "--data", format)
     return found or None
 
 
-def check_files(paths: list[Path], option: str = "--data") -> None:
-    """Refuse files that are missing or empty, by the name of the option that gave them."""
+def open_files(paths: list[Path], option: str, format: str | None) -> Any:
+    """Files without weights, checked likewise; `option` names them."""
+    _check_files(paths, option, format)
+    return paths if format is None else Formatted(paths, format)
+
+
+def _check_files(paths: list[Path], option: str, format: str | None) -> None:
+    # Imported late: numpy and pyarrow.
+    from modelopt_dms.data.files import check_start
+
     for path in paths:
         if not path.is_file():
             raise ValueError(f"{option} {path} does not exist or is not a file")
         if path.stat().st_size == 0:
             raise ValueError(f"{option} {path} is empty")
+        check_start(path, format)

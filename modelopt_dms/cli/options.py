@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from modelopt_dms.checkpoints.base import EMBEDDED
 from modelopt_dms.checkpoints.fetch import KNOWN
+from modelopt_dms.data.formats import FORMATS
 
 out, err = Console(), Console(stderr=True)
 
@@ -53,6 +54,10 @@ BlendOpt = Annotated[
         "--data",
         help=".jsonl, .txt or .parquet file; may be repeated. FILE:0.7 gives it 70 % of the tokens.",
     ),
+]
+FormatOpt = Annotated[
+    str | None,
+    typer.Option("--format", help=f"Format of the data, if not our own: {', '.join(FORMATS)}."),
 ]
 ChangesOpt = Annotated[
     list[str] | None,

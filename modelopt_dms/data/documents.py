@@ -1,47 +1,85 @@
 # SPDX-License-Identifier: Apache-2.0
 """From what a user has (texts, chats, token ids, datasets, files) to documents of token ids. Knows no training."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 from datasets import Dataset, DatasetDict, IterableDataset
-from numpy.typing import NDArray
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelopt_dms.data.chat import render_chat
 from modelopt_dms.data.errors import DataError
-from modelopt_dms.data.files import SUFFIXES, choose_column, read_files
+from modelopt_dms.data.files import choose_columns, read_files
+from modelopt_dms.data.formats import convert
+from modelopt_dms.data.inputs import Formatted, as_paths
+from modelopt_dms.data.records import Chat, Ids, Tokens, read_record
 
 KINDS = (
     "a datasets.Dataset with a column input_ids, messages or text; a list of strings, of chat records "
     '{"messages": [...]} or of token-id lists; or paths of .jsonl, .txt or .parquet files'
 )
-ACCEPTED = f"{KINDS}; or a Blend of these"
+ACCEPTED = f"{KINDS}; `Formatted` of these if they are of another format; or a Blend"
 
-Tokens = NDArray[np.int32]
+# Characters that are tokenized together. Tokenizers take hundreds of bytes a character, and time that grows faster than
+# the text.
+LONGEST = 1_000_000
+
+
+@dataclass(frozen=True)
+class Records:
+    """What was opened, record by record.
+
+    Attributes:
+        rows: strings, mappings with one of `formats.COLUMNS`, or sequences of token ids.
+        labels: where each record came from, for messages ("notes.jsonl:17"); "<name>[i]" if empty.
+        format: of the rows, if it is another project's.
+        name: of the whole, for messages.
+    """
+
+    rows: Sequence[Any]
+    labels: Sequence[str] = ()
+    format: str | None = None
+    name: str = "data"
+
+    def __len__(self) -> int:
+        """Number of records."""
+        return len(self.rows)
+
+    def label(self, index: int) -> str:
+        """Where a record came from."""
+        return self.labels[index] if self.labels else f"{self.name}[{index}]"
+
+    def read(self, index: int) -> Ids | str | Chat:
+        """What a record holds.
+
+        Raises:
+            DataError: nothing that we know.
+        """
+        row, label = self.rows[index], self.label(index)
+        if self.format is not None:
+            row = convert(row, self.format, label)
+        return read_record(row, label)
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Documents of token ids, tokenized when asked for. A record is one document, or several if it is a chat.
+    """Documents of token ids, tokenized when asked for.
+
+    A record is one document; or several, if it is a chat whose template drops thoughts, a packed row of ids, or longer
+    than `LONGEST`.
 
     Attributes:
-        records: strings, mappings with one of `files.COLUMNS`, or sequences of token ids.
-        labels: where each record came from, for messages ("notes.jsonl:17"); "<name>[i]" if empty.
+        records: that the documents are made of.
         tokenizer: for records that are not token ids yet.
         vocabulary: rows of the model's embedding; no id may reach it. None if there is no model yet.
-        name: of the whole, for messages.
     """
 
-    records: Sequence[Any]
-    labels: Sequence[str]
+    records: Records
     tokenizer: PreTrainedTokenizerBase | None
     vocabulary: int | None
-    name: str = "data"
 
     def __len__(self) -> int:
         """Number of records."""
@@ -62,20 +100,18 @@ class Documents:
             DataError: a record is not usable; names it.
         """
         for index in map(int, indices):
-            label = self.labels[index] if self.labels else f"{self.name}[{index}]"
-            for ids in _documents(self.records[index], self.tokenizer, label):
+            label = self.records.label(index)
+            for ids in _documents(self.records.read(index), self.tokenizer, label):
                 self._check(ids, label)
                 yield ids
 
     def _check(self, ids: Tokens, label: str) -> None:
-        if not len(ids):
+        if self.vocabulary is None or not len(ids) or ids.max() < self.vocabulary:
             return
-        if ids.min() < 0:
-            raise DataError(f"{label} holds token id {ids.min()}; expected 0 or more")
-        if self.vocabulary is not None and ids.max() >= self.vocabulary:
-            raise DataError(
-                f"{label} holds token id {ids.max()}, but the model's embedding has {self.vocabulary} rows"
-            )
+        message = f"{label} holds token id {ids.max()}, but the model's embedding has {self.vocabulary} rows"
+        if self.tokenizer is not None and len(self.tokenizer) > self.vocabulary:
+            message += f"; the tokenizer has {len(self.tokenizer)} tokens"
+        raise DataError(message)
 
 
 def open_documents(
@@ -87,7 +123,7 @@ def open_documents(
     """Documents of any accepted kind of data; reads files, tokenizes nothing yet.
 
     Args:
-        data: see `KINDS`. A .txt file is one document.
+        data: see `KINDS`, or `Formatted`. A .txt file is one document.
         tokenizer: needed unless the data are token ids.
         model: whose vocabulary the ids must fit, if there is one yet.
         name: of the data, for messages.
@@ -98,32 +134,36 @@ def open_documents(
     rows = None
     if model is not None:
         rows = cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0]
-    if rows is not None and tokenizer is not None and len(tokenizer) > rows:
+    # Tokens that were added later may lie beyond the embedding: that is found where one is used.
+    if rows is not None and tokenizer is not None and tokenizer.vocab_size > rows:
         raise DataError(
-            f"the tokenizer has {len(tokenizer)} tokens, but the model's embedding has {rows} rows: "
+            f"the tokenizer has {tokenizer.vocab_size} tokens, but the model's embedding has {rows} rows: "
             "they do not belong together"
         )
-    records, labels = open_records(data, name)
-    return Documents(records, labels, tokenizer, rows, name)
+    return Documents(open_records(data, name), tokenizer, rows)
 
 
-def open_records(data: Any, name: str = "data") -> tuple[Sequence[Any], list[str]]:
-    """Records of any accepted kind of data, at least one, and their labels if they came from files.
+def open_records(data: Any, name: str = "data") -> Records:
+    """Records of any accepted kind of data, at least one.
 
     Raises:
         DataError: missing, empty or unreadable data, an unknown column.
     """
-    records, labels = _records(data, name)
+    format = None
+    if isinstance(data, Formatted):
+        data, format = data.data, data.format
+    records = _records(data, name, format)
     if not len(records):
         raise DataError(f"{name} is empty; expected at least one document")
-    return records, labels
+    return records
 
 
-def _records(data: Any, name: str) -> tuple[Sequence[Any], list[str]]:
+def _records(data: Any, name: str, format: str | None) -> Records:
     if data is None:
         raise DataError(f"{name} is missing; expected {KINDS}")
     if isinstance(data, Dataset):
-        return data.select_columns([choose_column(data.column_names, "the dataset")]), []
+        columns = choose_columns(data.column_names, "the dataset", format)
+        return Records(data.select_columns(columns), (), format, name)
     if isinstance(data, DatasetDict):
         raise DataError(
             f"{name} is a DatasetDict; pass one of its splits: {', '.join(map(str, data))}"
@@ -134,65 +174,31 @@ def _records(data: Any, name: str) -> tuple[Sequence[Any], list[str]]:
         )
     paths = as_paths(data)
     if paths:
-        return read_files(paths)
+        rows, labels = read_files(paths, format)
+        return Records(rows, labels, format, name)
     if not isinstance(data, Sequence):
         raise DataError(f"{name} is a {type(data).__name__}; expected {KINDS}")
-    return data, []
-
-
-def as_paths(data: Any) -> list[Path]:
-    """The files that data are, if they are files and not yet texts."""
-    if isinstance(data, str | Path):
-        return [Path(data)]
-    if isinstance(data, Sequence) and data and all(_is_path(item) for item in data):
-        return [Path(item) for item in data]
-    return []
-
-
-def _is_path(item: Any) -> bool:
-    return isinstance(item, Path) or (
-        isinstance(item, str) and "\n" not in item and item.endswith(SUFFIXES)
-    )
+    return Records(data, (), format, name)
 
 
 def _documents(
-    record: Any, tokenizer: PreTrainedTokenizerBase | None, label: str
+    content: Ids | str | Chat, tokenizer: PreTrainedTokenizerBase | None, label: str
 ) -> Iterator[Tokens]:
-    """Token ids [L] of a string, a mapping with one of `COLUMNS`, or a sequence of ids; one a text for a chat."""
-    column = choose_column(list(record), label) if isinstance(record, Mapping) else None
-    if column == "messages":
-        for text in render_chat(record[column], tokenizer, label):
-            yield tokenize(text, tokenizer, label, special=False)
+    """Token ids [L] of what a record holds."""
+    if isinstance(content, Ids):
+        yield from content.documents
         return
-    content = record if column is None else record[column]
-    if column == "text" and not isinstance(content, str):
-        raise DataError(f"{label}: text is a {type(content).__name__}; expected a string")
     if isinstance(content, str):
-        yield tokenize(content, tokenizer, label, special=True)
-    else:
-        yield check_ids(content, label)
-
-
-def check_ids(values: Any, label: str) -> Tokens:
-    """Token ids [L] from a sequence of integers.
-
-    Raises:
-        DataError: it is something else.
-    """
-    ids = np.asarray(values) if not isinstance(values, bytes) else np.asarray(None)
-    if ids.ndim == 1 and ids.size == 0:
-        return ids.astype(np.int32)
-    if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise DataError(
-            f"{label} is a {type(values).__name__} that is neither text, chat nor token ids"
-        )
-    return ids.astype(np.int32)
+        yield from tokenize(content, tokenizer, label, special=True)
+        return
+    for text in render_chat(content, tokenizer, label):
+        yield from tokenize(text, tokenizer, label, special=False)
 
 
 def tokenize(
     text: str, tokenizer: PreTrainedTokenizerBase | None, label: str, *, special: bool
-) -> Tokens:
-    """Token ids [L] of a text.
+) -> Iterator[Tokens]:
+    """Token ids [L] of a text; of each part of it, if it is longer than `LONGEST`.
 
     Args:
         text: of any length.
@@ -207,6 +213,19 @@ def tokenize(
         raise DataError(
             f"{label} is text, but there is no tokenizer; pass tokenizer=... or token ids"
         )
-    # verbose=False: longer than the model's maximum is fine, packing cuts it.
-    ids = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
-    return np.asarray(ids, dtype=np.int32)
+    for part in _parts(text):
+        # verbose=False: longer than the model's maximum is fine, packing cuts it.
+        ids = tokenizer(part, add_special_tokens=special, verbose=False)["input_ids"]
+        yield np.asarray(ids, dtype=np.int32)
+
+
+def _parts(text: str) -> Iterator[str]:
+    """A text in parts of at most `LONGEST` characters, cut behind a line if there is one, else behind a space."""
+    start = 0
+    while len(text) - start > LONGEST:
+        end = start + LONGEST
+        middle = start + LONGEST // 2
+        cut = text.rfind("\n", middle, end) + 1 or text.rfind(" ", middle, end) + 1 or end
+        yield text[start:cut]
+        start = cut
+    yield text[start:]

@@ -4,33 +4,47 @@
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
+from typing import TYPE_CHECKING, Any
 
 from modelopt_dms.data.errors import DataError
+from modelopt_dms.data.formats import COLUMNS, FORMATS, SUFFIXES, convert, explain_columns
+from modelopt_dms.data.records import read_record
 
-# What a record may hold, the most finished form first.
-COLUMNS = ("input_ids", "messages", "text")
-SUFFIXES = (".jsonl", ".txt", ".parquet")
+if TYPE_CHECKING:
+    from modelopt_dms.data.tables import Table
+
+# Columns that a record of ids or texts is read with; a chat's template may take any.
+_BESIDE = ("attention_mask", "position_ids", "seq_lengths")
+_GZIP = b"\x1f\x8b"
+# Records that are read before anything else happens.
+_CHECKED = 100
 
 
-def choose_column(names: Sequence[str], where: str) -> str:
-    """The most finished of the columns that a record or a table has.
+def choose_columns(names: Sequence[str], where: str, format: str | None = None) -> list[str]:
+    """The columns of a table that are read.
+
+    Args:
+        names: of the table.
+        where: names the table in messages.
+        format: see `formats.FORMATS`.
 
     Raises:
         DataError: it has none that we know.
     """
-    found = next((column for column in COLUMNS if column in names), None)
-    if found is None:
+    wanted = COLUMNS if format is None else FORMATS[format][0]
+    found = [x for x in wanted if x in names]
+    if format is not None and len(found) < len(wanted):
         raise DataError(
-            f"{where} has columns {', '.join(names) or '(none)'}; expected one of {', '.join(COLUMNS)}"
+            f"{where} has columns {', '.join(names)}; format={format} expects {', '.join(wanted)}"
         )
-    return found
+    if not found:
+        raise DataError(f"{where} {explain_columns(list(names))}")
+    if format is not None or "messages" in found:
+        return list(names)
+    return [*found, *(x for x in _BESIDE if x in names)]
 
 
-def read_files(paths: Sequence[Path]) -> tuple[list[Any], list[str]]:
+def read_files(paths: Sequence[Path], format: str | None = None) -> tuple[list[Any], list[str]]:
     """Records of all files, and their labels ("notes.jsonl:17").
 
     Raises:
@@ -39,13 +53,26 @@ def read_files(paths: Sequence[Path]) -> tuple[list[Any], list[str]]:
     records: list[Any] = []
     labels: list[str] = []
     for path in paths:
-        for record, label in _read_file(path):
+        for record, label in _read_file(path, format):
             records.append(record)
             labels.append(label)
     return records, labels
 
 
-def _read_file(path: Path) -> Iterator[tuple[Any, str]]:
+def check_start(path: Path, format: str | None = None) -> None:
+    """Refuse a file whose beginning cannot be read; for the command line, which asks before it loads a model.
+
+    Raises:
+        DataError: names the file, the record and the field.
+    """
+    if path.suffix == ".parquet" and path.is_file():
+        _table(path, format)
+        return
+    for (record, label), _ in zip(_read_file(path, format), range(_CHECKED), strict=False):
+        read_record(record if format is None else convert(record, format, label), label)
+
+
+def _read_file(path: Path, format: str | None) -> Iterator[tuple[Any, str]]:
     if path.suffix not in SUFFIXES:
         raise DataError(
             f"{str(path)[:80]} is not a {', '.join(SUFFIXES)} file; pass texts as a list of strings"
@@ -53,27 +80,48 @@ def _read_file(path: Path) -> Iterator[tuple[Any, str]]:
     if not path.is_file():
         raise DataError(f"{path} does not exist or is not a file")
     try:
+        with path.open("rb") as file:
+            if file.read(2) == _GZIP:
+                raise DataError(f"{path} is compressed by gzip; unpack it first")
         if path.suffix == ".jsonl":
             yield from _read_jsonl(path)
         elif path.suffix == ".parquet":
-            table = pq.ParquetFile(path)
-            column = choose_column(table.schema_arrow.names, str(path))
-            values = table.read([column])[column].to_pylist()
-            yield from (
-                (x, f"{path} row {i}") for i, x in enumerate({column: value} for value in values)
-            )
+            rows = _table(path, format).rows()
+            yield from ((row, f"{path} row {number}") for number, row in enumerate(rows))
         else:
-            yield path.read_text(encoding="utf-8"), str(path)
-    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+            # utf-8-sig leaves out the mark that editors of Windows put in front.
+            yield path.read_text(encoding="utf-8-sig"), str(path)
+    except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
 
 
+def _table(path: Path, format: str | None) -> "Table":
+    # Imported late: pyarrow takes longer than all the rest.
+    from modelopt_dms.data.tables import Table
+
+    return Table(path, lambda names: choose_columns(names, str(path), format))
+
+
 def _read_jsonl(path: Path) -> Iterator[tuple[Any, str]]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                yield json.loads(line), f"{path}:{number}"
-            except json.JSONDecodeError as error:
+                yield json.loads(line, object_pairs_hook=_unique), f"{path}:{number}"
+            except RecursionError:
+                raise DataError(f"{path}:{number} is nested too deeply") from None
+            except DataError as error:
+                raise DataError(f"{path}:{number} {error}") from None
+            # Not only JSONDecodeError: Python refuses numbers of thousands of digits with a plain one.
+            except ValueError as error:
                 raise DataError(f"{path}:{number} is not JSON: {error}") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [x for x, _ in pairs]
+        twice = next(x for x in names if names.count(x) > 1)
+        raise DataError(f"has the key {twice!r:.40} twice in one mapping")
+    return found

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from modelopt_dms.data.documents import Tokens
 from modelopt_dms.data.errors import DataError
 from modelopt_dms.data.packing import HELD_OUT_SAMPLES, Samples, pack_and_split
+from modelopt_dms.data.records import Tokens
 from modelopt_dms.data.sources import Source
 from modelopt_dms.data.visits import Visits
 

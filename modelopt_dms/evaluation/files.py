@@ -6,14 +6,14 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modelopt_dms.data import Tokens, open_documents
+from modelopt_dms.data import Formatted, Tokens, open_documents
 from modelopt_dms.evaluation.score import Row, perplexity
 
 
 def score_files(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    files: Sequence[Path],
+    files: Sequence[Path] | Formatted,
     lengths: Sequence[int],
     count: int,
 ) -> list[Row]:
@@ -22,14 +22,14 @@ def score_files(
     Args:
         model: a causal LM in eval mode.
         tokenizer: the model's.
-        files: .jsonl, .txt or .parquet files.
+        files: .jsonl, .txt or .parquet files, perhaps of another format.
         lengths: tokens of a sample.
         count: samples of each length, from the start of the files.
 
     Raises:
         ValueError: unusable files, or none has a document of that many tokens.
     """
-    documents = open_documents(list(files), tokenizer, model)
+    documents = open_documents(files, tokenizer, model)
     cut = {length: cut_documents(documents, length, count) for length in lengths}
     return [
         {"task": "data", "length": length, **perplexity(model, samples).row()}
