@@ -22,6 +22,8 @@ from modelopt_dms.paged_cache import DMSCache
 CHECK_EVERY = 16
 # torch.compile makes its second version when the cache's length has changed, and that one stays.
 _COMPILED_RUNS = 3
+# What transformers' generate hands a cache over as, before 5.24 and since.
+CACHE_NAMES = ("past_key_values", "cache")
 # Rotary embeddings that look at the positions' values: a graph cannot.
 _LOOKING_ROPE = ("dynamic", "longrope")
 
@@ -285,7 +287,7 @@ def _check(config: GenerationConfig, synced_gpus: bool, model_kwargs: dict[str, 
     wanted = [name for name in asked if getattr(config, name)]
     if synced_gpus:
         wanted.append("synced_gpus")
-    known = {"attention_mask", "past_key_values", "use_cache", "logits_to_keep", "position_ids"}
+    known = {"attention_mask", *CACHE_NAMES, "use_cache", "logits_to_keep", "position_ids"}
     wanted += [
         name for name in model_kwargs if name not in known and model_kwargs[name] is not None
     ]
@@ -302,7 +304,7 @@ def _cache(
     max_cache_bytes: int | None,
     model_kwargs: dict[str, Any],
 ) -> DMSCache:
-    given = model_kwargs.get("past_key_values")
+    given = next((x for name in CACHE_NAMES if (x := model_kwargs.get(name)) is not None), None)
     B, length = len(input_ids), config.max_length
     if isinstance(given, DMSCache):
         if max_cache_bytes is not None:

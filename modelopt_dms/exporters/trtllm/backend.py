@@ -22,7 +22,7 @@ from modelopt_dms.packed import kv_ranges
 NAME = "dms"  # of the attention backend
 FACTORY = "modelopt_dms"  # of the model factory
 ACCEPTED = ">=1.3.0rc0,<1.4"
-TRANSFORMERS = ">=5.21,<5.24"
+TRANSFORMERS = ">=5.21,<5.25"
 AUTO_DEPLOY = "tensorrt_llm._torch.auto_deploy"
 # What is used of each module, by the paths that they have in every version that was read.
 USED = {
