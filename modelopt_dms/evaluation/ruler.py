@@ -20,6 +20,8 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Literal, get_args
 
+from modelopt_dms.data.records import Chat
+from modelopt_dms.data.template import Template
 from modelopt_dms.evaluation.prose import reference_sentences
 from modelopt_dms.evaluation.tasks import Episode, Question
 
@@ -141,11 +143,9 @@ def chat_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """What a chat template puts before and after a user's message; just a first token if there is no template."""
     if tokenizer.chat_template is None:
         return str(tokenizer.bos_token or ""), "\n"
-    message = [{"role": "user", "content": "MESSAGE"}]
-    text = tokenizer.apply_chat_template(
-        message, tokenize=False, add_generation_prompt=True, enable_thinking=False
-    )
-    head, tail = str(text).split("MESSAGE")
+    message = {"role": "user", "content": "MESSAGE"}
+    template = Template(tokenizer, Chat([], {}), "chat_template")
+    head, tail = template.render([message], ask=True, enable_thinking=False).split("MESSAGE")
     return head, tail
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from modelopt_dms.data.installed_text import definitions, english, python_source, sentences
+from modelopt_dms.data.records import Chat
+from modelopt_dms.data.template import Template
 
 # Of the runs of prose; the others are docstrings, which are shorter.
 _TEXTS_SHARE = 0.6
@@ -87,7 +89,7 @@ class Writer:
             lines = (f"{role.capitalize()}: {text}" for role, text in turns)
             return str(self.tokenizer.bos_token or "") + "\n\n".join(lines) + "\n"
         messages = [{"role": role, "content": text} for role, text in turns]
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False))
+        return Template(self.tokenizer, Chat([], {}), "mix").render(messages)
 
     def prose(self) -> Iterator[str]:
         """Sentences without end: one of our own texts from some paragraph on, or docstrings of one module, and so on.
