@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from modelopt_dms.compression import Curve, CurvePoint, move_thresholds, thresholds_of
 from modelopt_dms.convert import dms_modules
 from modelopt_dms.data import Samples
-from modelopt_dms.gate import eviction_off, gates, hidden_input, record_alpha
+from modelopt_dms.gate import eviction_off, gates, record_alpha
 from modelopt_dms.mode import facts_of
 from modelopt_dms.ops import shift_decisions
 from modelopt_dms.ratio import physical_cr, target_evicted_fraction
@@ -195,7 +195,7 @@ def _reading(
 
     def read(name: str, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         gate = module.dms_gate
-        z = shift_decisions(gate.logits(hidden_input(args, kwargs)), gate.shift)
+        z = shift_decisions(gate.logits(gate.read(args, kwargs)), gate.shift)
         found[name].append(z.transpose(0, 1)[:, counts.to(z.device)].cpu())
 
     handles = [
