@@ -1,15 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The attention function that transformers calls by the name "dms": picks the op, appends to the cache."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
+from modelopt_dms import handover
 from modelopt_dms.cache import DMSLayer, LayerStep
+from modelopt_dms.masks import read_mask
 from modelopt_dms.ops import (
     Scoring,
     decode_attention,
@@ -17,7 +21,6 @@ from modelopt_dms.ops import (
     merge_partials,
     partial_attention,
     past_bias,
-    plain_attention,
     prefill_attention,
     prefill_partial,
     with_sinks,
@@ -32,6 +35,26 @@ GRAPH_ATTENTION_NAME = "dms_graph"
 
 # From one list's cached rows [L, .] to keys [N, L, D] and values [N, L, Dv].
 Expand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+# What transformers hands on to every attention function, and what does not change what it computes. `position_ids` and
+# sequence indices are in the mask already.
+HARMLESS = {
+    "cache_position",
+    "inputs_embeds",
+    "labels",
+    "logits_to_keep",
+    "num_items_in_batch",
+    "output_hidden_states",
+    "output_router_logits",
+    "past_key_values",
+    "position_ids",
+    "return_dict",
+    "use_cache",
+}
+
+
+class AttentionError(ValueError):
+    """A layer with a gate was asked for attention that DMS does not implement; the message says by what."""
 
 
 def register_attention() -> None:
@@ -48,62 +71,176 @@ def dms_attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
     **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention of one layer: with eviction if a `LayerStep` is staged on the module, else plain.
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of one layer: with eviction if the hooks around it staged a `LayerStep`, else what it ran before.
 
     Args:
-        module: the attention module; layers that were not converted come here too.
+        module: the attention module; layers without a gate that share a config come here too.
         query: [B, H, T, D].
         key: [B, K, S, D]; of the new tokens only, if the layer's cache is a DMS layer.
         value: [B, K, S, Dv].
-        attention_mask: bool or additive [B, 1, T, S'], or None for causal.
+        attention_mask: bool or additive [B or 1, 1, T, S'], or None for causal; see `masks.ACCEPTED`.
         dropout: refused; decisions are trained without it.
         scaling: factor on q.k, 1 / sqrt(D) by default.
-        softcap: Gemma 2's soft cap on scores.
-        s_aux: gpt-oss' sink logits [H].
-        **kwargs: what other implementations use.
+        **kwargs: `softcap` (Gemma 2's soft cap on scores), `s_aux` (gpt-oss' sink logits [H]), and what is harmless.
 
     Returns:
         Output [B, T, H, Dv] and None (weights are never materialised).
+
+    Raises:
+        AttentionError: an argument that a layer with a gate does not implement, or a second call in one forward.
+        MaskError: a mask that DMS would read as another.
     """
-    if dropout:
-        raise ValueError(
-            f"attention dropout {dropout} is not supported; set attention_dropout=0 in the model's config"
-        )
-    scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, s_aux)
-    mask = _as_bool(attention_mask)
-    watch = getattr(getattr(module, "dms_gate", None), "watch", None)
-    if watch is not None:
-        watch(query, key, value, scoring)
-    step: LayerStep | None = getattr(module, "dms_step", None)
+    gate = getattr(module, "dms_gate", None)
+    if gate is None:
+        return _as_before(module, query, key, value, attention_mask, dropout, scaling, kwargs)
+    _check_arguments(module, key.shape[2], dropout, kwargs)
+    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+    scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, sinks)
+    if gate.watch is not None:
+        gate.watch(query, key, value, scoring)
+    step: LayerStep | None = handover.get(module)
     if step is None:
-        out = plain_attention(query, key, value, mask, scoring)
-    else:
-        step.used = True
-        silence = getattr(module.dms_gate, "silence_rotated", None)
-        query = query if silence is None else silence(query)
-        if step.layer is None:
-            assert step.log_keep is not None
-            log_keep = step.log_keep.expand(-1, key.shape[1], -1)
-            window = module.dms_gate.window
-            out = door.prefill_attention(query, key, value, log_keep, window, mask, scoring)
-        elif (attend := getattr(step.layer.slots, "attend", None)) is not None:
-            out = attend(step, query, key, value, scoring)  # a graph is being exported
-        elif isinstance(step.layer.slots, PagedSlots):
-            out = attend_pages(module, query, key, value, mask, scoring)
-        else:
-            out = _cached_attention(module, query, key, value, mask, scoring)
+        if gate.enabled:
+            raise AttentionError(
+                f"{layer_name(module)} was run past its hooks, so nothing has decided about its tokens; call the "
+                "module, not its forward()"
+            )
+        return _as_before(module, query, key, value, attention_mask, dropout, scaling, kwargs)
+    if step.used:
+        raise AttentionError(f"{layer_name(module)} computes attention more than once a forward")
+    step.used = True
+    query = gate.silence_rotated(query) if hasattr(gate, "silence_rotated") else query
+    out = _evicting(module, step, query, key, value, attention_mask, scoring)
     return out.transpose(1, 2).contiguous(), None
 
 
+def layer_name(module: Any) -> str:
+    """How errors call an attention module."""
+    names = [x.__name__ for x in type(module).__mro__ if x.__module__.startswith("transformers")]
+    return f"layer {module.layer_idx} ({(names or [type(module).__name__])[0]})"
+
+
+def _check_arguments(module: Any, keys: int, dropout: float, kwargs: dict[str, Any]) -> None:
+    """Refuse what would change the result, were it implemented."""
+    if dropout:
+        raise AttentionError(
+            f"attention dropout {dropout} is not supported; set attention_dropout=0 in the model's config"
+        )
+    for name, value in kwargs.items():
+        if value is None or value is False or name in ("softcap", "s_aux") or name in HARMLESS:
+            continue
+        if name == "is_causal" and value is True:
+            continue
+        raise AttentionError(
+            f"{layer_name(module)} passes {name} to its attention function, which a layer with a DMS gate does not "
+            "implement; leave it out, or the layer (dms.layers)"
+        )
+    if kwargs.get("is_causal") is False:
+        raise AttentionError(
+            f"{layer_name(module)} asks for attention that is not causal (is_causal=False), which DMS cannot evict from"
+        )
+
+
+def _as_before(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    """What the layer ran before its model was converted, on masks made for SDPA."""
+    given = {"dropout": dropout, "scaling": scaling, **kwargs}
+    if getattr(module, "dms_ran", "sdpa") == "sdpa":
+        return sdpa_attention_forward(module, query, key, value, mask, **given)
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    mask = additive(mask, query.dtype, query.device, query.shape[2], key.shape[2], causal)
+    if scaling is None:
+        given["scaling"] = query.shape[-1] ** -0.5
+    return _eager_function(module)(module, query, key, value, mask, **given)
+
+
+def _eager_function(module: Any) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    for kind in type(module).__mro__:
+        found = getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None)
+        if found is not None:
+            return found
+    raise AttentionError(f"{layer_name(module)} has no eager attention to fall back to")
+
+
+def additive(
+    mask: Tensor | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    tokens: int,
+    keys: int,
+    causal: bool,
+) -> Tensor | None:
+    """A mask [B or 1, 1, T, S] as eager attention takes it: SDPA leaves out one that is nothing but causal."""
+    if mask is None:
+        if not causal or tokens == 1:
+            return None
+        mask = torch.ones(tokens, keys, dtype=torch.bool, device=device).tril(keys - tokens)
+        mask = mask[None, None]
+    if mask.dtype != torch.bool:
+        return mask
+    zeros = torch.zeros(mask.shape, dtype=dtype, device=device)
+    return zeros.masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def _evicting(
+    module: Any,
+    step: LayerStep,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scoring: Scoring,
+) -> Tensor:
+    """Attention [B, H, T, Dv] with the decisions of a step."""
+    layer, tokens = step.layer, query.shape[2]
+    if layer is None:
+        if key.shape[2] != tokens:
+            raise AttentionError(
+                f"{layer_name(module)} attends from {tokens} tokens to {key.shape[2]} without a cache that DMS knows"
+            )
+        assert step.log_keep is not None
+        mask, _ = read_mask(layer_name(module), attention_mask, tokens, 0, None, None)
+        log_keep = step.log_keep.expand(-1, key.shape[1], -1)
+        window = module.dms_gate.window
+        return door.prefill_attention(query, key, value, log_keep, window, mask, scoring)
+    layer.check_rows(layer_name(module), tokens)
+    attend = getattr(layer.slots, "attend", None)
+    if attend is not None:
+        return attend(step, query, key, value, scoring)  # a graph is being exported
+    past = layer.get_seq_length()
+    mask, valid = read_mask(
+        layer_name(module), attention_mask, tokens, past, layer.held, step.cache
+    )
+    if isinstance(layer.slots, PagedSlots):
+        out = attend_pages(module, step, query, key, value, mask, scoring)
+    else:
+        out = _cached_attention(module, step, query, key, value, mask, scoring)
+    if valid is not None:
+        layer.hold(valid.expand(len(query), -1), past)
+    return out
+
+
 def _cached_attention(
-    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scoring: Scoring
+    module: Any,
+    step: LayerStep,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scoring: Scoring,
 ) -> Tensor:
     """Attention of T new tokens over what lives and among themselves, after which they are taken in."""
-    step: LayerStep = module.dms_step
     layer, evict = step.layer, step.evict
     assert layer is not None and evict is not None and step.log_keep is not None
     assert isinstance(layer.slots, SlotLists)
@@ -158,9 +295,3 @@ def _expander(module: Any) -> Expand:
         return k[0], v[0]
 
     return expand
-
-
-def _as_bool(mask: Tensor | None) -> Tensor | None:
-    if mask is None or mask.dtype == torch.bool:
-        return mask
-    return mask > torch.finfo(mask.dtype).min / 2

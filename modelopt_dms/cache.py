@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
@@ -38,6 +39,26 @@ class DMSLayer(CacheLayerMixin):
         super().__init__()
         self.slots = slots
         self.formats = formats
+        # Which of the first tokens [B, N] were taken in, padding was not; None if all were.
+        self.held: Tensor | None = None
+
+    @property
+    def keys(self) -> Tensor:
+        """Not there: every head holds rows of its own tokens.
+
+        Raises:
+            AttributeError: always.
+        """
+        raise AttributeError(
+            "a DMS cache layer has no keys and values of shape [B, K, T, D]: every head keeps tokens of its own; "
+            "modelopt_dms.kv_stats(cache) says how many, layer.rows(b * K + k) gives one head's rows on a CPU"
+        )
+
+    @keys.setter
+    def keys(self, value: None) -> None:
+        """The base class of transformers sets it to None."""
+
+    values = keys
 
     @property
     def heads(self) -> int:
@@ -55,6 +76,28 @@ class DMSLayer(CacheLayerMixin):
         # A long prompt's rows would otherwise outlive it until the next token.
         del self._incoming
         return rows
+
+    def check_rows(self, name: str, tokens: int) -> None:
+        """Raise ValueError unless the attention module `name` has given the rows of its new tokens to `update`."""
+        rows = self.__dict__.get("_incoming")
+        if rows is None or self._incoming_tokens != tokens:
+            given = "none" if rows is None else self._incoming_tokens
+            raise ValueError(
+                f"{name} attends from {tokens} new tokens, but gave its cache {given}; DMS needs a layer that caches "
+                "the tokens it attends from"
+            )
+
+    def hold(self, valid: Tensor, past: int) -> None:
+        """Note which of the tokens [B, T] from position `past` on were taken in."""
+        if self.held is None:
+            self.held = valid.new_ones(len(valid), past)
+        elif self.held.shape[1] < past:
+            self.held = F.pad(self.held, (0, past - self.held.shape[1]), value=True)
+        self.held = torch.cat([self.held[:, :past], valid], dim=1)
+
+    def expect_draft(self, tokens: int) -> None:
+        """From now on, keep what it takes to take back so many tokens."""
+        self.slots.rollback = max(self.slots.rollback, tokens)
 
     def rows(self, index: int) -> tuple[Tensor, Tensor]:
         """Live keys [L, Dk] and values [L, Dv] of list `index` = b * K + k, where lists have buffers of their own."""
@@ -79,6 +122,7 @@ class DMSLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._dims = (key_states.shape[-1], value_states.shape[-1])
+        self._incoming_tokens = key_states.shape[2]
         paged = isinstance(self.slots, PagedSlots)
         if paged and key_states.shape[2] == 1:
             # The kernel that stores a single token encodes it, and attention reads it from its page.
@@ -106,9 +150,10 @@ class DMSLayer(CacheLayerMixin):
         """Forget everything."""
         self.slots = self.slots.emptied()
         self.is_initialized = False
+        self.held = None
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Roll back: a negative count of tokens to remove.
+        """Roll back: a negative count of tokens to remove; everything, if there are no more.
 
         Raises:
             ValueError: a positive count, or the rows needed for going back that far are gone.
@@ -117,7 +162,12 @@ class DMSLayer(CacheLayerMixin):
             raise ValueError(
                 f"crop({tokens_to_remove}) must be a negative number of tokens to remove"
             )
-        self.slots.crop(max(0, min(self.slots.seen, -tokens_to_remove)))
+        if -tokens_to_remove >= self.slots.seen:
+            self.reset()
+            return
+        self.slots.crop(-tokens_to_remove)
+        if self.held is not None:
+            self.held = self.held[:, : self.slots.seen]
 
     def activate_past_recording(self) -> None:
         """From now on, keep what a rollback within the whole delay window needs."""
@@ -126,18 +176,23 @@ class DMSLayer(CacheLayerMixin):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow the beams [B]."""
         if self.slots.seen:
-            self.slots.select(beam_idx)
+            self._select(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these sequences."""
         if self.slots.seen:
             index = torch.arange(self.slots.B, device=indices.device)
-            self.slots.select(index[indices])
+            self._select(index[indices])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every sequence."""
         if self.slots.seen:
-            self.slots.select(torch.arange(self.slots.B).repeat_interleave(repeats))
+            self._select(torch.arange(self.slots.B).repeat_interleave(repeats))
+
+    def _select(self, sequences: Tensor) -> None:
+        self.slots.select(sequences)
+        if self.held is not None:
+            self.held = self.held[sequences.to(self.held.device)]
 
     def offload(self) -> None:
         """Refuse: see `adopt`."""
@@ -167,6 +222,7 @@ class LayerStep:
         evict: hard decisions [B, K, T] as made, for the cache; None while training, and if they are not made yet.
         undecided: what decides about a single token when it is stored in a page.
         used: set by the attention function; tells a forward that went past it.
+        cache: that the layer belongs to.
     """
 
     layer: DMSLayer | None
@@ -174,6 +230,7 @@ class LayerStep:
     evict: Tensor | None
     undecided: GateInput | None = None
     used: bool = False
+    cache: Cache | None = None
 
 
 def adopt(
@@ -347,8 +404,10 @@ def kv_stats(source: nn.Module | Cache) -> KVStats:
             if isinstance(x, DMSLayer) and x.slots.seen
         ]
     else:
-        layers: list[Any] = [x for x in source.modules() if getattr(x, "dms_usage", None)]
-        used = [(x.layer_idx, x.dms_usage) for x in layers]
+        layers: list[Any] = list(source.modules())
+        caches = [x.dms_usages for x in layers if getattr(x, "dms_usages", None)]
+        # Of a cache that the last layer has seen, all layers have.
+        used = sorted(caches[-1].items()) if caches else []
     if not used:
         raise ValueError(
             "no KV cache with DMS layers has been used yet: run generate() or a forward with a cache first"

@@ -1,26 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which modules are full-attention layers, and what is put on them: a gate, two hooks, no new forward."""
 
+import pickle
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from functools import partial
 from typing import Any
 
-import torch
 from modelopt.torch.opt.dynamic import DynamicModule, _DMRegistryCls
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache
 
-from modelopt_dms.attention import ATTENTION_NAME, GRAPH_ATTENTION_NAME, register_attention
-from modelopt_dms.cache import LayerStep, adopt
+from modelopt_dms.attention import register_attention
 from modelopt_dms.config import DMSConfig
 from modelopt_dms.finite import check_weights
-from modelopt_dms.gate import EvictionGate, hidden_input
+from modelopt_dms.gate import EvictionGate
 from modelopt_dms.gate_kinds import NeuronGate, ResidualGate
-from modelopt_dms.kv_format import kv_formats
-from modelopt_dms.ops import shift_decisions
-from modelopt_dms.paging import PagedSlots, PagedUsage
+from modelopt_dms.paging import PagedUsage
+from modelopt_dms.probe import probe
+from modelopt_dms.staging import put_gate, use_dms, watch_calls
 from modelopt_dms.usage import Usage
 
 DMSRegistry = _DMRegistryCls("DMS")
@@ -46,13 +43,41 @@ class DMSAttention(DynamicModule):
     """
 
     def _setup(self, gate: EvictionGate) -> None:
-        self.dms_gate = gate
-        self.dms_usage: Usage | PagedUsage | None = (
-            None  # numbers of the last KV cache, for kv_stats
-        )
-        gate.attach()
-        self.register_forward_pre_hook(_stage_step, with_kwargs=True)
-        self.register_forward_hook(_drop_step, with_kwargs=True, always_call=True)
+        put_gate(self, gate)
+        # Numbers of the last KV cache by layer index, for kv_stats.
+        self.dms_usages: dict[int, Usage | PagedUsage] | None = None
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle by the class that was converted: ModelOpt makes classes that pickle cannot find."""
+        return _bare, (_ClassOf(type(self)),), self.__dict__
+
+
+class _ClassOf:
+    """A class that ModelOpt made, pickled as the one it was made of."""
+
+    def __init__(self, made: type) -> None:
+        self.made = made
+
+    def __deepcopy__(self, memo: Any) -> "_ClassOf":
+        return self
+
+    def __reduce__(self) -> Any:
+        plain = self.made.__mro__[self.made.__mro__.index(DMSAttention) + 2]
+        if DMSRegistry.get(plain) is not self.made:
+            raise pickle.PicklingError(
+                f"a model with DMS gates and other ModelOpt modes ({self.made.__name__}) cannot be pickled; use "
+                "model.save_pretrained(DIR) and modelopt_dms.load(DIR)"
+            )
+        return _converted_class, (plain,)
+
+
+def _converted_class(plain: type) -> "_ClassOf":
+    register_attention()
+    return _ClassOf(_registered(plain))
+
+
+def _bare(kind: _ClassOf) -> nn.Module:
+    return object.__new__(kind.made)
 
 
 @dataclass(frozen=True)
@@ -80,18 +105,34 @@ def convert_model(model: PreTrainedModel, config: DMSConfig) -> ConvertSummary:
         UnsupportedModelError: nothing to convert, or a layer that cannot be; nothing was changed.
     """
     plan, left_alone = plan_conversion(model, config)
+    if model.base_model is model and model.get_output_embeddings() is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no language-model head; DMS needs a causal LM (AutoModelForCausalLM)"
+        )
     register_attention()
-    for module, gate in plan.values():
-        if type(module) not in DMSRegistry:
-            DMSRegistry.register({type(module): type(module).__name__})(DMSAttention)
-        reference = next(module.parameters())
-        DMSRegistry.convert(module, gate=gate.to(reference.device))
     text = model.config.get_text_config(decoder=True)
-    if _never_slides(text):
+    never_slides, window = _never_slides(text), getattr(text, "sliding_window", None)
+    if never_slides:
         # transformers would make caches of sliding layers, which a gate cannot serve.
         text.sliding_window = None
-    model.set_attn_implementation(ATTENTION_NAME)
+    failure = probe(model, plan)
+    if failure is not None:
+        if never_slides:
+            text.sliding_window = window
+        raise UnsupportedModelError(failure)
+    for module, gate in plan.values():
+        _registered(type(module))
+        DMSRegistry.convert(module, gate=gate)
+    use_dms(model, (module for module, _ in plan.values()))
+    watch_calls(model)
     return ConvertSummary(list(plan), left_alone)
+
+
+def _registered(plain: type) -> type:
+    """The class of a converted module of this class."""
+    if plain not in DMSRegistry:
+        DMSRegistry.register({plain: plain.__name__})(DMSAttention)
+    return DMSRegistry[plain]
 
 
 def plan_conversion(
@@ -222,62 +263,3 @@ def _text_config(module: Any) -> Any:
     """A layer's config, where they differ from layer to layer."""
     config = module.config.get_text_config(decoder=True)
     return config.per_layer_config[module.layer_idx] if config.is_heterogeneous else config
-
-
-def _stage_step(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Before a layer's forward: decide about its tokens, and make its cache layer one that can forget."""
-    gate: EvictionGate = module.dms_gate
-    if module.config._attn_implementation == GRAPH_ATTENTION_NAME:
-        hidden = hidden_input(args, kwargs)
-        module.dms_step = LayerStep(None, None, gate.decide(hidden, _positions(hidden, kwargs, 0)))
-        return
-    if module.config._attn_implementation != ATTENTION_NAME:
-        raise RuntimeError(
-            f"attn_implementation is {module.config._attn_implementation!r}, but a DMS model runs only with "
-            f"{ATTENTION_NAME!r}; call model.set_attn_implementation({ATTENTION_NAME!r})"
-        )
-    hidden = hidden_input(args, kwargs)
-    cache = next((x for x in (*args, *kwargs.values()) if isinstance(x, Cache)), None)
-    if module.training:
-        # Relaxed decisions need the whole sequence; HF makes a cache in training too, and nobody reads it.
-        if cache is not None and cache.get_seq_length(module.layer_idx):
-            raise ValueError(
-                "a DMS model in training mode cannot continue from a cache; call model.eval()"
-            )
-        if gate.enabled:
-            log_keep = gate.relax(hidden, _positions(hidden, kwargs, 0))
-            module.dms_step = LayerStep(None, shift_decisions(log_keep, gate.shift), None)
-    elif cache is not None:
-        formats = partial(kv_formats, module)
-        layer = adopt(cache, module.layer_idx, gate.window, gate.shift, formats, hidden.device)
-        positions = _positions(hidden, kwargs, layer.get_seq_length())
-        if hidden.shape[1] == 1 and isinstance(layer.slots, PagedSlots):
-            module.dms_step = LayerStep(layer, None, None, gate.decide_later(hidden, positions))
-        else:
-            evict = gate.decide(hidden, positions)
-            module.dms_step = LayerStep(layer, _hard_log_keep(evict, gate.shift), evict)
-    elif gate.enabled:
-        evict = gate.decide(hidden, _positions(hidden, kwargs, 0))
-        module.dms_step = LayerStep(None, _hard_log_keep(evict, gate.shift), None)
-
-
-def _drop_step(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    """After it, also when it failed: nothing stays staged, and a cache layer's numbers are remembered."""
-    if not module.training:  # in training, a checkpointed layer runs a second time
-        module.dms_gate.forget()
-    step: LayerStep | None = module.__dict__.pop("dms_step", None)
-    if step is not None and step.layer is not None and step.used:
-        module.dms_usage = step.layer.slots.usage
-
-
-def _hard_log_keep(evict: Tensor, shift: int) -> Tensor:
-    governed = shift_decisions(evict, shift)
-    return torch.zeros(governed.shape, device=evict.device).masked_fill(governed, float("-inf"))
-
-
-def _positions(hidden: Tensor, kwargs: dict[str, Any], seen: int) -> Tensor:
-    """Positions [B or 1, T] of the new tokens within their document, as the model counts them."""
-    positions = kwargs.get("position_ids")
-    if isinstance(positions, Tensor) and positions.ndim == 2:
-        return positions
-    return torch.arange(seen, seen + hidden.shape[1], device=hidden.device)[None]

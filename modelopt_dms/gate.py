@@ -2,13 +2,14 @@
 """Hidden state -> eviction logit per KV head -> decision, hard or relaxed. Knows neither cache nor attention."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from modelopt_dms.config import DMSConfig
 from modelopt_dms.ops.gating import Decided, GateInput, LinearGate
@@ -57,11 +58,11 @@ class EvictionGate(nn.Module):
         self.scale = config.scale
         self.offset = config.offset
         rows = 1 if config.granularity == "layer" else kv_heads
+        # On a CPU whatever the default device is: on "meta" a gate would have no values.
+        made: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
         if config.gate != "neuron":
-            self.weight = nn.Parameter(torch.zeros(rows, hidden_size, dtype=torch.float32))
-        self.register_buffer(
-            "threshold", torch.full((rows,), config.threshold, dtype=torch.float32)
-        )
+            self.weight = nn.Parameter(torch.zeros(rows, hidden_size, **made))
+        self.register_buffer("threshold", torch.full((rows,), config.threshold, **made))
         self.threshold: Tensor
         self.enabled = config.evict
         self.noise_seed: int | None = None
@@ -70,19 +71,52 @@ class EvictionGate(nn.Module):
         self.record: AlphaRecord | None = None
         self.watch: Callable[..., None] | None = None
 
-    def attach(self) -> None:
-        """Hook into what else the gate reads or silences; the adapter needs nothing but the hidden state."""
+    def attach(self, module: Any) -> list[RemovableHandle]:
+        """Hook into what else the gate reads or silences around an attention module; the adapter needs nothing."""
+        return []
+
+    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """What the gate reads [B, T, C], from the arguments that the attention module is called with."""
+        return hidden_input(args, kwargs)
 
     def forget(self) -> None:
         """Drop what was staged for one forward."""
 
+    def forward(self, method: str, hidden: Tensor, positions: Tensor) -> Any:
+        """Call `decide`, `decide_later` or `relax`, as a module: what others hook onto modules places the weights.
+
+        Args:
+            method: name of the method.
+            hidden: what `read` gave [B, T, C].
+            positions: of the tokens [B or 1, T].
+
+        Raises:
+            RuntimeError: the gate has no values, because it is on the meta device.
+        """
+        held = (*self._parameters.values(), *self._buffers.values())
+        if not hidden.is_meta and any(x is not None and x.is_meta for x in held):
+            raise RuntimeError(
+                f"the gate of layer {self.layer_idx} is on the meta device: its weights were never loaded"
+            )
+        return getattr(self, method)(hidden, positions)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "EvictionGate":
+        """As nn.Module's, but `.half()` and `.to(dtype)` move a gate and leave it in float32."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(move, recurse)
+
     def features(self, hidden: Tensor) -> Tensor:
-        """What the logits are linear in [B, T, C], from the hidden states [B, T, C] that attention gets."""
+        """What the logits are linear in [B, T, C], from what `read` gave [B, T, C]."""
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Eviction logits [B, K or 1, T] in float32 from hidden states [B, T, C]."""
-        z = F.linear(self.features(hidden).float(), self.weight.float())
+        """Eviction logits [B, K or 1, T] in float32 from what `read` gave [B, T, C]."""
+        with in_float32(hidden.device):
+            z = F.linear(self.features(hidden).float(), self.weight.float())
         return self.scale * z.transpose(1, 2) - self.offset  # [B, T, K] -> [B, K, T]
 
     def decide(self, hidden: Tensor, positions: Tensor) -> Tensor:
@@ -98,7 +132,8 @@ class EvictionGate(nn.Module):
 
     def decide_later(self, hidden: Tensor, positions: Tensor) -> GateInput:
         """What a kernel needs to decide about one token a sequence [B, 1, C], or the decisions if it cannot."""
-        if not self.enabled or self.record is not None or "weight" not in self._parameters:
+        linear = "weight" in self._parameters and type(self).decide is EvictionGate.decide
+        if not self.enabled or self.record is not None or not linear:
             return Decided(self.decide(hidden, positions)[..., 0])
         return LinearGate(
             features=self.features(hidden)[:, 0],
@@ -138,6 +173,13 @@ class EvictionGate(nn.Module):
         # The first recording counts: a checkpointed layer runs a second time in the backward pass.
         if self.record is not None:
             getattr(self.record, kind).setdefault(self.layer_idx, decisions)
+
+
+def in_float32(device: torch.device) -> AbstractContextManager[Any]:
+    """Inside, autocast does not round what a gate computes."""
+    if not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def hidden_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -8,7 +8,7 @@ ratio, as that of decoding does.
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from modelopt_dms.cache import LayerStep
 from modelopt_dms.ops import (
@@ -27,24 +27,30 @@ CHUNK = 2048
 
 
 def attend_pages(
-    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scoring: Scoring
+    module: Any,
+    step: LayerStep,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scoring: Scoring,
 ) -> Tensor:
     """Attention [B, H, T, Dv] of T new tokens over what lives and among themselves, after which they are taken in.
 
     Args:
-        module: the attention module, on which a `LayerStep` with a paged cache layer is staged.
+        module: the attention module.
+        step: what its hooks staged, with a paged cache layer.
         q: queries [B, H, T, D].
         k: keys [B, K, T, D] as they will be read from the cache; of all heads, where the cache holds latents (MLA).
         v: values [B, K, T, Dv], likewise.
         mask: bool [B or 1, 1, T, S], or None for causal.
         scoring: how scores become weights.
     """
-    step: LayerStep = module.dms_step
     slots = _slots(step)
     latent = hasattr(module, "expand_kv")
     if step.undecided is None:
         attend = _attend_latents if latent else _attend_chunks
-        return attend(module, q, k, v, mask, scoring)
+        return attend(module, step, q, k, v, mask, scoring)
     assert step.layer is not None
     valid = None if mask is None else mask[:, 0, 0, -1].expand(len(q))
     k, v = step.layer.take_incoming()
@@ -56,9 +62,14 @@ def attend_pages(
 
 
 def _attend_chunks(
-    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scoring: Scoring
+    module: Any,
+    step: LayerStep,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scoring: Scoring,
 ) -> Tensor:
-    step: LayerStep = module.dms_step
     slots = _slots(step)
     assert step.layer is not None and step.evict is not None
     evict = step.evict.expand(-1, k.shape[1], -1)
@@ -115,10 +126,15 @@ def _check_documents(starts: Tensor, valid: Tensor | None) -> None:
 
 
 def _attend_latents(
-    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scoring: Scoring
+    module: Any,
+    step: LayerStep,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    scoring: Scoring,
 ) -> Tensor:
     """As `_attend_chunks` where the cache holds one latent a token (MLA), which is expanded to all heads."""
-    step: LayerStep = module.dms_step
     slots = _slots(step)
     assert step.layer is not None and step.evict is not None and step.log_keep is not None
     log_keep = step.log_keep.expand(-1, k.shape[1], -1)
@@ -158,15 +174,23 @@ def _absorbed(module: Any, q: Tensor, slots: PagedSlots, scoring: Scoring) -> Te
 
     Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1.2. Quantizers of the projection's input see nothing here.
     """
-    projection, nope = module.kv_b_proj, module.qk_nope_head_dim
-    weight = projection.weight
-    if hasattr(projection, "weight_quantizer"):
-        weight = projection.weight_quantizer(weight)
+    nope = module.qk_nope_head_dim
+    weight = _projection_weight(module.kv_b_proj, module.kv_lora_rank, q)
     weight = weight.unflatten(0, (q.shape[1], -1))  # [H * (nope + Dv), C] -> [H, nope + Dv, C]
     latent = torch.einsum("bhn,hnc->bhc", q[..., :nope], weight[:, :nope])
     query = torch.cat([latent, q[..., nope:]], dim=-1)
     out = door.decode_latent(query, slots.pool, slots.state, scoring, impl=slots.impl)
     return torch.einsum("bhc,hvc->bhv", out, weight[:, nope:])
+
+
+def _projection_weight(projection: Any, width: int, like: Tensor) -> Tensor:
+    """The matrix [out, C] that a linear module applies, whatever stands there now."""
+    if hasattr(projection, "weight_quantizer"):
+        return projection.weight_quantizer(projection.weight)
+    if type(projection) is nn.Linear and "forward" not in vars(projection):
+        return projection.weight
+    # An adapter, or weights that accelerate brings: only the module knows what it computes.
+    return projection(torch.eye(width, dtype=like.dtype, device=like.device)).T
 
 
 def _slots(step: LayerStep) -> PagedSlots:

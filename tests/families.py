@@ -2,7 +2,6 @@
 """Tiny random models of every supported family, built in memory, and gates that evict half of the tokens."""
 
 import copy
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +13,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from modelopt_dms.convert import dms_modules
 from modelopt_dms.gate import eviction_off
-from modelopt_dms.gate_kinds import ResidualGate
 from modelopt_dms.mode import apply_dms
 
 VOCABULARY = 64
@@ -128,12 +126,9 @@ def open_gates(model: PreTrainedModel, seed: int = 0, fraction: float = 0.5) -> 
     """Give gates random weights, and thresholds that a `fraction` of random tokens exceeds."""
     generator = torch.Generator().manual_seed(seed)
     hidden: dict[nn.Module, Tensor] = {}
-    residual: dict[nn.Module, Any] = {}
 
     def remember(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hidden[module] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        if isinstance(module.dms_gate, ResidualGate):
-            residual[module] = module.dms_gate._residual()
+        hidden[module] = module.dms_gate.read(args, kwargs)
 
     modules = dms_modules(model).values()
     hooks = [module.register_forward_pre_hook(remember, with_kwargs=True) for module in modules]
@@ -145,10 +140,7 @@ def open_gates(model: PreTrainedModel, seed: int = 0, fraction: float = 0.5) -> 
         gate = module.dms_gate
         if "weight" in gate._parameters:
             gate.weight.data.normal_(std=0.1, generator=generator)
-        if module in residual:
-            gate._residual = weakref.ref(residual[module])
         z = gate.logits(hidden[module]).detach()  # [B, K, T]
-        gate.forget()
         rows = z.transpose(0, 1).flatten(1) if len(gate.threshold) > 1 else z.flatten()[None]
         gate.threshold.copy_(torch.stack([_gap_near(row, 1 - fraction) for row in rows]))
     return model

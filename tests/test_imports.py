@@ -12,13 +12,15 @@ PACKAGE = Path(__file__).parent.parent / "modelopt_dms"
 
 # Rooms by step, from the ground up. A room may import rooms of lower steps, and itself.
 STAIRCASE = [
-    {"kv_quant", "config", "shelf", "output", "data", "ratio", "processes", "usage"}
+    {"kv_quant", "config", "shelf", "output", "data", "ratio", "processes", "usage", "handover"}
     | {"registering", "modelopt_mode", "hf_quantizer", "names", "plain_yaml", "finite"},
     {"ops", "checkpoints", "written"},
-    {"gate", "pages", "paging", "kv_format", "recipe", "engine"},
+    {"gate", "masks", "pages", "paging", "kv_format", "recipe", "engine"},
     {"cache", "gate_kinds", "schema", "compression", "previews"},
     {"page_attention"},
     {"attention"},
+    {"staging"},
+    {"probe"},
     {"convert", "ranges"},
     {"mode", "paged_cache", "model_card"},
     {"quantization", "generation"},

@@ -16,7 +16,7 @@ from modelopt_dms.calibration.statistics import Regression
 from modelopt_dms.config import CalibrateConfig
 from modelopt_dms.convert import dms_modules
 from modelopt_dms.data import Samples
-from modelopt_dms.gate import EvictionGate, eviction_off, hidden_input
+from modelopt_dms.gate import EvictionGate, eviction_off
 from modelopt_dms.ops import output_change, shift_decisions
 from modelopt_dms.train.head import input_device
 
@@ -36,7 +36,7 @@ class _Observer:
 
     def read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the attention runs: what the gate reads."""
-        self.features = self.gate.features(hidden_input(args, kwargs)).float()
+        self.features = self.gate.features(self.gate.read(args, kwargs)).float()
 
     def watch(self, *attended: Any) -> None:
         """While it runs: its queries, keys and values, and how they are scored."""

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from modelopt_dms.compression import Curve, CurvePoint, move_thresholds, thresholds_of
 from modelopt_dms.convert import dms_modules
 from modelopt_dms.data import Samples
-from modelopt_dms.gate import eviction_off, hidden_input, record_alpha
+from modelopt_dms.gate import eviction_off, record_alpha
 from modelopt_dms.mode import facts_of
 from modelopt_dms.ops import shift_decisions
 from modelopt_dms.ratio import physical_cr, target_evicted_fraction
@@ -180,7 +180,7 @@ def margins(model: PreTrainedModel, samples: Samples, batch_size: int) -> list[T
 
     def read(name: str, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         gate = module.dms_gate
-        z = gate.logits(hidden_input(args, kwargs))
+        z = gate.logits(gate.read(args, kwargs))
         above = shift_decisions(z - gate.threshold[:, None], gate.shift)
         found[name].append(above.transpose(0, 1)[:, counts.to(above.device)].cpu())
 

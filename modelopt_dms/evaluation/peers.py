@@ -45,6 +45,10 @@ class PeerGate(EvictionGate):
             # The model learnt to live without the borrowed dimension; it stays silent.
             self.silence_rotated = replaced.silence_rotated
 
+    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """What the replaced gate would read."""
+        return self._replaced[0].read(args, kwargs)
+
     def forget(self) -> None:
         """Drop what the replaced gate's hooks still stage for it."""
         self._replaced[0].forget()

@@ -12,7 +12,9 @@ from torch import Tensor
 from modelopt_dms.ops.paged import LayerLists, PagePool, RowLayout
 
 ROLLBACK = 24  # tokens that can be taken back unless more is asked for; assisted decoding drafts 20 by default
-LONGEST_DRAFT = 64  # a chunk up to this length may be a draft, all of which can be taken back until the next chunk
+# A chunk up to this length may be a draft, all of which can be taken back until the next chunk: 64 tokens, and the one
+# before them.
+LONGEST_DRAFT = 65
 
 
 @dataclass(frozen=True)

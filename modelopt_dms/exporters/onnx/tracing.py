@@ -88,7 +88,7 @@ def traceable(model: PreTrainedModel) -> Iterator[None]:
     """Inside, a model's experts are computed by matrix products, without loops over who was chosen."""
     config: Any = model.config
     before = getattr(config, "_experts_implementation", None)
-    usages = {x: x.__dict__.get("dms_usage") for x in dms_modules(model).values()}
+    usages = {x: x.__dict__.get("dms_usages") for x in dms_modules(model).values()}
     try:
         if before is not None:
             model.set_experts_implementation("batched_mm")
@@ -98,4 +98,4 @@ def traceable(model: PreTrainedModel) -> Iterator[None]:
         if before is not None:
             model.set_experts_implementation(before)
         for module, usage in usages.items():
-            module.dms_usage = usage
+            module.dms_usages = usage

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
+from modelopt_dms import handover
 from modelopt_dms.attention import GRAPH_ATTENTION_NAME
 from modelopt_dms.convert import dms_modules, is_attention
 from modelopt_dms.exporters.hf import ExportError
@@ -85,7 +86,7 @@ def _graph_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """As `attention.dms_attention` for whole sequences q [B, H, T, D], k [B, K, T, D], v [B, K, T, Dv]."""
-    step = module.dms_step
+    step = handover.get(module)
     step.used = True
     silence = getattr(module.dms_gate, "silence_rotated", None)
     query = query if silence is None else silence(query)
