@@ -110,16 +110,19 @@ def convert_model(model: PreTrainedModel, config: DMSConfig) -> ConvertSummary:
             f"{type(model).__name__} has no language-model head; DMS needs a causal LM (AutoModelForCausalLM)"
         )
     register_attention()
+    text = model.config.get_text_config(decoder=True)
+    never_slides, window = _never_slides(text), getattr(text, "sliding_window", None)
+    if never_slides:
+        # transformers would make caches of sliding layers, which a gate cannot serve.
+        text.sliding_window = None
     failure = probe(model, plan)
     if failure is not None:
+        if never_slides:
+            text.sliding_window = window
         raise UnsupportedModelError(failure)
     for module, gate in plan.values():
         _registered(type(module))
         DMSRegistry.convert(module, gate=gate)
-    text = model.config.get_text_config(decoder=True)
-    if _never_slides(text):
-        # transformers would make caches of sliding layers, which a gate cannot serve.
-        text.sliding_window = None
     use_dms(model, (module for module, _ in plan.values()))
     watch_calls(model)
     return ConvertSummary(list(plan), left_alone)

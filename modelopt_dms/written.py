@@ -85,6 +85,6 @@ def _expected(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
         name: tuple(x.shape)
         for name, x in model.state_dict().items()
         if name not in tied | ignored
-        and "_quantizer." not in name
+        and "_quantizer" not in name
         and not name.endswith("_extra_state")
     }

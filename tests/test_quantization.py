@@ -350,11 +350,17 @@ def test_what_modelopt_cannot_pack_is_said_and_leaves_nothing(tmp_path: Path) ->
     model = quantized("llama", "kv_int8-dms_cr8")
     with pytest.raises(ExportError, match="cannot hold this quantization"):
         dms.export(model, tmp_path / "new")
-    with pytest.raises(ExportError, match="no quantizer"):
-        dms.export(build_dms("llama"), tmp_path / "new")
     with pytest.raises(ExportError, match="format='gguf' is not known; accepted: hf"):
         dms.export(model, tmp_path / "new", "gguf")
     assert not (tmp_path / "new").exists()
+
+
+def test_a_model_that_is_not_quantized_is_exported_as_it_is(tmp_path: Path) -> None:
+    model, ids = build_dms("llama"), tokens(2, 30)
+    dms.export(model, tmp_path / "new")
+    with torch.no_grad():
+        again = dms.load(tmp_path / "new")(ids, use_cache=False).logits
+        assert torch.equal(again, model(ids, use_cache=False).logits)
 
 
 def test_a_quantized_model_is_not_quantized_again_nor_given_gates() -> None:

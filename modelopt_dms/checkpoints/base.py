@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from modelopt_dms.checkpoints import gguf
 from modelopt_dms.checkpoints.fetch import KNOWN, fetched
+from modelopt_dms.checkpoints.formats import check_plain
 from modelopt_dms.shelf import embedded_model_dir
 
 if TYPE_CHECKING:
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED = "embedded"
+# One of these is in every directory that a tokenizer can be read from; of none, transformers makes up an empty one.
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "merges.txt", "tekken.json")
 
 
 def load_base(
@@ -34,6 +37,7 @@ def load_base(
         ValueError: not here, damaged, no causal LM, or with a weight that is not finite.
     """
     place = locate(name_or_path)
+    check_model_place(place)
     tokenizer = load_tokenizer(place, trust_remote_code=trust_remote_code)
     if (file := gguf.gguf_file(place)) is not None:
         model = gguf.load_model(file, dtype=dtype, device_map=device_map)
@@ -56,6 +60,7 @@ def load_tokenizer(
     place = locate(name_or_path)
     if (file := gguf.gguf_file(place)) is not None:
         return gguf.load_tokenizer(file)
+    _check_tokenizer(Path(place))
     from transformers import AutoTokenizer
 
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -80,14 +85,24 @@ def locate(name_or_path: str | Path) -> str:
 
 
 def check_model_place(place: str) -> None:
-    """Refuse what is no model as far as file names go; a name that is no path here may be a hub id.
+    """Refuse what is no model with plain weights as far as headers go; a name that is no path here may be a hub id.
 
     Raises:
-        ValueError: a path without config.json, or a GGUF file that cannot be read.
+        ValueError: a path without config.json, quantized weights, an adapter, or a GGUF file that cannot be read.
     """
     if (file := gguf.gguf_file(place)) is not None:
         gguf.read_header(file)
-    elif Path(place).exists() and not (Path(place) / "config.json").is_file():
+        return
+    if Path(place).is_dir():
+        check_plain(place)
+    if Path(place).exists() and not (Path(place) / "config.json").is_file():
         raise ValueError(
             f"{place} has no config.json; expected the directory of a Hugging Face model, or a .gguf file"
+        )
+
+
+def _check_tokenizer(place: Path) -> None:
+    if place.is_dir() and not any(x for name in TOKENIZER_FILES for x in place.glob(name)):
+        raise ValueError(
+            f"{place} holds no tokenizer (tokenizer.json or the like); copy those of the original model there"
         )

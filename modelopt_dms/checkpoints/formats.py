@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a directory holds plain weights, told from its JSON files and tensor headers. Imports nothing heavy."""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+# Numbers that a weight can be read from without a scale.
+PLAIN = ("F64", "F32", "F16", "BF16")
+# A model that this package has written: `loading.load` knows how.
+OURS = ("dms_config", "dms_quantization", "dms_window_size")
+_WAY_OUT = "start from the original checkpoint in float32, float16 or bfloat16"
+# Longer than any checkpoint's; a damaged file gives any number.
+_LONGEST_HEADER = 1 << 28
+
+
+class FormatError(ValueError):
+    """Weights that are not plain numbers; the message says what they are."""
+
+
+def check_plain(place: str | Path) -> None:
+    """Refuse a directory whose weights are packed, scaled, or only a part of a model's.
+
+    Args:
+        place: directory of a Hugging Face model, ours or not; anything else is not looked at.
+
+    Raises:
+        FormatError: quantized, an adapter, or weights in another number format.
+    """
+    path = Path(place)
+    config = _read(path / "config.json")
+    if (path / "adapter_config.json").is_file():
+        base = _read(path / "adapter_config.json").get("base_model_name_or_path")
+        raise FormatError(
+            f"{path} is a PEFT adapter of {base!r}, not a model; merge it first (PeftModel.merge_and_unload) and save "
+            "the result"
+        )
+    if any(config.get(x) for x in OURS):
+        return
+    texts = [config, *(x for x in config.values() if isinstance(x, dict))]
+    how = next((x["quantization_config"] for x in texts if x.get("quantization_config")), None)
+    if how is not None:
+        method = how.get("quant_method") if isinstance(how, dict) else how
+        raise FormatError(
+            f"{path}: the weights are quantized (quantization_config.quant_method={method!r}); {_WAY_OUT}"
+        )
+    if (path / "hf_quant_config.json").is_file():
+        section = _read(path / "hf_quant_config.json").get("quantization") or {}
+        raise FormatError(
+            f"{path}: the weights are quantized by ModelOpt (hf_quant_config.json: "
+            f"quant_algo={section.get('quant_algo')!r}); {_WAY_OUT}"
+        )
+    for file in sorted(path.glob("*.safetensors")):
+        _check_tensors(file)
+
+
+def _check_tensors(file: Path) -> None:
+    for name, entry in _header(file).items():
+        kind = entry.get("dtype") if isinstance(entry, dict) else None
+        if name.rpartition(".")[2] in ("qweight", "qzeros", "weight_packed", "weight_scale"):
+            raise FormatError(f"{file}: {name} belongs to quantized weights; {_WAY_OUT}")
+        if name.endswith("weight") and kind not in PLAIN:
+            raise FormatError(f"{file}: {name} is stored as {kind}; {_WAY_OUT}")
+
+
+def _header(file: Path) -> dict[str, Any]:
+    """Tensors by name, from the JSON that a safetensors file begins with."""
+    try:
+        with open(file, "rb") as stream:
+            (size,) = struct.unpack("<Q", stream.read(8))
+            if size > min(_LONGEST_HEADER, file.stat().st_size):
+                raise ValueError(f"a header of {size} bytes")
+            header: dict[str, Any] = json.loads(stream.read(size))
+    except (OSError, ValueError, struct.error) as error:
+        raise FormatError(f"{file} cannot be read: {error}") from error
+    header.pop("__metadata__", None)
+    return header
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object; empty if there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FormatError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise FormatError(f"{path} holds a {type(content).__name__}; expected an object")
+    return content
