@@ -15,7 +15,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-QUANT_METHOD = "modelopt_dms"
+# Where it is not registered, errors and warnings of transformers, lm-eval and vLLM show it.
+QUANT_METHOD = "modelopt_dms (import modelopt_dms first)"
 # What the error of transformers ends with.
 GUARD = "modelopt_dms: this model evicts from its KV cache; import modelopt_dms before loading it"
 # Where another quant_method must stand, for the engines that read it.

@@ -61,7 +61,10 @@ def _amax(quantizer: Any) -> torch.Tensor | None:
         return None
     amax = quantizer.amax
     if amax is None:
-        raise KVFormatError("the KV quantizers have no amax; calibrate them (quantize with data)")
+        raise KVFormatError(
+            "the KV quantizers have no amax; calibrate them (quantize with data): ModelOpt's KV configs alone name no "
+            "algorithm, so join them to one that does, or use modelopt_dms.quantize"
+        )
     if amax.ndim and amax.numel() > 1 and amax.shape != (1, amax.shape[1], 1, 1):
         raise KVFormatError(_refusal(quantizer, f"an amax of shape {tuple(amax.shape)}"))
     return amax.detach().flatten()

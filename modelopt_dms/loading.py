@@ -150,8 +150,10 @@ def _attach(
             f"{path} was quantized by mtq.quantize, but nothing says how; quantize with modelopt_dms.quantize, or call "
             "modelopt.torch.opt.enable_huggingface_checkpointing() before saving and loading"
         )
-    if quantization is not None and not is_quantized(model):
-        insert(model, QuantizationConfig(**quantization))
+    if quantization is not None:
+        # ModelOpt may have put quantizers on already, and transformers their ranges, in the model's dtype.
+        if not is_quantized(model):
+            insert(model, QuantizationConfig(**quantization))
         _put_ranges(model, ranges | _ranges(stored), path)
     check_weights(model, str(path))
 
@@ -273,4 +275,6 @@ def _put_ranges(model: PreTrainedModel, ranges: dict[str, Tensor], path: Path) -
         if found is None:
             raise CheckpointError(f"{path}: {key} belongs to no quantizer of this model")
         device = next(model.get_submodule(found.rpartition(".")[0]).parameters(), tensor).device
+        if hasattr(quantizers[found], buffer):
+            delattr(quantizers[found], buffer)
         setattr(quantizers[found], buffer.removeprefix("_"), tensor.to(device))

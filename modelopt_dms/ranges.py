@@ -34,8 +34,11 @@ def settle(model: PreTrainedModel) -> None:
         if not isinstance(module, TensorQuantizer) or module.amax is None:
             continue
         code = _largest_code(module, kv=name.endswith("_bmm_quantizer"))
-        if code is not None:
-            module.amax = _as_stored(module.amax, code)
+        amax = module.amax.float() if code is None else _as_stored(module.amax, code)
+        # Not assigned in place: that would round it to the model's dtype, in which ModelOpt has measured it, while what
+        # is read back from a scale is float32, and quantizers compute in the dtype of their range.
+        del module._amax
+        module.amax = amax
 
 
 def _shared_inputs(model: Any) -> list[list[Any]]:

@@ -283,7 +283,9 @@ def _stored_as(dtype: torch.dtype, suffix: str = "") -> Any:
     def change(place: Path) -> None:
         tensors = load_file(place / "model.safetensors")
         key = next(x for x in tensors if "up_proj" in x)
-        tensors[key.removesuffix("weight") + suffix if suffix else key] = tensors[key].to(dtype)
+        tensors[key.removesuffix("weight") + suffix if suffix else key] = (
+            tensors[key].to(dtype).clone()
+        )
         save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
 
     return change

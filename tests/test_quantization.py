@@ -29,7 +29,7 @@ from families import (
 from modelopt.torch.quantization.nn import TensorQuantizer
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import modelopt_dms as dms
 from modelopt_dms.cache import DMSLayer, kv_stats
@@ -353,6 +353,27 @@ def test_what_modelopt_cannot_pack_is_said_and_leaves_nothing(tmp_path: Path) ->
     with pytest.raises(ExportError, match="format='gguf' is not known; accepted: hf"):
         dms.export(model, tmp_path / "new", "gguf")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "recipe", ["nvfp4_default-kv_fp8-dms_cr8", "nvfp4_weight_only-kv_fp8-dms_cr8"]
+)
+def test_a_bfloat16_model_is_the_same_saved_and_exported_in_nvfp4(
+    recipe: str, tmp_path: Path
+) -> None:
+    build("llama", head_dim=16).to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    open_gates(dms.apply_dms(model, {"window": 5, "scale": 10.0}))
+    dms.quantize(model, config(recipe), [tokens(4, 32)])
+    model.save_pretrained(tmp_path / "saved")
+    dms.export(model, tmp_path / "exported")
+    ids = tokens(2, 30)
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        for name in ("saved", "exported"):
+            again = dms.load(tmp_path / name)
+            assert again.dtype == torch.bfloat16
+            assert torch.equal(again(ids, use_cache=False).logits, expected), name
 
 
 def test_a_model_that_is_not_quantized_is_exported_as_it_is(tmp_path: Path) -> None:
