@@ -3,6 +3,7 @@
 
 import copy
 import inspect
+import threading
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -22,6 +23,9 @@ from modelopt_dms.ops import shift_decisions
 from modelopt_dms.ops.undo import LONGEST_DRAFT
 from modelopt_dms.paging import PagedSlots
 
+# ModelOpt keeps in modules, and in the function named "dms", what is only true while a quantized layer runs.
+_QUANTIZED = threading.RLock()
+
 
 def put_gate(module: Any, gate: EvictionGate) -> list[RemovableHandle]:
     """Give an attention module a gate and the hooks around its forward; the hooks, to take them off again."""
@@ -34,11 +38,11 @@ def put_gate(module: Any, gate: EvictionGate) -> list[RemovableHandle]:
 
 
 def watch_calls(model: PreTrainedModel) -> list[RemovableHandle]:
-    """Hooks around a model's forward: refuse what no layer can do, and see how long a draft is."""
+    """Hooks around a model's forward: refuse what no layer can do, see how long a draft is, keep threads apart."""
     handles = []
     for network in {model, model.base_model}:
         handles.append(network.register_forward_pre_hook(_begin_call, with_kwargs=True))
-    handles.append(model.register_forward_hook(_end_call, always_call=True))
+        handles.append(network.register_forward_hook(_end_call, always_call=True))
     return handles
 
 
@@ -222,6 +226,10 @@ def _check_batch(module: Any, layer: DMSLayer, batch: int) -> None:
 
 def _begin_call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     handover.take("mask")
+    _leave(model)  # an interrupt may have kept an earlier forward from doing it
+    if _is_quantized(model) and not torch.compiler.is_compiling():
+        _QUANTIZED.acquire()
+        handover.put((model, "alone"), True)
     asked = kwargs.get("output_attentions")
     if asked is None:
         asked = getattr(model.config, "output_attentions", False)
@@ -239,6 +247,17 @@ def _begin_call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
 def _end_call(model: Any, args: tuple[Any, ...], output: Any) -> None:
     handover.take("draft")
     handover.take("mask")
+    _leave(model)
+
+
+def _leave(model: Any) -> None:
+    if handover.take((model, "alone")):
+        _QUANTIZED.release()
+
+
+def _is_quantized(model: nn.Module) -> bool:
+    layer = next((x for x in model.modules() if hasattr(x, "dms_gate")), None)
+    return hasattr(layer, "k_bmm_quantizer")
 
 
 def _hard_log_keep(evict: Tensor, shift: int) -> Tensor:

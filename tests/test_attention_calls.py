@@ -7,6 +7,7 @@ import pickle
 import threading
 from typing import Any
 
+import modelopt.torch.quantization as mtq
 import pytest
 import torch
 import transformers
@@ -194,6 +195,17 @@ def test_two_generates_at_once_equal_two_in_turn(facts: dict[str, Any], times: i
             assert out is not None and torch.equal(out, wanted)
     model.generate(prompts[1], max_new_tokens=24)
     assert str(kv_stats(model)) == stats
+
+
+@pytest.mark.parametrize("preset", ["FP8_KV_CFG", "INT8_DEFAULT_CFG"])
+def test_two_generates_at_once_of_a_quantized_model_equal_two_in_turn(preset: str) -> None:
+    config = {"quant_cfg": copy.deepcopy(getattr(mtq, preset)["quant_cfg"]), "algorithm": "max"}
+    model = mtq.quantize(build_dms("llama"), config, lambda x: x(tokens(4, 32)))
+    prompts = [tokens(1, 40, seed=1), tokens(1, 30, seed=2)]
+    expected = [model.generate(x, max_new_tokens=24) for x in prompts]
+    for _ in range(3):
+        for out, wanted in zip(in_threads(model, prompts, 24), expected, strict=True):
+            assert out is not None and torch.equal(out, wanted)
 
 
 @pytest.mark.parametrize("facts", [{}, {"gate": "residual"}, {"gate": "neuron"}], ids=str)
