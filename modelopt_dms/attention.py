@@ -214,10 +214,10 @@ def _evicting(
         log_keep = step.log_keep.expand(-1, key.shape[1], -1)
         window = module.dms_gate.window
         return door.prefill_attention(query, key, value, log_keep, window, mask, scoring)
-    layer.check_rows(layer_name(module), tokens)
     attend = getattr(layer.slots, "attend", None)
     if attend is not None:
         return attend(step, query, key, value, scoring)  # a graph is being exported
+    layer.check_rows(layer_name(module), tokens)
     past = layer.get_seq_length()
     mask, valid = read_mask(
         layer_name(module), attention_mask, tokens, past, layer.held, step.cache

@@ -180,7 +180,7 @@ def _stage_cached(
     gate: EvictionGate = module.dms_gate
     formats = partial(kv_formats, module)
     layer = adopt(cache, module.layer_idx, gate.window, gate.shift, formats, hidden.device)
-    _check_batch(module, layer, len(hidden))
+    _check_batch(module, layer, hidden.shape[0])
     draft = handover.get("draft")
     if draft is not None:
         layer.expect_draft(draft)
@@ -217,6 +217,8 @@ def drop_step(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output
 
 
 def _check_batch(module: Any, layer: DMSLayer, batch: int) -> None:
+    if hasattr(layer.slots, "attend"):
+        return  # a graph is being exported, for any batch
     if layer.get_seq_length() and batch != layer.slots.B:
         raise ValueError(
             f"{layer_name(module)}: {batch} sequences do not fit a cache that holds {layer.slots.B}; pass as many, or "

@@ -156,7 +156,10 @@ def test_an_interrupted_run_with_other_settings_is_refused(
         ({"prompts": [[3], []]}, r"prompts\[1\] is empty"),
         ({"prompts": ["x", 5]}, r"prompts\[1\] is a int that is neither text, chat nor"),
         ({"prompts": [[3, 99]]}, "token id 99, but the model's embedding has 64 rows"),
-        ({"prompts": [{"messages": [{"role": "user"}]}]}, "has no chat_template"),
+        (
+            {"prompts": [{"messages": [{"role": "user", "content": "x"}]}]},
+            "has no chat_template",
+        ),
         ({"prompts": [[3] * 251]}, "has 251 tokens; with max_new_tokens=6 .* 256 positions"),
         ({"prompts": "missing.jsonl"}, "missing.jsonl does not exist"),
         ({"count": 0}, "count=0 must be at least 1"),
