@@ -75,8 +75,15 @@ assert "modelopt_dms" not in sys.modules
     assert found.stdout.count("import modelopt_dms before loading it") == 3, found
 
 
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import modelopt_dms",
+        pytest.param("import transformers.modeling_utils, modelopt_dms", marks=pytest.mark.slow),
+    ],
+)
 def test_once_the_package_is_imported_transformers_and_load_give_the_same_model(
-    tmp_path: Path,
+    imports: str, tmp_path: Path
 ) -> None:
     """Saved by save_pretrained, and quantized with its KV cache; in a fresh process, imports in either order."""
     ids = tokens(2, 30)
@@ -104,10 +111,8 @@ for name in ("plain", "quantized"):
         model.generate(known["ids"], max_new_tokens=2)
         print(modelopt_dms.kv_stats(model).compression_ratio > 1)
 """
-    first = run(code, tmp_path, "import modelopt_dms")
-    assert first.stdout.count("True") == 8, first
-    second = run(code, tmp_path, "import transformers.modeling_utils, modelopt_dms")
-    assert second.stdout.count("True") == 8, second
+    found = run(code, tmp_path, imports)
+    assert found.stdout.count("True") == 8, found
 
 
 def test_a_model_loaded_by_transformers_is_an_ordinary_one(tmp_path: Path) -> None:
@@ -127,7 +132,14 @@ def test_a_model_loaded_by_transformers_is_an_ordinary_one(tmp_path: Path) -> No
         tf.AutoModelForCausalLM.from_pretrained(tmp_path / "a", attn_implementation="sdpa")
 
 
-def test_importing_the_package_registers_modelopts_mode(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import modelopt_dms",
+        pytest.param("import modelopt.torch.opt, modelopt_dms", marks=pytest.mark.slow),
+    ],
+)
+def test_importing_the_package_registers_modelopts_mode(imports: str, tmp_path: Path) -> None:
     """apply_mode, save and restore of ModelOpt, in a fresh process that calls nothing of ours."""
     code = """
 import sys
@@ -143,8 +155,8 @@ again = mto.restore(LlamaForCausalLM(config), sys.argv[1])
 ids = torch.arange(30)[None]
 print(torch.equal(model(ids, use_cache=False).logits, again(ids, use_cache=False).logits))
 """
-    for order in ("import modelopt_dms", "import modelopt.torch.opt, modelopt_dms"):
-        assert "True" in run(code, tmp_path / "state.pt", order).stdout
+    found = run(code, tmp_path / "state.pt", imports)
+    assert "True" in found.stdout, found
 
 
 def _nemotron() -> Any:
