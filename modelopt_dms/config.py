@@ -288,7 +288,8 @@ class RetrofitConfig(Section):
     lora_modules: list[str] = ModeloptField(
         default=["all-linear"],
         title="LoRA modules",
-        description="Endings of the names of layers that get an adapter, such as q_proj; or all-linear.",
+        description="Endings of the names of linear layers that get an adapter, such as q_proj; or "
+        "attention (those of attention layers with a gate), or all-linear.",
     )
     gradient_checkpointing: bool = ModeloptField(
         default=False,

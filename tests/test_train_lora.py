@@ -7,12 +7,17 @@ from families import FAMILIES, build, tokens
 from test_train_loop import assert_same, make_config, make_model, run
 
 import modelopt_dms as dms
+from modelopt_dms.convert import dms_modules
 from modelopt_dms.gate import eviction_off, gate_parameters
 from modelopt_dms.recipe import Recipe
 from modelopt_dms.train.distill import Distiller, learning
 from modelopt_dms.train.lora import LoraError, adapted
 from modelopt_dms.train.trainer import RetrofitTrainer
 
+PROJECTIONS = {
+    *("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "query_key_value", "dense"),
+    *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
+}
 LORA = {"train": "lora", "lora_rank": 4, "lora_alpha": 8.0, "learning_rate": 5e-3}
 
 
@@ -109,6 +114,21 @@ def test_interrupted_and_resumed_run_equals_an_uninterrupted_one(tmp_path, monke
     assert_same(whole, resumed)
     one, other = base_weights(whole[0]), base_weights(resumed[0])
     assert all(torch.equal(one[k], other[k]) for k in one)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "phi3", "deepseek_v3"])
+def test_attention_means_the_linear_layers_of_layers_with_a_gate(family):
+    model = dms.apply_dms(build(family), {"window": 4})
+    config = make_config(**LORA, lora_modules=["attention"])
+    linear = {
+        f"{name}.{inner}"
+        for name, module in dms_modules(model).items()
+        for inner, layer in module.named_modules()
+        if inner and inner.rpartition(".")[2] in PROJECTIONS
+    }
+    with adapted(model, config), learning(model, config):
+        found = {k.partition(".lora_")[0] for k, _ in model.named_parameters() if ".lora_" in k}
+    assert found == linear and len(linear) >= 2 * len(dms_modules(model))
 
 
 def test_modules_that_do_not_exist_are_refused_and_nothing_changes():

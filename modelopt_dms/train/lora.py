@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from modelopt_dms.config import RetrofitConfig
+from modelopt_dms.convert import dms_modules
 
 ADAPTER = "default"
 
@@ -56,11 +57,12 @@ def _inject(model: PreTrainedModel, config: RetrofitConfig) -> Any:
     from peft.tuners.lora import LoraModel
     from peft.tuners.tuners_utils import cast_adapter_dtype
 
-    modules: Any = config.lora_modules
+    modules = config.lora_modules
+    targets = _of_attention(model) if modules == ["attention"] else modules
     options = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
-        target_modules="all-linear" if modules == ["all-linear"] else modules,
+        target_modules="all-linear" if modules == ["all-linear"] else targets,
     )
     try:
         # Random initial values must not depend on what ran before.
@@ -72,6 +74,16 @@ def _inject(model: PreTrainedModel, config: RetrofitConfig) -> Any:
     # In bfloat16, most of an optimizer's steps are smaller than the distance to the next number.
     cast_adapter_dtype(tuner, ADAPTER)
     return tuner
+
+
+def _of_attention(model: nn.Module) -> list[str]:
+    """Names of the linear layers of attention modules with a gate."""
+    return [
+        f"{name}.{inner}"
+        for name, module in dms_modules(model).items()
+        for inner, layer in module.named_modules()
+        if isinstance(layer, nn.Linear)
+    ]
 
 
 @contextmanager
