@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from modelopt.torch.export.unified_export_hf import collect_shared_input_modules
-from modelopt.torch.quantization.nn import TensorQuantizer
+from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -39,6 +39,31 @@ def settle(model: PreTrainedModel) -> None:
         # is read back from a scale is float32, and quantizers compute in the dtype of their range.
         del module._amax
         module.amax = amax
+
+
+@torch.no_grad()
+def put_weights_on_grids(model: PreTrainedModel) -> None:
+    """Replace FP8 weights by the values that the model computes with, in place.
+
+    The model computes what it did: to quantize what is quantized changes nothing. Blocks of NVFP4 carry scales of their
+    own, which ModelOpt packs as it computes them.
+    """
+    for module in model.modules():
+        if not isinstance(module, QuantModule):
+            continue
+        for weight, quantizer in module.iter_weights_for_calibration():
+            if _is_fp8(quantizer):
+                weight.copy_(quantizer(weight))
+
+
+def _is_fp8(quantizer: Any) -> bool:
+    return (
+        isinstance(quantizer, TensorQuantizer)
+        and quantizer.is_enabled
+        and quantizer.amax is not None
+        and quantizer.num_bits == (4, 3)
+        and quantizer.block_sizes is None
+    )
 
 
 def _shared_inputs(model: Any) -> list[list[Any]]:
