@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from modelopt.torch.export.unified_export_hf import collect_shared_input_modules
 from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from modelopt_dms.kv_quant import E2M1_MAX, E4M3_MAX, INT8_MAX
@@ -52,8 +52,15 @@ def put_weights_on_grids(model: PreTrainedModel) -> None:
         if not isinstance(module, QuantModule):
             continue
         for weight, quantizer in module.iter_weights_for_calibration():
-            if _is_fp8(quantizer):
+            if not _is_fp8(quantizer):
+                continue
+            name = next(
+                (x for x, held in module.named_parameters(recurse=False) if held is weight), None
+            )
+            if name is None:  # One expert of many, a view.
                 weight.copy_(quantizer(weight))
+            else:  # Not in place: the weight of an output layer may be the embeddings too, which are not quantized.
+                setattr(module, name, nn.Parameter(quantizer(weight), requires_grad=False))
 
 
 def _is_fp8(quantizer: Any) -> bool:
