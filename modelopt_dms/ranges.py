@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from modelopt.torch.export.unified_export_hf import collect_shared_input_modules
-from modelopt.torch.quantization.nn import TensorQuantizer
-from torch import Tensor
+from modelopt.torch.quantization.nn import QuantModule, TensorQuantizer
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from modelopt_dms.kv_quant import E2M1_MAX, E4M3_MAX, INT8_MAX
@@ -39,6 +39,38 @@ def settle(model: PreTrainedModel) -> None:
         # is read back from a scale is float32, and quantizers compute in the dtype of their range.
         del module._amax
         module.amax = amax
+
+
+@torch.no_grad()
+def put_weights_on_grids(model: PreTrainedModel) -> None:
+    """Replace FP8 weights by the values that the model computes with, in place.
+
+    The model computes what it did: to quantize what is quantized changes nothing. Blocks of NVFP4 carry scales of their
+    own, which ModelOpt packs as it computes them.
+    """
+    for module in model.modules():
+        if not isinstance(module, QuantModule):
+            continue
+        for weight, quantizer in module.iter_weights_for_calibration():
+            if not _is_fp8(quantizer):
+                continue
+            name = next(
+                (x for x, held in module.named_parameters(recurse=False) if held is weight), None
+            )
+            if name is None:  # One expert of many, a view.
+                weight.copy_(quantizer(weight))
+            else:  # Not in place: the weight of an output layer may be the embeddings too, which are not quantized.
+                setattr(module, name, nn.Parameter(quantizer(weight), requires_grad=False))
+
+
+def _is_fp8(quantizer: Any) -> bool:
+    return (
+        isinstance(quantizer, TensorQuantizer)
+        and quantizer.is_enabled
+        and quantizer.amax is not None
+        and quantizer.num_bits == (4, 3)
+        and quantizer.block_sizes is None
+    )
 
 
 def _shared_inputs(model: Any) -> list[list[Any]]:

@@ -14,6 +14,7 @@ from modelopt_dms.hf_quantizer import GUARD_OF_EXPORTS, QUANT_METHOD, unmark
 from modelopt_dms.output import check_output, staged
 from modelopt_dms.packed import PACKED_FILE
 from modelopt_dms.quantization import quantizes
+from modelopt_dms.ranges import put_weights_on_grids
 from modelopt_dms.recipe import Recipe, recipe_to_yaml
 from modelopt_dms.written import check_written
 
@@ -39,7 +40,7 @@ def export_hf(
         recipe: written along with the model.
 
     Raises:
-        ExportError: quantizers that ModelOpt cannot pack.
+        ExportError: quantizers that ModelOpt cannot pack, or offloaded weights.
         OutputError: the directory cannot be written to without losing something.
     """
     target = check_output(output_dir)
@@ -57,11 +58,19 @@ def write_packed(model: PreTrainedModel, place: Path) -> None:
     """Write weights, scales, gates and configs of a quantized model into a directory.
 
     Raises:
-        ExportError: quantizers that ModelOpt cannot pack.
+        ExportError: quantizers that ModelOpt cannot pack, or offloaded weights.
     """
+    offloaded = next((name for name, x in model.named_parameters() if x.is_meta), None)
+    if offloaded is not None:
+        raise ExportError(
+            f"{offloaded} is offloaded; packing needs all weights in memory: load the model without a device_map"
+        )
     packed: Any = copy.deepcopy(model)
     packed.config.architectures = [_plain_name(model)]
     unmark(packed.config)
+    # ModelOpt computes with weight / scale in float32, but packs it rounded to the model's dtype first: in bfloat16,
+    # 3 % of the codes come out a step off. Weights that lie on the grid already get the right code both ways.
+    put_weights_on_grids(packed)
     try:
         export_hf_checkpoint(packed, dtype=model.dtype, export_dir=place)
     except (AssertionError, RuntimeError, ValueError) as error:
