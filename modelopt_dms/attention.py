@@ -40,6 +40,7 @@ Expand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 # sequence indices are in the mask already.
 HARMLESS = {
     "cache_position",
+    "image_sizes",
     "inputs_embeds",
     "labels",
     "logits_to_keep",
