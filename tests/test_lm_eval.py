@@ -36,7 +36,9 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The embedded model with gates that evict, saved."""
     target = tmp_path_factory.mktemp("lm_eval") / "model"
     model, tokenizer = load_base("embedded")
-    model = dms.apply_dms(model, {"window": WINDOW, "offset": 0.0, "scale": 10.0})
+    model = dms.apply_dms(
+        model, {"window": WINDOW, "offset": 0.0, "scale": 10.0, "decision_shift": True}
+    )
     torch.manual_seed(0)
     for gate in gates(model):
         torch.nn.init.normal_(gate.weight, std=0.3)
