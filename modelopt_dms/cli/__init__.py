@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: modelopt-dms {fetch, compress, preview, traces, generate, eval, tune, export, engine, recipes}.
+"""The command line: modelopt-dms {fetch, compress, preview, traces, generate, eval, lm-eval, tune, export, ...}.
 
 Heavy imports stand inside the commands, so that --help answers at once.
 """
@@ -15,6 +15,7 @@ from modelopt_dms.cli.asking import evaluate, generate
 from modelopt_dms.cli.engines import engine_app
 from modelopt_dms.cli.feeding import preview, traces
 from modelopt_dms.cli.fetching import fetch
+from modelopt_dms.cli.harness import PASSED_ON, lm_eval
 from modelopt_dms.cli.listing import recipes_app
 from modelopt_dms.cli.making import compress, export, tune
 from modelopt_dms.cli.options import err
@@ -33,6 +34,7 @@ app.command()(preview)
 app.command()(traces)
 app.command()(generate)
 app.command("eval")(evaluate)
+app.command("lm-eval", context_settings=PASSED_ON)(lm_eval)
 app.command()(tune)
 app.command()(export)
 app.add_typer(engine_app, name="engine")

@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""lm-evaluation-harness on a DMS model, and what the KV cache held meanwhile. Needs lm_eval.
+
+Importing this registers the model type "dms" there: its "hf", plus the numbers, plus `cr` to choose a ratio.
+
+    lm_eval.simple_evaluate(model="dms", model_args="pretrained=DIR,cr=4", tasks=[...])
+
+Tasks that generate run on the physical cache. Tasks that score a given continuation (multiple choice, perplexity) run
+one forward over it, under the mask of the same decisions, and keep no cache between requests.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from torch import Tensor
+
+from modelopt_dms.cache import DMSLayer, KVStats, kv_stats
+from modelopt_dms.compression import set_compression
+from modelopt_dms.convert import is_converted
+from modelopt_dms.gate import AlphaRecord, gates, record_alpha
+from modelopt_dms.ops import shift_decisions
+
+TESTED = "0.4.13"
+GENERATE, SCORE = "generate_until", "loglikelihood"
+
+
+@dataclass
+class Held:
+    """What sequences left in the KV cache: sums over sequences.
+
+    Attributes:
+        sequences: run by the model; requests with the same input are run once.
+        context: tokens seen.
+        resident: tokens held, mean over layers and KV heads.
+        kv_bytes: bytes allocated for keys and values; None where no cache was kept.
+        dense: size of a cache that keeps every token, in bytes, or in tokens where no cache was kept.
+        kept: what of it was kept, in the same unit.
+    """
+
+    kv_bytes: int | None
+    sequences: int = 0
+    context: float = 0.0
+    resident: float = 0.0
+    dense: float = 0.0
+    kept: float = 0.0
+
+    def add_cache(self, stats: KVStats) -> None:
+        """Count a cache when its batch was done."""
+        count = len(stats.layers[0].logical)
+        self.sequences += count
+        self.context += stats.logical_tokens * count
+        self.resident += stats.live_tokens * count
+        self.kv_bytes = (self.kv_bytes or 0) + stats.kv_bytes
+        self.dense += stats.dense_bytes
+        self.kept += stats.dense_bytes / stats.compression_ratio
+
+    def add_sequence(self, length: int, resident: float) -> None:
+        """Count a sequence of `length` tokens that was run without a cache."""
+        self.sequences += 1
+        self.context += length
+        self.resident += resident
+        self.dense += length
+        self.kept += resident
+
+    def row(self) -> dict[str, Any]:
+        """Means over sequences, and the ratio of the sums, for a JSON file."""
+        n = self.sequences
+        return {
+            "sequences": n,
+            "compression_ratio": self.dense / self.kept,
+            "context_tokens": self.context / n,
+            "resident_tokens": self.resident / n,
+            "kv_bytes": None if self.kv_bytes is None else self.kv_bytes / n,
+        }
+
+
+@register_model("dms")
+class DMSLM(HFLM):
+    """lm-eval's Hugging Face model, which also counts what a DMS model keeps. A plain model runs as under "hf".
+
+    Attributes:
+        held: what was counted, by kind of request.
+    """
+
+    def __init__(self, *args: Any, cr: float | None = None, **kwargs: Any) -> None:
+        """Load a model, or take a live one.
+
+        Args:
+            *args: of HFLM: `pretrained`, a directory or a model (with `tokenizer`).
+            cr: compression ratio to run at, on the curve that the model carries.
+            **kwargs: of HFLM.
+
+        Raises:
+            ValueError: the model has no gates, or no curve that reaches `cr`.
+        """
+        super().__init__(*args, **kwargs)
+        self.held = {GENERATE: Held(kv_bytes=0), SCORE: Held(kv_bytes=None)}
+        self.is_dms = is_converted(self.model)
+        self._marks: Tensor | None = None
+        self._row = 0
+        if cr is not None:
+            if not self.is_dms or isinstance(cr, bool) or not isinstance(cr, (int, float)):
+                wanted = "a number" if self.is_dms else "left out: this model has no gates"
+                raise ValueError(f"model_args cr={cr!r} must be {wanted}")
+            set_compression(self.model, cr)
+        if (made := _made.get()) is not None:
+            made.append(self)
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What lm-eval writes under "config" into its results, with our numbers as "modelopt_dms"."""
+        info: dict[str, Any] = super().get_model_info()
+        return info | {"modelopt_dms": self.summary()} if self.is_dms else info
+
+    def summary(self) -> dict[str, Any]:
+        """Numbers of this process by kind of request, for the kinds that were run; see `Held.row`."""
+        return {kind: x.row() for kind, x in self.held.items() if x.sequences}
+
+    def lines(self) -> list[str]:
+        """`summary` in words: one line for every kind of request, none of a plain model."""
+        if not self.is_dms:
+            return []
+        name = self.pretrained if isinstance(self.pretrained, str) else type(self.model).__name__
+        part = f" (rank {self.rank} of {self.world_size})" if self.world_size > 1 else ""
+        lines = []
+        for kind, x in self.summary().items():
+            how = "one forward each, no cache kept"
+            if x["kv_bytes"] is not None:
+                how = f"{x['kv_bytes']:,.0f} KV bytes, in the physical cache"
+            lines.append(
+                f"{name}: {kind}{part}: compression ratio {x['compression_ratio']:.2f}; {x['resident_tokens']:.1f} "
+                f"resident of {x['context_tokens']:.1f} context tokens, mean of {x['sequences']} sequences; {how}"
+            )
+        return lines or [f"{name}: no request was run{part}: all answers came from --use_cache"]
+
+    def generate_until(self, requests: Sequence[Any], *args: Any, **kwargs: Any) -> list[str]:
+        """As HFLM's, counted."""
+        before = self.held[GENERATE].sequences
+        found: list[str] = super().generate_until(requests, *args, **kwargs)
+        self._check_counted(GENERATE, len(requests), before)
+        return found
+
+    def _loglikelihood_tokens(self, requests: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+        before = self.held[SCORE].sequences
+        found = super()._loglikelihood_tokens(requests, *args, **kwargs)
+        self._check_counted(SCORE, len(requests), before)
+        return found
+
+    def _check_counted(self, kind: str, requests: int, before: int) -> None:
+        if self.is_dms and requests and self.held[kind].sequences == before:
+            raise RuntimeError(
+                f"lm_eval {version('lm_eval')} runs models in another way than {TESTED}, so no cache was measured; "
+                f"pip install lm-eval=={TESTED}"
+            )
+
+    def _model_generate(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.is_dms:
+            return super()._model_generate(*args, **kwargs)
+        out = super()._model_generate(*args, **kwargs | {"return_dict_in_generate": True})
+        layers = out.past_key_values.layers
+        if plain := [x.layer_idx for x in gates(self.model) if not _ours(layers[x.layer_idx])]:
+            raise RuntimeError(f"layers {plain} generated on a cache that cannot evict")
+        self.held[GENERATE].add_cache(kv_stats(out.past_key_values))
+        return out.sequences
+
+    def _model_call(self, *args: Any, **kwargs: Any) -> Any:
+        with record_alpha(self.model) as record:
+            logits = super()._model_call(*args, **kwargs)
+        self._marks, self._row = self._marked(record), 0
+        return logits
+
+    def _marked(self, record: AlphaRecord) -> Tensor | None:
+        """Which tokens [B, heads of all layers, T] of a forward are evicted once they have left the window."""
+        if not record.hard:
+            return None  # no gates, or all switched off
+        shift = gates(self.model)[0].shift
+        return torch.cat([shift_decisions(x, shift).cpu() for x in record.hard.values()], dim=1)
+
+    def _select_cont_toks(
+        self, logits: Tensor, contlen: int | None = None, inplen: int | None = None
+    ) -> Tensor:
+        # Called once for every row of the last forward, in order, with its length without padding.
+        if self.is_dms:
+            assert inplen is not None
+            gone = 0.0
+            if self._marks is not None:
+                left = max(0, inplen - gates(self.model)[0].window - 1)
+                gone = self._marks[self._row, :, :left].double().sum(-1).mean().item()
+            self.held[SCORE].add_sequence(inplen, inplen - gone)
+            self._row += 1
+        selected: Tensor = super()._select_cont_toks(logits, contlen, inplen)
+        return selected
+
+
+@contextmanager
+def models_made() -> Iterator[list[DMSLM]]:
+    """Collect the models that are made inside: lm-eval's command line does not hand them out."""
+    made: list[DMSLM] = []
+    token = _made.set(made)
+    try:
+        yield made
+    finally:
+        _made.reset(token)
+
+
+# None outside, so that nothing keeps a model alive.
+_made: ContextVar[list[DMSLM] | None] = ContextVar("made", default=None)
+
+
+def _ours(layer: Any) -> bool:
+    return isinstance(layer, DMSLayer)
