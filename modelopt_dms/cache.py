@@ -259,6 +259,12 @@ def adopt(
         cache.layers.append(cache.layer_class_to_replicate())
     layer = cache.layers[layer_idx]
     if isinstance(layer, DMSLayer):
+        held = getattr(layer.slots, "window", window)  # a graph that is exported has none
+        if held != window:
+            raise ValueError(
+                f"layer {layer_idx} of the cache has a delay window of {held} tokens, and the model's is {window}: "
+                "it is another model's cache; leave past_key_values unset, or pass one that this model returned"
+            )
         return layer
     name = f"{type(cache).__name__} with {type(layer).__name__} at layer {layer_idx}"
     if type(layer) is not DynamicLayer or getattr(cache, "offloading", False):

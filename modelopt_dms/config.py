@@ -10,6 +10,8 @@ from pydantic import ConfigDict, ValidationError, field_validator, model_validat
 
 # No window, number of steps or seed that is meant needs more than 32 bits; nor a float more than this range.
 LARGEST_INTEGER = 2**32 - 1
+# Tokens: more than any context that a model has.
+LONGEST = 2**24
 SMALLEST_FLOAT, LARGEST_FLOAT = 1e-12, 1e9
 
 
@@ -59,6 +61,7 @@ class DMSConfig(Section):
     window: int = ModeloptField(
         default=256,
         ge=1,
+        le=LONGEST,
         title="Delay window in tokens",
         description="A token marked for eviction stays readable until it is more than this many tokens old.",
     )
@@ -98,6 +101,7 @@ class DMSConfig(Section):
     protect_first: int = ModeloptField(
         default=0,
         ge=0,
+        le=LONGEST,
         title="Protected first tokens",
         description="This many tokens at the start of every sequence are never evicted.",
     )

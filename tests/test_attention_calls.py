@@ -348,3 +348,12 @@ def test_a_loaded_model_with_a_layer_on_disk_decides_the_same(tmp_path: Any) -> 
     places = {**dict.fromkeys(names, "cpu"), "model.layers.1": "disk"}
     loaded = load(tmp_path, device_map=places)
     assert distance(loaded(ids).logits, model(ids).logits) < 1e-6
+
+
+@torch.no_grad()
+def test_the_cache_of_a_model_with_another_window_is_refused() -> None:
+    ids = tokens(1, 20)
+    cache = build_dms("llama", window=9)(ids[:, :12]).past_key_values
+    model = build_dms("llama", window=4)
+    with pytest.raises(ValueError, match="a delay window of 9 tokens, and the model's is 4"):
+        model(ids[:, 12:], past_key_values=cache)
