@@ -96,7 +96,7 @@ def dms_attention(
     gate = getattr(module, "dms_gate", None)
     if gate is None:
         return _as_before(module, query, key, value, attention_mask, dropout, scaling, kwargs)
-    _check_arguments(module, key.shape[2], dropout, kwargs)
+    _check_arguments(module, dropout, kwargs)
     softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
     scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, sinks)
     if gate.watch is not None:
@@ -123,7 +123,7 @@ def layer_name(module: Any) -> str:
     return f"layer {module.layer_idx} ({(names or [type(module).__name__])[0]})"
 
 
-def _check_arguments(module: Any, keys: int, dropout: float, kwargs: dict[str, Any]) -> None:
+def _check_arguments(module: Any, dropout: float, kwargs: dict[str, Any]) -> None:
     """Refuse what would change the result, were it implemented."""
     if dropout:
         raise AttentionError(

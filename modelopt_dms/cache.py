@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hugging Face's face of the slots: a cache layer with a logical and a live length, and what it costs."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -231,6 +232,22 @@ class LayerStep:
     undecided: GateInput | None = None
     used: bool = False
     cache: Cache | None = None
+
+
+# What transformers calls a cache, before 5.24 and since.
+CACHE_NAMES = ("past_key_values", "cache")
+
+
+def cache_argument(function: Callable[..., Any], cache: Cache | None) -> dict[str, Cache | None]:
+    """A cache as the keyword argument that a model's forward, or a class of outputs, takes."""
+    before, since = CACHE_NAMES
+    return {since if since in inspect.signature(function).parameters else before: cache}
+
+
+def cache_of(output: Any) -> Cache:
+    """The cache in what a model, or `generate`, returned."""
+    before, since = CACHE_NAMES
+    return getattr(output, since if hasattr(output, since) else before)
 
 
 def adopt(

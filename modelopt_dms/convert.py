@@ -105,10 +105,6 @@ def convert_model(model: PreTrainedModel, config: DMSConfig) -> ConvertSummary:
         UnsupportedModelError: nothing to convert, or a layer that cannot be; nothing was changed.
     """
     plan, left_alone = plan_conversion(model, config)
-    if model.base_model is model and model.get_output_embeddings() is None:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} has no language-model head; DMS needs a causal LM (AutoModelForCausalLM)"
-        )
     register_attention()
     text = model.config.get_text_config(decoder=True)
     never_slides, window = _never_slides(text), getattr(text, "sliding_window", None)
@@ -155,6 +151,10 @@ def plan_conversion(
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(
             f"{type(model).__name__} is an encoder-decoder; DMS needs a causal LM"
+        )
+    if model.base_model is model and model.get_output_embeddings() is None:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no language-model head; DMS needs a causal LM (AutoModelForCausalLM)"
         )
     if not type(model)._can_set_attn_implementation():
         raise UnsupportedModelError(

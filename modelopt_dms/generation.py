@@ -16,14 +16,13 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.generation import GenerateDecoderOnlyOutput, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from modelopt_dms.cache import CACHE_NAMES, cache_argument
 from modelopt_dms.paged_cache import DMSCache
 
 # Steps between two checks; at most PAGE, so that a list takes at most one page between them.
 CHECK_EVERY = 16
 # torch.compile makes its second version when the cache's length has changed, and that one stays.
 _COMPILED_RUNS = 3
-# What transformers' generate hands a cache over as, before 5.24 and since.
-CACHE_NAMES = ("past_key_values", "cache")
 # Rotary embeddings that look at the positions' values: a graph cannot.
 _LOOKING_ROPE = ("dynamic", "longrope")
 
@@ -101,8 +100,8 @@ class DecodeStep:
         outputs = self._forward_model(
             input_ids=self.token,
             position_ids=self.position,
-            past_key_values=self.cache,
             use_cache=True,
+            **cache_argument(type(self.model).forward, self.cache),
         )
         self.logits = outputs.logits[:, -1]
         self.position += 1
@@ -182,7 +181,8 @@ def graphed(
     sequences = run.sequences()
     if not generation_config.return_dict_in_generate:
         return sequences
-    return GenerateDecoderOnlyOutput(sequences=sequences, past_key_values=cache)
+    given = cache_argument(GenerateDecoderOnlyOutput, cache)
+    return GenerateDecoderOnlyOutput(sequences=sequences, **given)
 
 
 class _Run:
@@ -231,9 +231,9 @@ class _Run:
             input_ids=self.ids[:, past : self.length],
             attention_mask=mask,
             position_ids=positions[:, past:],
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **cache_argument(type(self.model).forward, cache),
         )
         B = len(self.ids)
         position = (positions[:, -1:] + 1).expand(B, 1).clone()

@@ -26,6 +26,7 @@ from modelopt_dms.mode import CheckpointError, apply_dms, read_facts
 from modelopt_dms.names import GATE_KEY, StoredNames
 from modelopt_dms.packed import is_packed, unpack
 from modelopt_dms.quantization import insert, is_quantized
+from modelopt_dms.staging import gate_device
 
 RANGE_SUFFIXES = ("._amax", "._pre_quant_scale")
 
@@ -233,7 +234,7 @@ def _model_class(config: PreTrainedConfig, path: Path, trust_remote_code: bool) 
 def _put_gates(model: PreTrainedModel, stored: dict[str, Tensor], path: Path) -> None:
     for module in dms_modules(model).values():
         if any(x.is_meta for x in module.dms_gate.state_dict().values()):
-            module.dms_gate.to_empty(device=_computing_device(module))
+            module.dms_gate.to_empty(device=gate_device(module))
     wanted = {
         f"{name}{GATE_KEY}{key}": tensor
         for name, module in dms_modules(model).items()
@@ -252,13 +253,6 @@ def _put_gates(model: PreTrainedModel, stored: dict[str, Tensor], path: Path) ->
         if not found[key].is_floating_point():
             raise CheckpointError(f"{path}: {key} is {found[key].dtype}, expected {tensor.dtype}")
         tensor.data = found[key].to(tensor.device)
-
-
-def _computing_device(module: torch.nn.Module) -> torch.device | str | int:
-    """Where a layer computes whose weights accelerate keeps elsewhere until they are needed."""
-    hooks = (getattr(x, "_hf_hook", None) for x in module.modules())
-    devices = (getattr(x, "execution_device", None) for x in hooks)
-    return next((x for x in devices if x is not None), "cpu")
 
 
 def _put_ranges(model: PreTrainedModel, ranges: dict[str, Tensor], path: Path) -> None:

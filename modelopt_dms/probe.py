@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from modelopt_dms.cache import cache_argument, cache_of
 from modelopt_dms.gate import EvictionGate
 from modelopt_dms.staging import put_gate, use_dms
 
@@ -49,7 +50,8 @@ def _run(model: PreTrainedModel) -> None:
     try:
         ids = torch.tensor([[0, 1, 0]], device=model.get_input_embeddings().weight.device)
         out = model(input_ids=ids[:, :2], use_cache=True)
-        model(input_ids=ids[:, 2:], past_key_values=out.past_key_values, use_cache=True)
+        given = cache_argument(type(model).forward, cache_of(out))
+        model(input_ids=ids[:, 2:], use_cache=True, **given)
     finally:
         for module in training:
             module.training = True

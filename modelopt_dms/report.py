@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from modelopt_dms.cache import kv_stats
+from modelopt_dms.cache import cache_argument, cache_of, kv_stats
 from modelopt_dms.evaluation.tuning import TuneResult
 from modelopt_dms.output import whole
 from modelopt_dms.previews import Preview
@@ -129,8 +129,9 @@ def trace_live_length(
     tokens = torch.tensor([list(ids)], device=model.device)
     cache, seen, live = None, [0], []
     for part in (*tokens[:, :context].split(chunk, 1), *tokens[:, context:].split(1, 1)):
-        out = model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = out.past_key_values
+        given = cache_argument(type(model).forward, cache)
+        out = model(input_ids=part, use_cache=True, logits_to_keep=1, **given)
+        cache = cache_of(out)
         seen.append(seen[-1] + part.shape[1])
         live.append(torch.stack([layer.live[0] for layer in kv_stats(cache).layers]))
     return LiveTrace(seen, torch.stack([torch.zeros_like(live[0]), *live]), context)

@@ -97,30 +97,22 @@ def _computes_attention(module: nn.Module) -> bool:
 def _make_masks_additive(module: nn.Module) -> RemovableHandle:
     """A DMS model makes masks for SDPA; eager attention adds them to its scores."""
     names = list(inspect.signature(type(module).forward).parameters)[1:]
-    at = names.index("attention_mask") if "attention_mask" in names else None
+    # Behind all arguments where the mask has no place of its own.
+    at = names.index("attention_mask") if "attention_mask" in names else len(names)
     return module.register_forward_pre_hook(partial(_additive_mask, at), with_kwargs=True)
 
 
 def _additive_mask(
-    at: int | None, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    at: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    hidden = hidden_input(args, kwargs)
-    causal = getattr(module, "is_causal", True)
-    if at is not None and at < len(args):
-        mask = additive(
-            args[at], hidden.dtype, hidden.device, hidden.shape[1], hidden.shape[1], causal
-        )
-        return (*args[:at], mask, *args[at + 1 :]), kwargs
-    if "attention_mask" not in kwargs:
+    if at >= len(args) and "attention_mask" not in kwargs:
         return args, kwargs
-    mask = additive(
-        kwargs["attention_mask"],
-        hidden.dtype,
-        hidden.device,
-        hidden.shape[1],
-        hidden.shape[1],
-        causal,
-    )
+    hidden = hidden_input(args, kwargs)
+    tokens, causal = hidden.shape[1], getattr(module, "is_causal", True)
+    given = args[at] if at < len(args) else kwargs["attention_mask"]
+    mask = additive(given, hidden.dtype, hidden.device, tokens, tokens, causal)
+    if at < len(args):
+        return (*args[:at], mask, *args[at + 1 :]), kwargs
     return args, kwargs | {"attention_mask": mask}
 
 

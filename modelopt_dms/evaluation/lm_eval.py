@@ -21,7 +21,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
-from modelopt_dms.cache import DMSLayer, KVStats, kv_stats
+from modelopt_dms.cache import DMSLayer, KVStats, cache_of, kv_stats
 from modelopt_dms.compression import set_compression
 from modelopt_dms.convert import is_converted
 from modelopt_dms.gate import AlphaRecord, gates, record_alpha
@@ -163,10 +163,11 @@ class DMSLM(HFLM):
         if not self.is_dms:
             return super()._model_generate(*args, **kwargs)
         out = super()._model_generate(*args, **kwargs | {"return_dict_in_generate": True})
-        layers = out.past_key_values.layers
+        cache = cache_of(out)
+        layers = cache.layers
         if plain := [x.layer_idx for x in gates(self.model) if not _ours(layers[x.layer_idx])]:
             raise RuntimeError(f"layers {plain} generated on a cache that cannot evict")
-        self.held[GENERATE].add_cache(kv_stats(out.past_key_values))
+        self.held[GENERATE].add_cache(kv_stats(cache))
         return out.sequences
 
     def _model_call(self, *args: Any, **kwargs: Any) -> Any:

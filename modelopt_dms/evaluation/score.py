@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from modelopt_dms.cache import DMSLayer, kv_stats
+from modelopt_dms.cache import DMSLayer, cache_argument, cache_of, kv_stats
 from modelopt_dms.evaluation.peers import CutLayer
 from modelopt_dms.evaluation.tasks import TASKS, Episode, held_out_text, make_episodes
 
@@ -124,12 +124,14 @@ def score_task(
         cache: Any = None
         last = ids[:, :0]
         for part in ids.split(chunk, dim=1):
-            out = model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache, last = out.past_key_values, out.logits.argmax(-1)
+            given = cache_argument(type(model).forward, cache)
+            out = model(input_ids=part, use_cache=True, logits_to_keep=1, **given)
+            cache, last = cache_of(out), out.logits.argmax(-1)
         contexts.append((len(batch), footprint(cache)))
         turns = torch.tensor([_conversation(episode) for episode in batch], device=model.device)
-        out = model(input_ids=turns, past_key_values=cache, use_cache=True)
-        ends.append((len(batch), footprint(out.past_key_values)))
+        given = cache_argument(type(model).forward, cache)
+        out = model(input_ids=turns, use_cache=True, **given)
+        ends.append((len(batch), footprint(cache_of(out))))
         # What is predicted for turn token t was said at token t - 1.
         predicted = torch.cat([last, out.logits[:, :-1].argmax(-1)], dim=1)
         for episode, hits in zip(batch, predicted == turns, strict=True):
@@ -167,10 +169,11 @@ def perplexity(
         cache: Any = None
         last = None
         for part in ids.split(chunk, dim=1):
-            out = model(input_ids=part, past_key_values=cache, use_cache=True)
+            given = cache_argument(type(model).forward, cache)
+            out = model(input_ids=part, use_cache=True, **given)
             logits = out.logits if last is None else torch.cat([last, out.logits], dim=1)
             targets = part[:, 1:] if last is None else part
-            cache, last = out.past_key_values, out.logits[:, -1:]
+            cache, last = cache_of(out), out.logits[:, -1:]
             loss += F.cross_entropy(
                 logits[:, :-1].flatten(0, 1).float(), targets.flatten(), reduction="sum"
             ).item()

@@ -250,30 +250,6 @@ def decode_attention(
     return with_sinks(out, lse, scoring.sinks)
 
 
-def plain_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scoring: Scoring
-) -> Tensor:
-    """Ordinary attention, no eviction: q [B, H, T, D], k [B, K, S, D], v [B, K, S, Dv] -> [B, H, T, Dv].
-
-    mask is bool [B or 1, 1, T, S]; None is causal, with the queries at the end of the keys.
-    """
-    B, H, T, _ = q.shape
-    K, S = k.shape[1:3]
-    if scoring.is_plain:
-        k, v = (x.repeat_interleave(H // K, dim=1) if H != K else x for x in (k, v))
-        if mask is None and T not in (1, S):
-            mask = _causal(T, S, q.device)
-        causal = mask is None and T > 1
-        return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=causal, scale=scoring.scale
-        )
-    seen = _causal(T, S, q.device) if mask is None else mask
-    bias = torch.zeros(seen.shape, device=q.device).masked_fill(~seen, float("-inf"))
-    grouped = q.unflatten(1, (K, H // K))
-    out, lse = partial_attention(grouped, k[:, :, None], v[:, :, None], bias[:, :, None], scoring)
-    return with_sinks(out.flatten(1, 2), lse.flatten(1, 2), scoring.sinks)
-
-
 def assign_slots(expired: Tensor, marked: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
     """Where the next token of every list is written, and the list's new length.
 
@@ -318,7 +294,3 @@ def _biased_scores(rows: Tensor, keys: Tensor, bias: Tensor, scoring: Scoring) -
 
 def _capped(scores: Tensor, softcap: float | None) -> Tensor:
     return scores if softcap is None else softcap * torch.tanh(scores / softcap)
-
-
-def _causal(T: int, S: int, device: torch.device) -> Tensor:
-    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)[None, None]

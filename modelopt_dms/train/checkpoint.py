@@ -89,7 +89,17 @@ def _computing(config: CalibrateConfig | RetrofitConfig) -> dict[str, Any]:
 
 
 def model_digest(model: PreTrainedModel) -> str:
-    """A fingerprint of the weights as they were before the retrofit: the start of each, gates apart."""
+    """A fingerprint of the weights as they were before the retrofit: the start of each, gates apart.
+
+    Raises:
+        ValueError: weights are not in memory.
+    """
+    away = [name for name, x in model.named_parameters() if x.is_meta]
+    if away:
+        raise ValueError(
+            f"{len(away)} weights are offloaded or not loaded ({', '.join(away[:3])}, ...), and are read here; load "
+            "the model without offloading (device_map)"
+        )
     gates = {name for name, _ in gate_parameters(model)}
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
+from modelopt_dms.cache import cache_argument
 from modelopt_dms.convert import dms_modules
 from modelopt_dms.exporters.onnx.slots import CHANGED, STATE, Facts, GraphLayer, GraphSlots
 
@@ -55,9 +56,9 @@ class Step(nn.Module):
         out = model(
             input_ids=input_ids,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **cache_argument(type(model).forward, cache),
         )
         changed = [slots.tensors[name] for slots in held for name in CHANGED]
         return (out.logits[:, -1].float(), *changed)
