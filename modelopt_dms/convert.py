@@ -154,7 +154,8 @@ def plan_conversion(
         )
     if model.base_model is model and model.get_output_embeddings() is None:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no language-model head; DMS needs a causal LM (AutoModelForCausalLM)"
+            f"{type(model).__name__} has no language-model head (get_output_embeddings gives none); DMS needs a causal "
+            "LM (AutoModelForCausalLM)"
         )
     if not type(model)._can_set_attn_implementation():
         raise UnsupportedModelError(

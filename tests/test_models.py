@@ -24,7 +24,7 @@ SOME = {
     "opt": "exact",
     "phi3": "exact",
     "falcon_h1": "refused",
-    "gptj": "refused",
+    "rwkv": "refused",
 }
 
 
