@@ -3,7 +3,6 @@
 
 Run by test_tensorrt_rtx.py in an interpreter with tensorrt-rtx and without torch, in a process that registers no plugin
 of ours: `python tests/rtx_engines.py DIRECTORY OUTPUT NAME ...`, where names are compute capabilities such as SM89.
-Engines that can be refitted are not among them: compiling those asks for a driver.
 """
 
 import json

@@ -7,15 +7,12 @@ is a failure. Engines run what they are given on the memory at the addresses tha
 """
 
 import ctypes
-import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import onnx
 import torch
 from torch import Tensor
 
@@ -206,13 +203,9 @@ class World:
     Attributes:
         double: of the module.
         parsed: models that the parser was given, with their paths.
-        refitted: models that weights were taken from, likewise.
         errors: (node, text) that the parser finds; it fails if there are any.
         build_error: what the builder logs when it fails; it succeeds if it is None.
         known_cache: whether timing caches are accepted.
-        fixed: weights that engines cannot have replaced.
-        unnamed: weights that engines want and no graph has.
-        refit_error: what the refitter logs when it fails; it succeeds if it is None.
         profiles: by phase, the (least, most) shapes of the inputs that an engine takes.
         ports: changes of what engines say about themselves: name -> (dtype, shape).
     """
@@ -220,16 +213,12 @@ class World:
     def __init__(self, surface: dict[str, Any], manifest: Manifest, graphs: Graphs | None) -> None:
         self.manifest, self.graphs = manifest, graphs
         self.parsed: list[tuple[bytes, str]] = []
-        self.refitted: list[tuple[bytes, str]] = []
         self.errors: list[tuple[str, str]] = []
         self.build_error: str | None = None
         self.known_cache = True
-        self.fixed: set[str] = set()
-        self.unnamed: set[str] = set()
-        self.refit_error: str | None = None
         self.profiles: dict[str, dict[str, tuple[tuple[int, ...], tuple[int, ...]]]] = {}
         self.ports: dict[str, tuple[str, tuple[int, ...]]] = {}
-        behaviours = {**self._building(), **self._running(), **self._refitting()}
+        behaviours = {**self._building(), **self._running()}
         if "IAttention" in surface["classes"]:
             behaviours |= self._attending()
         self.double = Double(surface, behaviours)
@@ -250,7 +239,6 @@ class World:
             ),
             "Builder.build_serialized_network": self._build,
             "IBuilderConfig.set_memory_pool_limit": nothing,
-            "IBuilderConfig.set_flag": nothing,
             "IBuilderConfig.set_preview_feature": nothing,
             "IBuilderConfig.add_optimization_profile": lambda this, profile: vars(this).update(
                 profile=profile.shapes
@@ -269,34 +257,6 @@ class World:
             ),
             "ParserError.node_name": lambda this: self.errors[this.index][0],
             "ParserError.desc": lambda this: self.errors[this.index][1],
-        }
-
-    def _refitting(self) -> dict[str, Behaviour]:
-        """Engines hold their weights' bytes once they were refitted, and are plans that show them."""
-        return {
-            "ICudaEngine.refittable": lambda this: this.held.get("refittable", True),
-            "ICudaEngine.create_serialization_config": lambda this: self.double.make(
-                "ISerializationConfig", kept=set()
-            ),
-            "ICudaEngine.serialize_with_config": self._serialize,
-            "ISerializationConfig.set_flag": lambda this, flag: this.kept.add(flag.name) or True,
-            "ISerializationConfig.clear_flag": lambda this, flag: True,
-            "Refitter.__init__": lambda this, engine, logger: vars(this).update(
-                engine=engine, given={}, told=logger
-            ),
-            "Refitter.get_all_weights": self._weights,
-            "Refitter.get_missing_weights": lambda this: sorted(
-                {*self._weights(this), *self.unnamed} - set(this.given)
-            ),
-            "Refitter.refit_cuda_engine": self._refit,
-            "OnnxParserRefitter.__init__": lambda this, refitter, logger: vars(this).update(
-                refitter=refitter
-            ),
-            "OnnxParserRefitter.refit_from_bytes": self._give,
-            "OnnxParserRefitter.num_errors": lambda this: len(self.errors),
-            "OnnxParserRefitter.get_error": lambda this, index: self.double.make(
-                "ParserError", index=index
-            ),
         }
 
     def _attending(self) -> dict[str, Behaviour]:
@@ -348,45 +308,10 @@ class World:
         return self.double.make("IHostMemory", phase.encode())
 
     def _load(self, this: Any, serialized_engine: bytes) -> Any:
-        phase, _, held = bytes(serialized_engine).decode().partition(" ")
+        phase = bytes(serialized_engine).decode()
         if phase not in self.manifest.phases:
             return None
-        return self.double.make(
-            "ICudaEngine",
-            phase=self.manifest.phases[phase],
-            phase_name=phase,
-            held=json.loads(held or "{}"),
-        )
-
-    def _weights(self, this: Any) -> list[str]:
-        """Of the graph that the engine was built of."""
-        name = f"{this.engine.phase_name}.onnx"
-        model = next(x for x, path in reversed(self.parsed) if path.endswith(name))
-        names = {x.name for x in onnx.ModelProto.FromString(model).graph.initializer}
-        return sorted(names - self.fixed)
-
-    def _give(self, this: Any, model: bytes, path: str) -> bool:
-        self.refitted.append((model, path))
-        graph = onnx.ModelProto.FromString(model)
-        onnx.load_external_data_for_model(graph, str(Path(path).parent))
-        weights = {x.name: x for x in graph.graph.initializer}
-        names = [x for x in self._weights(this.refitter) if x in weights]
-        values = {x: onnx.numpy_helper.to_array(weights[x]).tolist() for x in names}
-        vars(this.refitter).update(given=values)
-        return not self.errors
-
-    def _refit(self, this: Any) -> bool:
-        if self.refit_error is not None:
-            severity = self.double.module.ILogger.Severity  # type: ignore[attr-defined]
-            this.told.log(severity.ERROR, self.refit_error)
-            return False
-        this.engine.held.update(this.given)
-        return True
-
-    def _serialize(self, this: Any, arg0: Any) -> Any:
-        held = {**this.held, "refittable": "INCLUDE_REFIT" in arg0.kept}
-        text = f"{this.phase_name} {json.dumps(held)}"
-        return self.double.make("IHostMemory", text.encode())
+        return self.double.make("ICudaEngine", phase=self.manifest.phases[phase], phase_name=phase)
 
     def _io(self, engine: Any) -> dict[str, tuple[str, tuple[int, ...]]]:
         found = {

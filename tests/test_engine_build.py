@@ -112,7 +112,7 @@ def test_a_build_calls_what_the_bindings_have(
     manifest = exported(tmp_path)
     world = use(monkeypatch, real, manifest)
     cache = tmp_path / "times"
-    options = BuildOptions(3, 20, 1 << 20, refit=True, timing_cache=cache)
+    options = BuildOptions(3, 20, 1 << 20, timing_cache=cache)
     built = build(tmp_path, options, gpu=GPU)
     calls = world.double
 
@@ -137,7 +137,6 @@ def test_a_build_calls_what_the_bindings_have(
     assert (
         calls.named(f"{config}.set_preview_feature") == [{"feature": preview, "enable": True}] * 2
     )
-    assert [str(x["flag"]) for x in calls.named(f"{config}.set_flag")] == ["REFIT"] * 2
     assert [x["pool_size"] for x in calls.named(f"{config}.set_memory_pool_limit")] == [1 << 20] * 2
     caches = [x["serialized_timing_cache"] for x in calls.named(f"{config}.create_timing_cache")]
     assert caches == [b"", b"times"]  # the second build knows what the first one learned
@@ -210,7 +209,6 @@ def test_plugin_free_graphs_are_built_as_they_are(
     if "IAttention" in real["classes"]:
         assert world.double.named("IAttention.decomposable=") == [{"value": True}] * 2
     assert not world.double.named("IBuilderConfig.set_preview_feature")
-    assert not world.double.named("IBuilderConfig.set_flag")
     assert not world.double.named("IBuilderConfig.create_timing_cache")
 
 
@@ -333,9 +331,9 @@ def test_the_log_keeps_errors_and_no_warnings() -> None:
         "trt.Builder('logger')",
         "trt.Builder(logger=log, verbose=True)",
         "trt.Builder(log).max_batch_size",
-        "trt.Builder(log).create_network(trt.BuilderFlag.REFIT)",
+        "trt.Builder(log).create_network(trt.BuilderFlag.DEBUG)",
         "trt.BuilderFlag.FP17",
-        "1 << trt.BuilderFlag.REFIT",
+        "1 << trt.BuilderFlag.DEBUG",
         "trt.Builder(log).create_builder_config().set_flag(4)",
         "trt.Builder(log).create_builder_config().max_workspace_size",
         "setattr(trt.Builder(log).create_builder_config(), 'max_workspace_size', 1)",

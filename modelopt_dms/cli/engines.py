@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands about exported graphs and engines: build, refit, run, bench, inspect, doctor."""
+"""Commands about exported graphs and engines: build, run, bench, inspect, doctor."""
 
 import json
 import sys
@@ -61,9 +61,6 @@ def build(
     workspace: Annotated[
         int | None, typer.Option(min=1, help="MiB of scratch that TensorRT may use.")
     ] = None,
-    refit: Annotated[
-        bool, typer.Option("--refit", help="Weights can be replaced later: `engine refit`.")
-    ] = False,
     timing_cache: Annotated[
         Path | None, typer.Option(help="File of kernel times; makes the next build quick.")
     ] = None,
@@ -73,34 +70,10 @@ def build(
     from modelopt_dms.exporters.tensorrt.build import build as build_engines
 
     scratch = None if workspace is None else workspace << 20
-    options = BuildOptions(batch, pages, scratch, refit, timing_cache)
+    options = BuildOptions(batch, pages, scratch, timing_cache)
     manifest = build_engines(directory, options, say=lambda x: err.print(x, highlight=False))
     assert manifest.build is not None
     out.print(f"built in {manifest.build['seconds']} s: {directory}", highlight=False)
-
-
-@engine_app.command()
-def refit(
-    directory: EngineDir,
-    source: Annotated[
-        Path, typer.Option("--from", help="Export of the same architecture with other weights.")
-    ],
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            help="New or empty directory. [default: replaces what DIRECTORY holds]",
-        ),
-    ] = None,
-) -> None:
-    """Put new weights (tuned gates, a model trained on) into engines, without building them again."""
-    from modelopt_dms.exporters.tensorrt.refit import refit as refit_engines
-
-    manifest = refit_engines(directory, source, output, say=lambda x: err.print(x, highlight=False))
-    assert manifest.build is not None
-    done = f"refitted in {manifest.build['seconds']} s: {output or directory}"
-    out.print(f"{done}; {manifest.build['refitted']} weights differ", highlight=False)
 
 
 @engine_app.command()

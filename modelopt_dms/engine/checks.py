@@ -34,19 +34,6 @@ def check_version(version: str) -> None:
         )
 
 
-def check_refit(version: str) -> None:
-    """That a TensorRT computes the same with weights that can be replaced.
-
-    Raises:
-        EngineError: it is one whose release notes say that it may not.
-    """
-    if version_of(version) == (11, 3):
-        raise EngineError(
-            f"TensorRT {version} may drop a bias, a gate's threshold, from engines whose weights can be replaced (a "
-            "known issue of 11.3); build without --refit, or install another version"
-        )
-
-
 def check_pages(pages: int, manifest: Manifest) -> None:
     """That one sequence can begin.
 

@@ -15,7 +15,6 @@ from modelopt_dms.engine.checks import (
     check_files,
     check_kernels,
     check_pages,
-    check_refit,
     kernel_hashes,
 )
 from modelopt_dms.engine.errors import EngineError
@@ -36,14 +35,12 @@ class BuildOptions:
         batch: batch slots of the decode step.
         pages: of each layer that can be given out at most; None: as many as all its lists can own.
         workspace: bytes that TensorRT may use for scratch; None: its default.
-        refit: weights can be replaced later.
         timing_cache: file that is read if it exists, and written.
     """
 
     batch: int = 8
     pages: int | None = None
     workspace: int | None = None
-    refit: bool = False
     timing_cache: Path | None = None
 
     def __post_init__(self) -> None:
@@ -93,8 +90,6 @@ def build(
         if not (directory / phase.graph).is_file():
             raise ManifestError(f"{directory / phase.graph} is missing; export again")
     trt = import_tensorrt()
-    if options.refit:
-        check_refit(trt.__version__)
     gpu = gpu or Gpu()
     check_arch(manifest, gpu)
     if not manifest.plugin_free:
@@ -117,7 +112,6 @@ def build(
         "capability": gpu.capability,
         "batch": options.batch,
         "pages": pages,
-        "refit": options.refit,
         "kernels": kernel_hashes(manifest.kernels),
         "seconds": round(time.perf_counter() - began, 1),
     }
@@ -230,8 +224,6 @@ class _Builder:
         config = self._builder.create_builder_config()
         if options.workspace is not None:
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
-        if options.refit:
-            config.set_flag(trt.BuilderFlag.REFIT)
         if not self._manifest.plugin_free:
             config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
         config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.NONE
