@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands about exported graphs and engines: build, run, bench, inspect, doctor."""
+"""Commands about exported graphs and engines: build, run, bench, inspect."""
 
 import json
 import sys
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
 from modelopt_dms.cli.options import err, out
@@ -173,28 +172,6 @@ def inspect(directory: EngineDir) -> None:
         if name != "kernels":
             built.add_row(name, str(value))
     out.print(built)
-
-
-@engine_app.command()
-def doctor() -> None:
-    """Say what is installed here, what is missing, and which command installs it."""
-    from modelopt_dms.exporters.tensorrt.doctor import examine
-
-    findings = examine()
-    table = Table("", "what", "state", "needed to")
-    for x in findings:
-        mark = "[green]ok[/green]" if x.good else "[red]--[/red]"
-        table.add_row(mark, x.what, escape(x.state), x.needed_for)
-    out.print(table)
-    for x in findings:
-        if x.fix:
-            # Not in the table: a command must be there in full, on one line.
-            out.print(f"{x.what}: {x.fix}", markup=False, highlight=False, soft_wrap=True)
-    wanting = [x for x in findings if not x.good and x.needed_for == "build and run"]
-    if wanting:
-        out.print("Engines cannot be built or run here: " + ", ".join(x.what for x in wanting))
-        raise typer.Exit(1)
-    out.print("Engines can be built and run here.")
 
 
 def _tokenizer(directory: Path) -> "PreTrainedTokenizerBase":

@@ -22,12 +22,17 @@ class Gpu:
         """Take it.
 
         Raises:
-            EngineError: there is none.
+            EngineError: there is none, or torch cannot use it.
         """
+        if torch.version.cuda is None:
+            raise EngineError(
+                f"torch {torch.__version__} is built without CUDA; `pip install torch` from the index of your CUDA "
+                "(pytorch.org); --backend onnxruntime runs the graphs on the CPU"
+            )
         if not torch.cuda.is_available():
             raise EngineError(
-                "no CUDA GPU is visible to torch, and a TensorRT engine needs one; `modelopt-dms engine doctor` "
-                "says what is missing; --backend onnxruntime runs the graphs on the CPU"
+                "no CUDA GPU is visible to torch: a TensorRT engine needs one, and NVIDIA's driver, 580 or newer for "
+                "CUDA 13 (`nvidia-smi` shows both); --backend onnxruntime runs the graphs on the CPU"
             )
         self.device = torch.device("cuda", index)
         self.name = torch.cuda.get_device_name(self.device)

@@ -6,7 +6,7 @@ input's tensor afterwards. No tensor moves between two decode steps, so that one
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -39,11 +39,27 @@ def import_tensorrt() -> ModuleType:
         import tensorrt
     except ImportError as error:
         raise EngineError(
-            f"TensorRT is not installed ({error}); `pip install 'modelopt-dms[tensorrt]'`, and "
-            "`modelopt-dms engine doctor` says what else is missing"
+            f"TensorRT is not installed ({error}); `pip install 'modelopt-dms[tensorrt]'`"
         ) from error
     check_version(tensorrt.__version__)
     return tensorrt
+
+
+def check_machine(needs: Sequence[Callable[[], Any]]) -> list[Any]:
+    """What each of these gives, such as `import_tensorrt` and `Gpu`.
+
+    Raises:
+        EngineError: some are missing here; it says of all of them how to install them.
+    """
+    found, missing = [], []
+    for need in needs:
+        try:
+            found.append(need())
+        except EngineError as error:
+            missing.append(str(error))
+    if missing:
+        raise EngineError("; and ".join(missing))
+    return found
 
 
 def make_log(trt: ModuleType) -> Any:
@@ -97,8 +113,8 @@ class TensorRTBackend:
         """
         directory = Path(directory)
         self.manifest = manifest = manifest or Manifest.load(directory)
-        trt = import_tensorrt()
-        self._gpu = gpu = gpu or Gpu()
+        trt, gpu = check_machine([import_tensorrt, lambda: gpu or Gpu()])
+        self._gpu = gpu
         check_engine(manifest, directory, trt.__version__, gpu.capability)
         self._log = make_log(trt)
         self._runtime = trt.Runtime(self._log)

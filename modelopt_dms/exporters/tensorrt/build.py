@@ -21,7 +21,7 @@ from modelopt_dms.engine.errors import EngineError
 from modelopt_dms.engine.gpu import Gpu
 from modelopt_dms.engine.manifest import Manifest, ManifestError, Phase
 from modelopt_dms.engine.state import shape_of
-from modelopt_dms.engine.tensorrt import import_tensorrt, make_log
+from modelopt_dms.engine.tensorrt import check_machine, import_tensorrt, make_log
 from modelopt_dms.output import whole
 
 Sizes = tuple[int, int, int]  # min, opt, max
@@ -89,8 +89,12 @@ def build(
     for phase in manifest.phases.values():
         if not (directory / phase.graph).is_file():
             raise ManifestError(f"{directory / phase.graph} is missing; export again")
-    trt = import_tensorrt()
-    gpu = gpu or Gpu()
+    needs = [
+        import_tensorrt,
+        lambda: gpu or Gpu(),
+        *([] if manifest.plugin_free else [import_onnx]),
+    ]
+    trt, gpu, *_ = check_machine(needs)
     check_arch(manifest, gpu)
     if not manifest.plugin_free:
         from modelopt_dms.exporters.tensorrt.plugins import register
