@@ -21,9 +21,8 @@ from modelopt_dms.cli import main
 from modelopt_dms.engine.errors import EngineError
 from modelopt_dms.engine.gpu import Gpu
 from modelopt_dms.engine.manifest import Kernel, Manifest, ManifestError, sha256
-from modelopt_dms.engine.opening import open_session
 from modelopt_dms.engine.ort import OnnxRuntimeBackend
-from modelopt_dms.engine.session import Session
+from modelopt_dms.engine.session import Session, open_session
 from modelopt_dms.engine.tensorrt import TensorRTBackend
 from modelopt_dms.exporters.tensorrt.build import BuildOptions, build
 
@@ -231,7 +230,7 @@ def test_a_graph_that_cannot_be_captured_can_be_run_without(
     gpu: Any = FakeGpu()
     monkeypatch.setattr(gpu, "capture", fail)
     world.graphs = lambda phase, tensors: {}
-    with pytest.raises(EngineError, match="cannot be captured .*not permitted.*--no-graph"):
+    with pytest.raises(EngineError, match="cannot be captured .*not permitted.*tensorrt-eager"):
         TensorRTBackend(tmp_path, gpu=gpu)
 
 
@@ -287,17 +286,17 @@ def test_onnxruntime_is_fed_by_row_and_its_outputs_become_the_state(
     dtype: str, tmp_path: Path
 ) -> None:
     manifest = exported(tmp_path, toy_manifest(dtype=dtype))
-    backend = OnnxRuntimeBackend(tmp_path, batch=2, threads=1)
+    backend = OnnxRuntimeBackend(tmp_path, batch=3)
     running = Session(manifest, backend)
-    requests = [running.submit(x, 5) for x in ([3, 5], list(range(20)), [39])]
-    for _ in range(3):
-        running.step()
-    # The second prompt's three chunks, of 4, 8 and 8 tokens, are read; the first one has two more tokens.
-    assert backend.state.stacks["seen"][:, :, 0].tolist() == [[4, 20]] * 2
-    running.run()
-    assert [x.tokens for x in requests] == [[6, 7, 8, 9, 10], [*range(20, 25)], [40, 0, 1, 2, 3]]
+    found = running.generate([[3, 5], list(range(20)), [39]], 5)
+    assert found == [[6, 7, 8, 9, 10], [*range(20, 25)], [40, 0, 1, 2, 3]]
+    assert backend.state.stacks["seen"][:, :, 0].tolist() == [[6, 24, 5]] * 2
     assert backend.state.stacks["keys"].dtype == getattr(torch, dtype)
-    assert int(backend.state.stacks["seen"].sum()) == 0
+    # A row that has ended rests while the others go on.
+    eos = dataclasses.replace(manifest.model, eos=(8,))
+    running = Session(dataclasses.replace(manifest, model=eos), backend)
+    assert running.generate([[3, 5], [20]], 6) == [[6, 7, 8], [*range(21, 27)]]
+    assert backend.state.stacks["seen"][:, :, 0].tolist() == [[4, 6, 0]] * 2
 
 
 def test_onnxruntime_refuses_what_it_cannot_run(tmp_path: Path) -> None:
@@ -374,8 +373,8 @@ def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         (("run", "mute", "-p", "x"), "mute holds no tokenizer that can be read; export"),
         (("build", "{}", "--pages", "1"), "pages=1 cannot hold one sequence"),
         (("run", "{}", "-p", "x", "--backend", "tensorrt"), "TensorRT is not installed"),
-        (("run", "{}", "-p", "x", "--pages", "1"), "pages=1 cannot hold one sequence"),
-        (("run", "{}", "-p", "x", "--top-p", "2"), "top_p=2.0 must be more than 0"),
+        (("bench", "{}", "--pages", "1"), "pages=1 cannot hold one sequence"),
+        (("bench", "{}", "--pages", "2", "--prompt-length", "99"), "--pages 4, fewer prompts"),
         (("bench", "{}"), "too long a prompt for the profile: 512 tokens and 2 new ones"),
     ],
 )

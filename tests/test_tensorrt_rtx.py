@@ -16,7 +16,7 @@ from families import open_gates
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import modelopt_dms as dms
-from modelopt_dms.engine.opening import open_session
+from modelopt_dms.engine.session import open_session
 from modelopt_dms.evaluation.tasks import training_documents
 from modelopt_dms.mode import apply_dms
 from modelopt_dms.shelf import embedded_model_dir
@@ -91,13 +91,12 @@ def test_onnxruntime_writes_the_text_of_the_model(exported: Any) -> None:
     lengths = (9, CHUNK, 150)  # the last one is longer than a chunk, and no multiple of it
     documents = training_documents(tokenizer, len(lengths), 200, seed=3)
     prompts = [list(x.ids[:y]) for x, y in zip(documents, lengths, strict=True)]
-    session = open_session(directory, "onnxruntime", batch=2)
-    requests = [session.submit(x, NEW) for x in prompts]
-    session.run()
-    for prompt, request in zip(prompts, requests, strict=True):
+    session = open_session(directory, "onnxruntime", batch=3)
+    written = session.generate(prompts, NEW)
+    for prompt, tokens in zip(prompts, written, strict=True):
         whole = model.generate(torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False)
-        assert request.tokens == whole[0, len(prompt) :].tolist()
-        said = tokenizer.decode(request.tokens, skip_special_tokens=True)
+        assert tokens == whole[0, len(prompt) :].tolist()
+        said = tokenizer.decode(tokens, skip_special_tokens=True)
         assert said == tokenizer.decode(whole[0, len(prompt) :], skip_special_tokens=True) != ""
-    assert requests[-1].live < 0.9 * requests[-1].seen  # tokens were evicted
-    assert open_session(directory, "onnxruntime").generate(prompts[:1], NEW) == [requests[0].tokens]
+    assert session.stats.live[-1] < 0.9 * session.stats.seen[-1]  # tokens were evicted
+    assert open_session(directory, "onnxruntime").generate(prompts[:1], NEW) == written[:1]

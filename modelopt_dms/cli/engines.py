@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from modelopt_dms.engine.manifest import Manifest
-    from modelopt_dms.engine.requests import Request
     from modelopt_dms.engine.session import Session
 
 engine_app = typer.Typer(
@@ -30,6 +29,7 @@ class BackendChoice(str, Enum):
 
     auto = "auto"
     tensorrt = "tensorrt"
+    tensorrt_eager = "tensorrt-eager"
     onnxruntime = "onnxruntime"
 
 
@@ -38,7 +38,9 @@ EngineDir = Annotated[
 ]
 BackendOpt = Annotated[
     BackendChoice,
-    typer.Option(help="auto: TensorRT if engines were built, else onnxruntime on the CPU."),
+    typer.Option(
+        help="auto: TensorRT if engines were built, else onnxruntime on the CPU; tensorrt-eager: without a CUDA graph."
+    ),
 ]
 PagesOpt = Annotated[
     int | None,
@@ -46,9 +48,6 @@ PagesOpt = Annotated[
         min=1,
         help="Pages of 64 slots of each layer's KV cache. [default: all that may be used]",
     ),
-]
-GraphOpt = Annotated[
-    bool, typer.Option("--graph/--no-graph", help="TensorRT: decode by a CUDA graph.")
 ]
 
 
@@ -83,11 +82,8 @@ def run(
     ],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Draw from the most probable tokens only.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed for sampling.")] = 0,
     backend: BackendOpt = BackendChoice.auto,
-    pages: PagesOpt = None,
-    graph: GraphOpt = True,
     stats: Annotated[
         bool, typer.Option("--stats", help="Show times, and what the KV cache held at the end.")
     ] = False,
@@ -95,23 +91,25 @@ def run(
     """Continue a prompt, streaming."""
     import torch
 
-    from modelopt_dms.engine.opening import open_session
-    from modelopt_dms.engine.sampling import Sampling
+    from modelopt_dms.engine.session import open_session
 
-    sampling = Sampling(temperature, top_p, seed)
     tokenizer = _tokenizer(directory)
-    session = open_session(directory, backend.value, pages=pages, graph=graph)
+    session = open_session(directory, backend.value)
     text = sys.stdin.read() if prompt == "-" else prompt
 
     from transformers import TextStreamer
 
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
-    request = session.submit(tokenizer(text)["input_ids"], max_new_tokens, sampling)
-    for token in session.stream(request):
-        streamer.put(torch.tensor([token]))
+    [tokens] = session.generate(
+        [tokenizer(text)["input_ids"]],
+        max_new_tokens,
+        temperature,
+        seed=seed,
+        on_token=lambda row, token: streamer.put(torch.tensor([token])),
+    )
     streamer.end()
     if stats:
-        out.print(_summary(session, request), highlight=False)
+        out.print(_summary(session, tokens[-1]), highlight=False)
 
 
 @engine_app.command()
@@ -124,16 +122,15 @@ def bench(
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate for each.")] = 64,
     backend: BackendOpt = BackendChoice.auto,
     pages: PagesOpt = None,
-    graph: GraphOpt = True,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write the figures here.")
     ] = None,
 ) -> None:
     """Time prefill and decode on random prompts."""
     from modelopt_dms.engine.bench import bench as measure
-    from modelopt_dms.engine.opening import open_session
+    from modelopt_dms.engine.session import open_session
 
-    session = open_session(directory, backend.value, batch=batch, pages=pages, graph=graph)
+    session = open_session(directory, backend.value, batch=batch, pages=pages)
     figures = asdict(measure(session, prompt_length, new_tokens))
     if json_file is not None:
         json_file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
@@ -214,13 +211,14 @@ def _ports(manifest: "Manifest", name: str) -> Table:
     return table
 
 
-def _summary(session: "Session", request: "Request") -> str:
+def _summary(session: "Session", last: int) -> str:
     """Times, and what the KV cache held."""
     stats, model = session.stats, session.manifest.model
     decode = 1000 * stats.decode_seconds / max(stats.decode_steps, 1)
-    size = stats.peak_pages * model.page_bytes / 2**20
+    size = stats.pages * model.page_bytes / 2**20
+    end = "eos" if last in model.eos else "length"
     return (
-        f"{request.seen} tokens, {request.live:.1f} live in a list on average; {stats.peak_pages} pages of all layers "
-        f"at most ({size:.2f} MiB)\nprefill {1000 * stats.prefill_seconds:.1f} ms, decode {decode:.2f} ms a step, "
-        f"{stats.decode_steps} steps; ended by {request.finish}"
+        f"{stats.seen[0]} tokens, {stats.live[0]:.1f} live in a list on average; {stats.pages} pages of all layers "
+        f"({size:.2f} MiB)\nprefill {1000 * stats.prefill_seconds:.1f} ms, decode {decode:.2f} ms a step, "
+        f"{stats.decode_steps} steps; ended by {end}"
     )

@@ -45,7 +45,6 @@ class OnnxRuntimeBackend:
         *,
         batch: int = 1,
         pages: int | None = None,
-        threads: int = 0,
     ) -> None:
         """Load the graphs.
 
@@ -54,7 +53,6 @@ class OnnxRuntimeBackend:
             manifest: of it, if it was read already.
             batch: batch slots.
             pages: of each layer that can be given out; None: as many as the lists can ever need.
-            threads: of onnxruntime; 0: as it likes.
 
         Raises:
             EngineError: onnxruntime is missing or cannot run graphs of this dtype, or one sequence needs more pages.
@@ -72,13 +70,11 @@ class OnnxRuntimeBackend:
         pages = every_page(manifest, batch) if pages is None else pages
         check_pages(pages, manifest)
         check_files(manifest, directory)
-        self._sessions = {
-            name: _open(directory, manifest, name, threads) for name in manifest.phases
-        }
+        self._sessions = {name: _open(directory, manifest, name) for name in manifest.phases}
         self.state = State(manifest, batch, pages)
 
     def run(self, phase: str, feeds: dict[str, Tensor], row: int | None = None) -> Tensor:
-        """Run a graph; see `backend.Backend`."""
+        """Run a graph; see `session.Backend`."""
         described = self.manifest.phases[phase]
         rows = slice(None) if row is None else slice(row, row + 1)
         check_feeds(described, feeds, self.state.batch if row is None else 1)
@@ -101,9 +97,7 @@ def every_page(manifest: Manifest, batch: int) -> int:
     return batch * manifest.model.kv_heads * manifest.pages_per_list
 
 
-def _open(
-    directory: Path, manifest: Manifest, name: str, threads: int
-) -> "onnxruntime.InferenceSession":
+def _open(directory: Path, manifest: Manifest, name: str) -> "onnxruntime.InferenceSession":
     """A graph's session, its inputs and outputs compared with the manifest."""
     try:
         import onnxruntime
@@ -116,7 +110,6 @@ def _open(
     if not path.is_file():
         raise ManifestError(f"{path} is missing; export again")
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
     # Constants of an exported graph are folded with a warning each; errors still come.
     options.log_severity_level = 3
     # onnxruntime fuses DequantizeLinear and MatMul also where weights are FP8, and then refuses what it made.

@@ -1,269 +1,230 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many requests over a fixed number of batch slots: reads prompts by chunks, decodes all at once, shares the pages out.
+"""A static batch on an exported directory: reads prompts by chunks, then decodes until every row has ended.
 
-Knows what graphs take and give, not what runs them. Lists grow by at most a token a step, so the host gives out pages
-without asking the device, and reads the lengths back now and then.
+Proves that a directory generates what PyTorch does, and times it; it is no server: no prompt joins a running batch.
+Knows what graphs take and give, not what runs them, and loads no library before a backend is chosen.
 """
 
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
-from modelopt_dms.engine.backend import Backend
-from modelopt_dms.engine.feeds import decode_feeds, prefill_feeds
+from modelopt_dms.engine.errors import EngineError
 from modelopt_dms.engine.manifest import Manifest
-from modelopt_dms.engine.pages import PageTables
-from modelopt_dms.engine.requests import OnToken, Request, Slot, Stats, check_prompt
-from modelopt_dms.engine.sampling import Sampling, choose
-from modelopt_dms.ops.paged import OutOfPagesError
+from modelopt_dms.engine.prompts import allocate_pages, check_prompts
+from modelopt_dms.engine.sampling import Sampler
+from modelopt_dms.engine.state import State
 
-AHEAD = 16  # decode steps that pages are taken for at once: the table is copied that seldom
-SETTLE_EVERY = 64  # decode steps between two readings of the lengths
-KNOB = "give it more (--pages), or use fewer batch slots or shorter sequences"
+BackendName = Literal["auto", "tensorrt", "tensorrt-eager", "onnxruntime"]
+OnToken = Callable[[int, int], None]
+
+
+class Backend(Protocol):
+    """Runs the graphs of a directory on state of its own.
+
+    Attributes:
+        state: of its batch slots; the session reads and writes it between runs.
+    """
+
+    state: State
+
+    def run(self, phase: str, feeds: dict[str, Tensor], row: int | None = None) -> Tensor:
+        """Run a graph and make its new state the state.
+
+        Args:
+            phase: "decode" or "prefill".
+            feeds: the inputs that are no state, on the CPU.
+            row: of the batch slot that is prefilled; None where all take part.
+
+        Returns:
+            Logits [B, V] or [1, V], which the next run may overwrite.
+        """
+        ...
+
+
+@dataclass
+class Stats:
+    """What a batch did.
+
+    Attributes:
+        prompt_tokens: read.
+        prefill_seconds: spent on it.
+        chunks: prefill runs.
+        decode_steps: decode runs.
+        decode_tokens: tokens that they gave.
+        decode_seconds: spent on them, choosing tokens included.
+        seen: tokens of each row that the cache took in.
+        live: mean live slots of each row's lists at the end.
+        pages: that live slots fill at the end, of all layers together.
+    """
+
+    prompt_tokens: int = 0
+    prefill_seconds: float = 0.0
+    chunks: int = 0
+    decode_steps: int = 0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0
+    seen: tuple[int, ...] = ()
+    live: tuple[float, ...] = ()
+    pages: int = 0
 
 
 class Session:
-    """Continuous batching.
+    """Generates for as many prompts at a time as there are batch slots.
 
     Attributes:
         manifest: of the graphs.
         backend: that runs them.
-        tables: who owns which page.
-        stats: what was done.
+        stats: of the last batch.
     """
 
     def __init__(self, manifest: Manifest, backend: Backend) -> None:
-        state, model = backend.state, manifest.model
         self.manifest = manifest
         self.backend = backend
-        self.tables = PageTables(
-            model.layers,
-            state.batch,
-            model.kv_heads,
-            manifest.pages_per_list,
-            state.pages,
-            model.page_bytes,
-            KNOB,
-        )
         self.stats = Stats()
-        self._waiting: deque[Request] = deque()
-        self._slots: dict[int, Slot] = {}
-        self._arrivals = 0
-        self._hold = False  # after a request was put back, none comes in before another is done
-        self._stale = False  # the device's tables are not those of the host
-        self._unsettled = 0  # decode steps since the lengths were read
-        self._failures: list[Exception] = []  # of callbacks, in this step
-
-    def submit(
-        self,
-        prompt_ids: Sequence[int],
-        max_new_tokens: int = 128,
-        sampling: Sampling | None = None,
-        on_token: OnToken | None = None,
-        ignore_eos: bool = False,
-    ) -> Request:
-        """Queue a prompt.
-
-        Args:
-            prompt_ids: token ids.
-            max_new_tokens: to generate at most.
-            sampling: greedy if it is None.
-            on_token: is called with the request and each token; what it raises comes out of `step` at its end.
-            ignore_eos: go on to `max_new_tokens` whatever comes.
-
-        Raises:
-            EngineError: a prompt that the graphs cannot take.
-        """
-        ids = check_prompt(prompt_ids, max_new_tokens, self.manifest)
-        request = Request(ids, max_new_tokens, sampling or Sampling(), on_token, ignore_eos)
-        self._waiting.append(request)
-        return request
-
-    def step(self) -> bool:
-        """Let requests in, read a chunk of every prompt that is not read yet, decode a token of all others.
-
-        No request gets more than one token.
-
-        Returns:
-            Whether there is more to do.
-
-        Raises:
-            OutOfPagesError: one request alone needs more pages than there are; the session can go on without it.
-            Exception: what a callback raised, the first if there are more; the step was done all the same.
-        """
-        try:
-            self._advance()
-        finally:
-            failures, self._failures = self._failures, []
-            if failures:
-                raise failures[0]
-        return bool(self._waiting or self._slots)
-
-    def _advance(self) -> None:
-        free = [x for x in range(self.backend.state.batch) if x not in self._slots]
-        while self._waiting and free and not (self._hold and self._slots):
-            request = self._waiting.popleft()
-            ids = (*request.prompt, *request.tokens)
-            self._arrivals += 1
-            row = free.pop(0)
-            self._slots[row] = Slot(row, request, ids, self._arrivals)
-        decoding = [x.row for x in self._slots.values() if not x.reading]
-        for slot in [x for x in self._slots.values() if x.reading]:
-            self._read_chunk(slot)
-        self._decode([x for x in decoding if x in self._slots])
-
-    def run(self) -> None:
-        """Go on until all requests are done."""
-        while self.step():
-            pass
-
-    def stream(self, request: Request) -> Iterator[int]:
-        """The tokens of a request as they come; other requests go on meanwhile."""
-        given = 0
-        while True:
-            yield from request.tokens[given:]
-            given = len(request.tokens)
-            if request.error is not None:
-                raise request.error
-            if request.finish is not None:
-                return
-            # Tokens may have come while the last one was looked at.
-            if given == len(request.tokens):
-                self.step()
 
     def generate(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Sequence[int]] | Tensor,
         max_new_tokens: int = 128,
-        sampling: Sampling | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        on_token: OnToken | None = None,
     ) -> list[list[int]]:
-        """New tokens for each prompt; see `submit` and `step` for what it raises, and then none is left queued."""
-        for prompt in prompts:  # none is queued if one cannot be taken
-            check_prompt(prompt, max_new_tokens, self.manifest)
-        requests = [self.submit(x, max_new_tokens, sampling) for x in prompts]
-        try:
-            self.run()
-        except BaseException:
-            self._give_up(requests)
-            raise
-        return [x.tokens for x in requests]
+        """New tokens for each prompt, the one that ends its text included.
 
-    def _give_up(self, requests: list[Request]) -> None:
-        """Forget requests that nobody will ask for."""
-        self._waiting = deque(x for x in self._waiting if x not in requests)
-        for slot in [x for x in self._slots.values() if x.request in requests]:
-            self._leave(slot)
+        Args:
+            prompts: token ids, one sequence for each of the first batch slots.
+            max_new_tokens: to generate for each at most.
+            temperature: 0 is greedy.
+            top_p: draw from the fewest most probable tokens that have at least this probability together.
+            seed: of the draws; a prompt draws the same tokens whatever else is in the batch.
+            on_token: is called with the row of a prompt and its next token, as soon as it is chosen.
 
-    def _read_chunk(self, slot: Slot) -> None:
-        """Read the next chunk of a prompt; the last one gives the next token."""
+        Raises:
+            EngineError: prompts that the graphs cannot take, or a temperature or top_p that makes no sense.
+            OutOfPagesError: there are too few pages for all prompts with their new tokens; nothing ran.
+        """
+        if isinstance(prompts, Tensor):
+            prompts = prompts.tolist()
+        state, eos = self.backend.state, self.manifest.model.eos
+        ids = check_prompts(prompts, max_new_tokens, state.batch, self.manifest)
+        sampler = Sampler(temperature, top_p, seed, len(ids))
+        # The last new token is not taken in.
+        lengths = [len(x) + max_new_tokens - 1 for x in ids]
+        state.start(allocate_pages(lengths, state.batch, state.pages, self.manifest))
+        self.stats = Stats()
+        written: list[list[int]] = [[] for _ in ids]
+
+        def take(rows: list[int], tokens: list[int]) -> list[int]:
+            """Append tokens; the rows that go on."""
+            for row, token in zip(rows, tokens, strict=True):
+                written[row].append(token)
+                if on_token is not None:
+                    on_token(row, token)
+            return [
+                x for x in rows if written[x][-1] not in eos and len(written[x]) < max_new_tokens
+            ]
+
+        active = []
+        for row, prompt in enumerate(ids):
+            active += take([row], sampler.choose(self._read(row, prompt), [row]))
+        while active:
+            last = {x: (written[x][-1], len(ids[x]) + len(written[x]) - 1) for x in active}
+            active = take(active, self._decode(last, sampler))
+        self._measure([len(x) + len(y) - 1 for x, y in zip(ids, written, strict=True)])
+        return written
+
+    def _read(self, row: int, ids: list[int]) -> Tensor:
+        """Logits [1, V] after a prompt; its first chunk is padded on the left."""
         T = self.manifest.chunk
-        start, end = slot.next_chunk(T)
-        if slot.row not in self._slots or not self._make_room([slot.row], end - start):
-            return
         began = time.perf_counter()
-        logits = self._run("prefill", prefill_feeds(slot, start, end, T), slot.row)
-        slot.chunks_read += 1
-        slot.request.seen = end
-        self.tables.advance([slot.row], end - start)
-        self._settle([slot.row])
-        self.stats.chunks += 1
-        self.stats.prompt_tokens += end - start
-        if end == len(slot.ids):
-            slot.reading = False
-            self._take([slot], choose(logits, [slot.request.sampler]))
+        for start in range(-(-len(ids) % T), len(ids), T):
+            padding = max(-start, 0)
+            part = slice(start + padding, start + T)
+            feeds = {
+                "input_ids": torch.tensor([[0] * padding + ids[part]]),
+                "positions": torch.tensor([[0] * padding + list(range(len(ids)))[part]]),
+                "padding": torch.tensor([padding], dtype=torch.int32),
+            }
+            logits = self.backend.run("prefill", feeds, row)
+            self.stats.chunks += 1
+        self.stats.prompt_tokens += len(ids)
         self.stats.prefill_seconds += time.perf_counter() - began
+        return logits
 
-    def _decode(self, rows: list[int]) -> None:
-        """The next token of all requests in these batch slots."""
-        rows = self._make_room(rows, 1)
-        if not rows:
-            return
+    def _decode(self, last: dict[int, tuple[int, int]], sampler: Sampler) -> list[int]:
+        """The next tokens of these rows, whose last token and its position are given; the others rest."""
         began = time.perf_counter()
-        slots = [self._slots[x] for x in rows]
-        logits = self._run("decode", decode_feeds(slots, self.backend.state.batch))
-        self.tables.advance(rows, 1)
-        for slot in slots:
-            slot.request.seen += 1
-        self._unsettled += 1
-        if self._unsettled >= SETTLE_EVERY:
-            self._settle(list(self._slots))
-        tokens = choose(logits[rows], [x.request.sampler for x in slots])
+        batch, rows = self.backend.state.batch, list(last)
+        ids, positions = (torch.zeros(batch, 1, dtype=torch.int64) for _ in range(2))
+        active = torch.zeros(batch, dtype=torch.bool)
+        ids[rows, 0], positions[rows, 0] = torch.tensor(list(last.values())).T
+        active[rows] = True
+        feeds = {"input_ids": ids, "positions": positions, "active": active}
+        tokens = sampler.choose(self.backend.run("decode", feeds)[rows], rows)
         self.stats.decode_steps += 1
         self.stats.decode_tokens += len(tokens)
         self.stats.decode_seconds += time.perf_counter() - began
-        self._take(slots, tokens)
+        return tokens
 
-    def _run(self, phase: str, feeds: dict[str, Tensor], row: int | None = None) -> Tensor:
-        if self._stale:
-            self.backend.state.write_tables(self.tables.table)
-            self._stale = False
-        self.stats.peak_pages = max(self.stats.peak_pages, self.tables.in_use)
-        return self.backend.run(phase, feeds, row)
+    def _measure(self, seen: list[int]) -> None:
+        """Note what the cache holds of these rows."""
+        live = self.backend.state.read_live()[:, : len(seen)]  # [L, n, K]
+        self.stats.seen = tuple(seen)
+        self.stats.live = tuple(live.mean((0, 2)).tolist())
+        self.stats.pages = int((-(-live // self.manifest.page)).sum())
 
-    def _take(self, slots: list[Slot], tokens: list[int]) -> None:
-        """Give requests their next tokens, and the batch slots of those that are done to others; then tell of it."""
-        self.stats.new_tokens += len(tokens)
-        for slot, token in zip(slots, tokens, strict=True):
-            slot.request.take(token, self.manifest.model.eos)
-        done = [x for x in slots if x.request.finish is not None]
-        live = self.backend.state.read_live() if done else None
-        for slot in done:
-            assert live is not None
-            slot.request.live = float(live[:, slot.row].mean())
-            self._leave(slot)
-            self._hold = False
-        # Last: a callback may raise anything, and all requests have their token.
-        for slot, token in zip(slots, tokens, strict=True):
-            try:
-                slot.request.tell(token)
-            except Exception as error:
-                self._failures.append(error)
 
-    def _leave(self, slot: Slot) -> None:
-        """Empty a batch slot."""
-        del self._slots[slot.row]
-        self.tables.release(slot.row)
-        self.backend.state.reset([slot.row])  # its row of the device's tables, too
+def open_session(
+    directory: str | Path,
+    backend: BackendName = "auto",
+    *,
+    batch: int | None = None,
+    pages: int | None = None,
+) -> Session:
+    """Load a directory's graphs or engines.
 
-    def _settle(self, rows: list[int]) -> None:
-        """Learn the lengths of the lists of these batch slots, and take back what they own beyond."""
-        live = self.backend.state.read_live()
-        self._stale |= self.tables.settle(rows, live[:, rows])
-        if len(rows) == len(self._slots):
-            self._unsettled = 0
+    Args:
+        directory: that was exported.
+        backend: "auto" is TensorRT if engines were built, else onnxruntime; "tensorrt-eager" decodes without a CUDA
+            graph.
+        batch: batch slots; None: what the engine was built for, or 1.
+        pages: of each layer's KV cache; None: what lists can need at most, as far as memory goes.
 
-    def _make_room(self, rows: list[int], tokens: int) -> list[int]:
-        """Pages for so many tokens in these batch slots; the youngest requests give way to the others.
+    Raises:
+        EngineError: it cannot run here; the message says why.
+        ManifestError: files are not what the manifest says.
+    """
+    for name, value in (("batch", batch), ("pages", pages)):
+        if value is not None and value < 1:
+            raise EngineError(f"{name}={value} must be 1 or more")
+    manifest = Manifest.load(directory)
+    if backend == "auto":
+        backend = "onnxruntime" if manifest.build is None else "tensorrt"
+    runner: Backend
+    if backend == "onnxruntime":
+        from modelopt_dms.engine.ort import OnnxRuntimeBackend
 
-        Returns:
-            The batch slots that are still there.
-        """
-        while rows and not self.tables.covers(rows, tokens):
-            try:
-                self._stale |= self.tables.reserve(rows, max(tokens, AHEAD))
-            except OutOfPagesError:
-                self._settle(list(self._slots))
-                try:
-                    self._stale |= self.tables.reserve(rows, tokens)
-                except OutOfPagesError as error:
-                    self._give_way(error)
-                    rows = [x for x in rows if x in self._slots]
-        return rows
+        runner = OnnxRuntimeBackend(directory, manifest, batch=batch or 1, pages=pages)
+    elif backend in ("tensorrt", "tensorrt-eager"):
+        from modelopt_dms.engine.tensorrt import TensorRTBackend
 
-    def _give_way(self, error: OutOfPagesError) -> None:
-        """Put the youngest request back in the queue; it will start over with what it has.
-
-        Raises:
-            OutOfPagesError: there is one only.
-        """
-        youngest = max(self._slots.values(), key=lambda x: x.arrival)
-        alone = len(self._slots) == 1
-        self._leave(youngest)
-        if alone:
-            youngest.request.finish, youngest.request.error = "error", error
-            raise error
-        self._waiting.appendleft(youngest.request)
-        self._hold = True
-        self.stats.put_back += 1
+        built = (manifest.build or {}).get("batch")
+        if None not in (batch, built) and batch != built:
+            raise EngineError(
+                f"batch={batch} is not what the engine was built for: {built}; build it with --batch {batch}"
+            )
+        graph = backend == "tensorrt"
+        runner = TensorRTBackend(directory, manifest, pages=pages, graph=graph)
+    else:
+        raise EngineError(
+            f"backend={backend!r} must be 'auto', 'tensorrt', 'tensorrt-eager' or 'onnxruntime'"
+        )
+    return Session(manifest, runner)

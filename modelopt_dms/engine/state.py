@@ -6,7 +6,6 @@ Shapes: L layers, B batch slots, K KV heads, P pages a list can own, N pages.
 
 import copy
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -108,14 +107,10 @@ class State:
         """Whether a port is state."""
         return name.partition(".")[0] in self.stacks
 
-    def reset(self, rows: Sequence[int]) -> None:
-        """Make these batch slots empty. Their pages are the host's business."""
-        index = torch.tensor(rows, device=self.stacks["live"].device)
+    def start(self, table: NDArray[np.int32]) -> None:
+        """Make all batch slots empty, with these page tables [B, K, P] in every layer."""
         for kind in SMALL:
-            self.stacks[kind].index_fill_(1, index, EMPTY.get(kind, 0))
-
-    def write_tables(self, table: NDArray[np.int32]) -> None:
-        """Set all page tables [L, B, K, P]."""
+            self.stacks[kind].fill_(EMPTY.get(kind, 0))
         self.stacks["table"].copy_(torch.from_numpy(table))
 
     def read_live(self) -> NDArray[np.int32]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a directory's TensorRT engines: addresses, streams, the decode step as a CUDA graph. Knows no requests.
+"""Runs a directory's TensorRT engines: addresses, streams, the decode step as a CUDA graph.
 
 An output that is its input, changed in place, is bound to the address of that input; others are copied over their
 input's tensor afterwards. No tensor moves between two decode steps, so that one graph fits them all.
@@ -136,7 +136,7 @@ class TensorRTBackend:
             ) from error
 
     def run(self, phase: str, feeds: dict[str, Tensor], row: int | None = None) -> Tensor:
-        """Run an engine; see `backend.Backend`."""
+        """Run an engine; see `session.Backend`."""
         execution = self._runs[phase]
         check_feeds(self.manifest.phases[phase], feeds, execution.state.batch)
         with self._gpu.on_stream() as stream:
@@ -219,7 +219,8 @@ class TensorRTBackend:
             raise
         except RuntimeError as error:
             raise EngineError(
-                f"the decode step cannot be captured as a CUDA graph ({error}); run it without: --no-graph"
+                f"the decode step cannot be captured as a CUDA graph ({error}); run it without one: "
+                "--backend tensorrt-eager"
             ) from error
 
 
