@@ -15,8 +15,7 @@ from tensorrt_double import Double, FakeGpu, World
 from tensorrt_surface import surface
 from toy_engine import ToyBackend, ToyGraphs, toy_manifest
 
-from modelopt_dms.engine.errors import EngineError
-from modelopt_dms.engine.manifest import Kernel, Manifest, sha256
+from modelopt_dms.engine.manifest import EngineError, Kernel, Manifest, sha256
 from modelopt_dms.engine.operators import DOMAIN
 from modelopt_dms.engine.session import Session
 from modelopt_dms.engine.tensorrt import TensorRTBackend, make_log

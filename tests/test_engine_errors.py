@@ -18,9 +18,8 @@ from toy_engine import toy_manifest, with_model
 from transformers import AutoTokenizer
 
 from modelopt_dms.cli import main
-from modelopt_dms.engine.errors import EngineError
 from modelopt_dms.engine.gpu import Gpu
-from modelopt_dms.engine.manifest import Kernel, Manifest, ManifestError, sha256
+from modelopt_dms.engine.manifest import EngineError, Kernel, Manifest, ManifestError, sha256
 from modelopt_dms.engine.ort import OnnxRuntimeBackend
 from modelopt_dms.engine.session import Session, open_session
 from modelopt_dms.engine.tensorrt import TensorRTBackend

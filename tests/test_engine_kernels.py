@@ -16,7 +16,7 @@ from test_kernels_decode import Cache, _expected
 
 from modelopt_dms.engine.manifest import Kernel, Manifest, ManifestError
 from modelopt_dms.engine.operators import OPERATORS, Argument
-from modelopt_dms.exporters.errors import ExportError
+from modelopt_dms.exporters import ExportError
 from modelopt_dms.exporters.tensorrt import kernels
 from modelopt_dms.exporters.tensorrt.expressions import ceil_div, dims_of, evaluate
 from modelopt_dms.exporters.tensorrt.ptx import (

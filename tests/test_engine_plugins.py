@@ -18,7 +18,7 @@ import pytest
 
 from modelopt_dms.engine.manifest import Manifest
 from modelopt_dms.engine.operators import OPERATORS, Argument
-from modelopt_dms.exporters.errors import ExportError
+from modelopt_dms.exporters import ExportError
 from modelopt_dms.exporters.tensorrt import plugins
 
 PYTHON = os.environ.get("MODELOPT_DMS_TENSORRT_PYTHON")

@@ -8,8 +8,7 @@ import torch
 from toy_engine import ToyBackend, ToyGraphs, V, toy_manifest
 
 from modelopt_dms.engine.bench import bench
-from modelopt_dms.engine.errors import EngineError
-from modelopt_dms.engine.manifest import Manifest
+from modelopt_dms.engine.manifest import EngineError, Manifest
 from modelopt_dms.engine.prompts import allocate_pages
 from modelopt_dms.engine.sampling import Sampler
 from modelopt_dms.engine.session import Session

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from modelopt_dms.engine.manifest import Kernel, Manifest
 from modelopt_dms.engine.operators import OPERATORS
-from modelopt_dms.exporters.errors import ExportError
+from modelopt_dms.exporters import ExportError
 from modelopt_dms.exporters.tensorrt import driver, kernels, ptx
 from modelopt_dms.exporters.tensorrt.expressions import dims_of, evaluate
 from modelopt_dms.ops.paged import LayerShape, RowLayout

@@ -179,8 +179,7 @@ def _tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
         EngineError: it holds no tokenizer.
     """
     from modelopt_dms.cli.opening import load_tokenizer
-    from modelopt_dms.engine.errors import EngineError
-    from modelopt_dms.engine.manifest import Manifest
+    from modelopt_dms.engine.manifest import EngineError, Manifest
 
     Manifest.load(directory)
     try:

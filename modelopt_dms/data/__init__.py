@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from modelopt_dms.data.batches import calibration_batches
     from modelopt_dms.data.documents import ACCEPTED, Documents, open_documents
-    from modelopt_dms.data.errors import DataError
     from modelopt_dms.data.inputs import Blend, Formatted, parse_data
     from modelopt_dms.data.mixing import PreparedData, Tally, prepare_samples
     from modelopt_dms.data.packing import Samples, pack_and_split, pad
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
 _HOME = {
     "ACCEPTED": "documents",
     "Blend": "inputs",
-    "DataError": "errors",
     "Documents": "documents",
     "Formatted": "inputs",
     "PreparedData": "mixing",
@@ -64,6 +62,10 @@ __all__ = [
     "read_once",
     "tokenize_prompts",
 ]
+
+
+class DataError(ValueError):
+    """Training data that cannot be used; the message says which item and why."""
 
 
 def __getattr__(name: str) -> Any:

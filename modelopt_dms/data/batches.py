@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modelopt_dms.data.errors import DataError
+from modelopt_dms.data import DataError
 from modelopt_dms.data.packing import pack
 from modelopt_dms.data.records import Tokens
 from modelopt_dms.data.sources import open_sources, read_once

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modelopt_dms.data.errors import DataError
+from modelopt_dms.data import DataError
 from modelopt_dms.data.formats import COLUMNS, FORMATS, SUFFIXES, convert, explain_columns
 from modelopt_dms.data.records import read_record
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from modelopt_dms.data.errors import DataError
+from modelopt_dms.data import DataError
 from modelopt_dms.data.packing import HELD_OUT_SAMPLES, Samples, pack_and_split
 from modelopt_dms.data.records import Tokens
 from modelopt_dms.data.sources import Source

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from modelopt_dms.data.errors import DataError
+from modelopt_dms.data import DataError
 
 HELD_OUT_SAMPLES = 8
 

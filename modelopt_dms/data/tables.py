@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from modelopt_dms.data.errors import DataError
+from modelopt_dms.data import DataError
 
 
 class Table:

@@ -6,8 +6,7 @@ Each check raises an error of its own, before anything is loaded.
 
 from pathlib import Path
 
-from modelopt_dms.engine.errors import EngineError
-from modelopt_dms.engine.manifest import Kernel, Manifest, ManifestError, Port, sha256
+from modelopt_dms.engine.manifest import EngineError, Kernel, Manifest, ManifestError, Port, sha256
 
 OLDEST, NEWEST = (10, 10), (11, 99)
 

@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modelopt_dms.engine.errors import EngineError
 from modelopt_dms.engine.gpu import Gpu
-from modelopt_dms.engine.manifest import Phase
+from modelopt_dms.engine.manifest import EngineError, Phase
 from modelopt_dms.engine.state import POOLS, State, dtype_of, shape_of
 
 

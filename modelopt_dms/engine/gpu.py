@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 
-from modelopt_dms.engine.errors import EngineError
+from modelopt_dms.engine.manifest import EngineError
 
 
 class Gpu:

@@ -18,6 +18,10 @@ FORMAT = 1
 PHASES = ("decode", "prefill")
 
 
+class EngineError(ValueError):
+    """An engine that cannot be built, loaded or asked; the message says why, and what to do."""
+
+
 class ManifestError(ValueError):
     """A directory that is not, or no longer, what its manifest says; the message names the file and the difference."""
 

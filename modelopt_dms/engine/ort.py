@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from modelopt_dms.engine.checks import Found, check_files, check_pages, check_ports
-from modelopt_dms.engine.errors import EngineError
-from modelopt_dms.engine.manifest import Manifest, ManifestError
+from modelopt_dms.engine.manifest import EngineError, Manifest, ManifestError
 from modelopt_dms.engine.state import State, check_feeds
 
 if TYPE_CHECKING:

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from modelopt_dms.engine.errors import EngineError
-from modelopt_dms.engine.manifest import Manifest
+from modelopt_dms.engine.manifest import EngineError, Manifest
 from modelopt_dms.ops.paged import NO_PAGE, OutOfPagesError
 
 

@@ -4,7 +4,7 @@
 import torch
 from torch import Tensor
 
-from modelopt_dms.engine.errors import EngineError
+from modelopt_dms.engine.manifest import EngineError
 
 
 class Sampler:

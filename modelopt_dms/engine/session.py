@@ -14,8 +14,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from modelopt_dms.engine.errors import EngineError
-from modelopt_dms.engine.manifest import Manifest
+from modelopt_dms.engine.manifest import EngineError, Manifest
 from modelopt_dms.engine.prompts import allocate_pages, check_prompts
 from modelopt_dms.engine.sampling import Sampler
 from modelopt_dms.engine.state import State

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from modelopt_dms.engine.checks import Found, check_engine, check_pages, check_ports, check_version
-from modelopt_dms.engine.errors import EngineError
 from modelopt_dms.engine.execution import Execution, is_pool
 from modelopt_dms.engine.gpu import Gpu
-from modelopt_dms.engine.manifest import Manifest
+from modelopt_dms.engine.manifest import EngineError, Manifest
 from modelopt_dms.engine.state import (
     State,
     check_feeds,

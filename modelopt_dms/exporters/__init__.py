@@ -9,8 +9,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modelopt_dms.exporters.errors import ExportError
-
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -30,6 +28,10 @@ _GRAPH = ("chunk", "max_length")
 # What more they take, and which package they need.
 _OPTIONS = {"onnx": _GRAPH, "tensorrt": (*_GRAPH, "plugin_free")}
 _PACKAGES = {"onnx": "onnxscript", "tensorrt": "onnxscript"}
+
+
+class ExportError(ValueError):
+    """An export that cannot be made; the message says why."""
 
 
 def __getattr__(name: str) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 from modelopt.torch.export import export_hf_checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modelopt_dms.exporters.errors import ExportError
+from modelopt_dms.exporters import ExportError
 from modelopt_dms.hf_quantizer import GUARD_OF_EXPORTS, QUANT_METHOD, unmark
 from modelopt_dms.output import check_output, staged
 from modelopt_dms.packed import PACKED_FILE

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelopt_dms.engine.manifest import PHASES, Kernel, Manifest, Model, Phase, sha256
-from modelopt_dms.exporters.errors import ExportError
+from modelopt_dms.exporters import ExportError
 from modelopt_dms.exporters.hf import write_companions
 from modelopt_dms.exporters.onnx.facts import model_of
 from modelopt_dms.exporters.onnx.graphs import Sizes, scoring_of, trace

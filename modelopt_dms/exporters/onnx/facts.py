@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from modelopt_dms.convert import dms_modules
 from modelopt_dms.engine.manifest import Model
-from modelopt_dms.exporters.errors import ExportError
+from modelopt_dms.exporters import ExportError
 from modelopt_dms.exporters.onnx import quantizers
 from modelopt_dms.generation import looking_rope
 from modelopt_dms.kv_format import kv_formats

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from modelopt_dms.engine.manifest import Model, Port
 from modelopt_dms.engine.operators import DECODE_PARTIAL, DOMAIN, VERSION
 from modelopt_dms.engine.state import POOLS, dtype_of, shape_of
-from modelopt_dms.exporters.errors import ExportError
+from modelopt_dms.exporters import ExportError
 from modelopt_dms.exporters.onnx import native
 from modelopt_dms.exporters.onnx.bodies import OPSET, functions
 from modelopt_dms.exporters.onnx.facts import scales_of

@@ -13,7 +13,7 @@ import torch
 from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import Tensor, nn
 
-from modelopt_dms.exporters.errors import ExportError
+from modelopt_dms.exporters import ExportError
 from modelopt_dms.kv_quant import E4M3_MAX, INT8_MAX
 
 ACCEPTED = "FP8 (e4m3) or int8 with calibrated scales"

@@ -17,9 +17,8 @@ from modelopt_dms.engine.checks import (
     check_pages,
     kernel_hashes,
 )
-from modelopt_dms.engine.errors import EngineError
 from modelopt_dms.engine.gpu import Gpu
-from modelopt_dms.engine.manifest import Manifest, ManifestError, Phase
+from modelopt_dms.engine.manifest import EngineError, Manifest, ManifestError, Phase
 from modelopt_dms.engine.state import shape_of
 from modelopt_dms.engine.tensorrt import check_machine, import_tensorrt, make_log
 from modelopt_dms.output import whole

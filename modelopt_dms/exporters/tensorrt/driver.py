@@ -14,7 +14,7 @@ from torch import Tensor
 
 from modelopt_dms.engine.manifest import Kernel
 from modelopt_dms.engine.operators import OPERATORS
-from modelopt_dms.exporters.errors import ExportError
+from modelopt_dms.exporters import ExportError
 from modelopt_dms.exporters.tensorrt.expressions import dims_of, evaluate
 
 _DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES

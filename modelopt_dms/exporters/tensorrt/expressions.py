@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from modelopt_dms.engine.operators import Argument
-from modelopt_dms.exporters.errors import ExportError
+from modelopt_dms.exporters import ExportError
 
 _OPERATIONS: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: lambda a, b: a + b,

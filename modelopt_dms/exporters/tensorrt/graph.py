@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 
 import onnx
 
-from modelopt_dms.engine.errors import EngineError
+from modelopt_dms.engine.manifest import EngineError
 from modelopt_dms.engine.operators import DOMAIN, OPERATORS, VERSION
 
 

@@ -15,7 +15,7 @@ import torch
 
 from modelopt_dms.engine.manifest import Kernel, Model
 from modelopt_dms.engine.operators import OPERATORS
-from modelopt_dms.exporters.errors import ExportError
+from modelopt_dms.exporters import ExportError
 from modelopt_dms.exporters.tensorrt.ptx import POINTER, check_signature, rewrite
 from modelopt_dms.ops.paged import MOST_ROWS, LayerShape, RowLayout
 from modelopt_dms.ops.reference import Scoring

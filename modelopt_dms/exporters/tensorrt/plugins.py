@@ -14,7 +14,7 @@ from typing import Any
 from modelopt_dms.engine.checks import OLDEST, version_of
 from modelopt_dms.engine.manifest import Kernel, Manifest
 from modelopt_dms.engine.operators import DOMAIN, OPERATORS, Argument, Operator
-from modelopt_dms.exporters.errors import ExportError
+from modelopt_dms.exporters import ExportError
 from modelopt_dms.exporters.tensorrt.expressions import dims_of, evaluate
 from modelopt_dms.exporters.tensorrt.ptx import read
 

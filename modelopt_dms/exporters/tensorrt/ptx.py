@@ -11,7 +11,7 @@ from pathlib import Path
 from modelopt_dms.engine.checks import check_kernel
 from modelopt_dms.engine.manifest import Kernel
 from modelopt_dms.engine.operators import Operator
-from modelopt_dms.exporters.errors import ExportError
+from modelopt_dms.exporters import ExportError
 
 POINTER, INTEGER = "u64", "u32"
 _ENTRY = re.compile(r"\.visible\s+\.entry\s+([\w$]+)\s*\(([^)]*)\)")
