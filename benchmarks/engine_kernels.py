@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import engine_driver as driver
 import torch
 from cases import TOLERANCE, Heads, Paged, lengths_of, paged, relative_error
 from machine import RESULTS, machine, write
@@ -20,7 +21,7 @@ from timing import graphed
 from torch import Tensor
 
 from modelopt_dms.engine.manifest import Model
-from modelopt_dms.exporters.tensorrt import driver, kernels
+from modelopt_dms.exporters.tensorrt import kernels
 from modelopt_dms.ops import append, decode
 from modelopt_dms.ops.gating import Decided
 

@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import engine_driver as driver
 from modelopt_dms.engine.manifest import Kernel, Manifest
 from modelopt_dms.engine.operators import OPERATORS
 from modelopt_dms.exporters import ExportError
-from modelopt_dms.exporters.tensorrt import driver, kernels, ptx
+from modelopt_dms.exporters.tensorrt import kernels, ptx
 from modelopt_dms.exporters.tensorrt.expressions import dims_of, evaluate
 from modelopt_dms.ops.paged import LayerShape, RowLayout
 from modelopt_dms.ops.reference import Scoring
