@@ -171,6 +171,10 @@ class Manifest:
         """Tokens that every list has room for, whatever is evicted."""
         return self.page * self.pages_per_list
 
+    def all_pages(self, batch: int) -> int:
+        """Pages that a layer's lists own together when none can grow any more."""
+        return batch * self.model.kv_heads * self.pages_per_list
+
     def save(self, directory: Path) -> None:
         """Write it, whole or not at all."""
         content = {"format": FORMAT, **asdict(self)}

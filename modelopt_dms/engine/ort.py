@@ -66,7 +66,7 @@ class OnnxRuntimeBackend:
                 "wrong dtype: onnxruntime's CPU kernels have no bfloat16; export the model with --dtype float32 to "
                 "run it there"
             )
-        pages = every_page(manifest, batch) if pages is None else pages
+        pages = manifest.all_pages(batch) if pages is None else pages
         check_pages(pages, manifest)
         check_files(manifest, directory)
         self._sessions = {name: _open(directory, manifest, name) for name in manifest.phases}
@@ -89,11 +89,6 @@ class OnnxRuntimeBackend:
                 new = torch.from_numpy(outputs[port.name])
                 self.state.tensor(port.state, rows).copy_(new)
         return torch.from_numpy(outputs["logits"])
-
-
-def every_page(manifest: Manifest, batch: int) -> int:
-    """Pages that a layer's lists own together when none can grow any more."""
-    return batch * manifest.model.kv_heads * manifest.pages_per_list
 
 
 def _open(directory: Path, manifest: Manifest, name: str) -> "onnxruntime.InferenceSession":

@@ -53,7 +53,6 @@ class Stats:
     Attributes:
         prompt_tokens: read.
         prefill_seconds: spent on it.
-        chunks: prefill runs.
         decode_steps: decode runs.
         decode_tokens: tokens that they gave.
         decode_seconds: spent on them, choosing tokens included.
@@ -64,7 +63,6 @@ class Stats:
 
     prompt_tokens: int = 0
     prefill_seconds: float = 0.0
-    chunks: int = 0
     decode_steps: int = 0
     decode_tokens: int = 0
     decode_seconds: float = 0.0
@@ -153,7 +151,6 @@ class Session:
                 "padding": torch.tensor([padding], dtype=torch.int32),
             }
             logits = self.backend.run("prefill", feeds, row)
-            self.stats.chunks += 1
         self.stats.prompt_tokens += len(ids)
         self.stats.prefill_seconds += time.perf_counter() - began
         return logits

@@ -51,7 +51,7 @@ class BuildOptions:
     def most_pages(self, manifest: Manifest) -> int:
         """Pages of each layer that can be given out."""
         if self.pages is None:
-            return self.batch * manifest.model.kv_heads * manifest.pages_per_list
+            return manifest.all_pages(self.batch)
         check_pages(self.pages, manifest)
         return self.pages
 
