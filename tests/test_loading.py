@@ -199,6 +199,34 @@ def _gemma3() -> Any:
     )
 
 
+def _qwen2_vl() -> Any:
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    eyes = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "patch_size": 4}
+    return tf.Qwen2VLConfig(
+        text_config={**SIZES, "num_hidden_layers": 2, "rope_parameters": rope},
+        vision_config=eyes,
+        image_token_id=70,
+        video_token_id=71,
+        vision_start_token_id=72,
+        vision_end_token_id=73,
+    )
+
+
+def _with_an_image(name: str) -> dict[str, Tensor]:
+    """Two prompts with an image each: 16 patches, which Qwen2-VL merges to 4 tokens."""
+    ids = torch.randint(3, 60, (2, 30))
+    if "Llava" in name:
+        ids[:, 2:18] = 70
+        return {"input_ids": ids, "pixel_values": torch.randn(2, 3, 16, 16)}
+    ids[:, 1], ids[:, 2:6], ids[:, 6] = 72, 70, 73
+    return {
+        "input_ids": ids,
+        "pixel_values": torch.randn(32, 96),
+        "image_grid_thw": torch.tensor([[1, 4, 4]] * 2),
+        "mm_token_type_ids": (ids == 70).int(),
+    }
+
+
 @pytest.mark.parametrize(
     ("name", "config"),
     [
@@ -499,7 +527,7 @@ def test_a_model_that_is_quantized_already_is_one_line_before_any_work(
 
 @pytest.mark.parametrize(
     ("name", "config"),
-    [("LlavaForConditionalGeneration", _llava), ("Gemma3ForConditionalGeneration", _gemma3)],
+    [("LlavaForConditionalGeneration", _llava), ("Qwen2VLForConditionalGeneration", _qwen2_vl)],
 )
 def test_a_model_that_sees_generates_the_same_about_an_image_before_and_after_saving(
     name: str, config: Any, tmp_path: Path
@@ -509,11 +537,7 @@ def test_a_model_that_sees_generates_the_same_about_an_image_before_and_after_sa
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
-    ids = torch.randint(3, 60, (2, 30))
-    ids[:, 2 : 2 + (16 if "Llava" in name else 4)] = 70
-    inputs = {"input_ids": ids, "pixel_values": torch.randn(2, 3, 16, 16)}
-    if "Gemma3" in name:
-        inputs["token_type_ids"] = (ids == 70).int()
+    inputs = _with_an_image(name)
 
     def generated(network: Any) -> Any:
         return network.generate(
