@@ -40,7 +40,7 @@ def put_gate(module: Any, gate: EvictionGate) -> list[RemovableHandle]:
 
 def model_depth(module: Any) -> int | None:
     """Layers of the model that an attention module is in, as its config says."""
-    config = getattr(module, "config", None)
+    config: Any = getattr(module, "config", None)
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     return getattr(text, "num_hidden_layers", None)
 
