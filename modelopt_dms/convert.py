@@ -199,7 +199,10 @@ def check_not_quantized(model: PreTrainedModel) -> None:
     way_out = "start from the original checkpoint in float32, float16 or bfloat16, and quantize after apply_dms"
     if any(isinstance(x, TensorQuantizer) for x in model.modules()):
         raise UnsupportedModelError(f"the model is quantized by ModelOpt already; {way_out}")
-    if getattr(model, "hf_quantizer", None) is not None or getattr(model, "is_quantized", False):
+    quantizer = getattr(model, "hf_quantizer", None)
+    # GGUF and others keep their quantizer after they have made the weights plain.
+    plain = getattr(getattr(quantizer, "quantization_config", None), "dequantize", False)
+    if not plain and (quantizer is not None or getattr(model, "is_quantized", False)):
         how = getattr(model.config, "quantization_config", None)
         method = how.get("quant_method") if isinstance(how, dict) else how
         method = getattr(method, "quant_method", method)
