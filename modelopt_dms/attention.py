@@ -95,6 +95,11 @@ def dms_attention(
     """
     gate = getattr(module, "dms_gate", None)
     if gate is None:
+        if not hasattr(module, "dms_ran"):
+            raise AttentionError(
+                f"{layer_name(module)} runs attn_implementation='dms', but its model has no gates: it was made from "
+                "the config of a DMS model, or set to it; use modelopt_dms.load, or another attn_implementation"
+            )
         return _as_before(module, query, key, value, attention_mask, dropout, scaling, kwargs)
     _check_arguments(module, dropout, kwargs)
     softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")

@@ -30,14 +30,24 @@ class DMSLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, slots: SlotLists | PagedSlots, formats: Formats = (None, None)) -> None:
+    def __init__(
+        self,
+        slots: SlotLists | PagedSlots,
+        formats: Formats = (None, None),
+        depth: int | None = None,
+    ) -> None:
         """Make a layer.
 
         Args:
             slots: empty; lists of their own on a CPU, pages of a shared pool on a CUDA device.
             formats: number formats of the stored keys and values; None is the model's own dtype.
+            depth: layers of the model that it is for, if known.
         """
         super().__init__()
+        self.depth = depth
+        # A gate is about to decide about the rows of the next `update`.
+        self.expected = False
+        self._dims: tuple[int, int, int] | None = None
         self.slots = slots
         self.formats = formats
         # Which of the first tokens [B, N] were taken in, padding was not; None if all were.
@@ -69,7 +79,7 @@ class DMSLayer(CacheLayerMixin):
     def append(self, evict: Tensor, valid: Tensor | None) -> None:
         """Take in the rows given to the last `update`; see `SlotLists.append`."""
         self.slots.append(*self.take_incoming(), evict, valid)
-        self.slots.usage.row_values = sum(self._dims)
+        self.slots.usage.row_values = sum(self._row_dims)
 
     def take_incoming(self) -> tuple[Tensor, Tensor]:
         """The rows given to the last `update`, as `slots` stores them; they are not held any longer."""
@@ -107,7 +117,7 @@ class DMSLayer(CacheLayerMixin):
         head = index % self.slots.K
         k, v = (
             x if form is None else form.decode(x, dim, self.dtype, head)
-            for x, form, dim in zip(stored, self.formats, self._dims, strict=True)
+            for x, form, dim in zip(stored, self.formats, self._row_dims, strict=True)
         )
         return k, v
 
@@ -119,10 +129,14 @@ class DMSLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Hand the new rows [B, K, T, .] on, as they will be read from now on, to the attention function."""
+        """Hand the new rows [B, K, T, .] on, as they will be read from now on, to the attention function.
+
+        Raises:
+            ValueError: they come from a layer without a gate, or are of other sizes than what is held.
+        """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self._dims = (key_states.shape[-1], value_states.shape[-1])
+        self._check_sender(key_states, value_states)
         self._incoming_tokens = key_states.shape[2]
         paged = isinstance(self.slots, PagedSlots)
         if paged and key_states.shape[2] == 1:
@@ -134,6 +148,26 @@ class DMSLayer(CacheLayerMixin):
         v, read_values = _through(v_format, value_states)
         self._incoming = (key_states, value_states) if paged else (k, v)
         return read_keys, read_values
+
+    @property
+    def _row_dims(self) -> tuple[int, int]:
+        assert self._dims is not None
+        return self._dims[1:]
+
+    def _check_sender(self, key_states: Tensor, value_states: Tensor) -> None:
+        if not self.expected:
+            raise ValueError(
+                "a layer without a gate gave its tokens to a DMS cache layer, from which it would read none back; use "
+                "the cache only with the model that returned it"
+            )
+        self.expected = False
+        dims = (key_states.shape[1], key_states.shape[-1], value_states.shape[-1])
+        if self.slots.seen and self._dims not in (None, dims):
+            raise ValueError(
+                f"the cache holds {_sizes(self._dims)} a token, and the model gives it {_sizes(dims)}: it is another "
+                "model's cache; leave past_key_values unset, or pass one that this model returned"
+            )
+        self._dims = dims
 
     def get_seq_length(self) -> int:
         """Positions seen, evicted ones included: the next token's position."""
@@ -204,6 +238,11 @@ class DMSLayer(CacheLayerMixin):
     prefetch = offload
 
 
+def _sizes(dims: tuple[int, int, int] | None) -> str:
+    heads, keys, values = dims or (0, 0, 0)
+    return f"{heads} KV heads of {keys} (keys) and {values} (values) numbers"
+
+
 def _through(form: RowFormat | None, x: Tensor) -> tuple[Tensor, Tensor]:
     """Rows [B, K, T, D] as they are stored, and as they will be read."""
     if form is None:
@@ -257,6 +296,7 @@ def adopt(
     shift: int,
     formats: Callable[[], Formats],
     device: torch.device,
+    depth: int | None = None,
 ) -> DMSLayer:
     """The DMS layer at `layer_idx` of a cache, put there in place of an untouched DynamicLayer.
 
@@ -267,10 +307,11 @@ def adopt(
         shift: 1 if a token's logit governs the token before it, else 0.
         formats: gives the number formats of the stored keys and values.
         device: where the layer computes: rows are paged on a CUDA device, and lie in lists of their own elsewhere.
+        depth: layers of the model, if known.
 
     Raises:
-        ValueError: the cache stores keys and values in a way that cannot forget (static, quantized, offloaded), or
-            was filled by a model that was not converted.
+        ValueError: it is another model's cache, it stores keys and values in a way that cannot forget (static,
+            quantized, offloaded), or was filled by a model that was not converted.
     """
     while len(cache.layers) <= layer_idx and cache.layer_class_to_replicate is not None:
         cache.layers.append(cache.layer_class_to_replicate())
@@ -281,6 +322,11 @@ def adopt(
             raise ValueError(
                 f"layer {layer_idx} of the cache has a delay window of {held} tokens, and the model's is {window}: "
                 "it is another model's cache; leave past_key_values unset, or pass one that this model returned"
+            )
+        if None not in (layer.depth, depth) and layer.depth != depth:
+            raise ValueError(
+                f"the cache is of a model with {layer.depth} layers, and this one has {depth}: it is another model's "
+                "cache; leave past_key_values unset, or pass one that this model returned"
             )
         return layer
     name = f"{type(cache).__name__} with {type(layer).__name__} at layer {layer_idx}"
@@ -300,7 +346,7 @@ def adopt(
         slots = PagedSlots(window, shift, _pool_of(cache, device, found), found, ROLLBACK)
     else:
         slots = SlotLists(window, shift)
-    cache.layers[layer_idx] = adopted = DMSLayer(slots, found)
+    cache.layers[layer_idx] = adopted = DMSLayer(slots, found, depth)
     return adopted
 
 

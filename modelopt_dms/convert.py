@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any
 
+import torch
 from modelopt.torch.opt.dynamic import DynamicModule, _DMRegistryCls
+from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -30,6 +32,10 @@ BOUNDED = {
     "linear_attention": "",
     "conv": "",
 }
+
+
+# Numbers that a weight can be read from without a scale.
+PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class UnsupportedModelError(ValueError):
@@ -161,6 +167,7 @@ def plan_conversion(
         raise UnsupportedModelError(
             f"{type(model).__name__} does not use transformers' attention interface, so its layers cannot be hooked"
         )
+    check_not_quantized(model)
     check_weights(model)
     plan: dict[str, tuple[nn.Module, EvictionGate]] = {}
     left_alone: dict[str, str] = {}
@@ -181,6 +188,30 @@ def plan_conversion(
             f"{type(model).__name__} has no full-attention layer to convert ({reasons or 'no attention layer found'})"
         )
     return plan, left_alone
+
+
+def check_not_quantized(model: PreTrainedModel) -> None:
+    """Refuse a model whose weights are quantized already, by whom ever.
+
+    Raises:
+        UnsupportedModelError: see above; the message says by whom.
+    """
+    way_out = "start from the original checkpoint in float32, float16 or bfloat16, and quantize after apply_dms"
+    if any(isinstance(x, TensorQuantizer) for x in model.modules()):
+        raise UnsupportedModelError(f"the model is quantized by ModelOpt already; {way_out}")
+    quantizer = getattr(model, "hf_quantizer", None)
+    # GGUF and others keep their quantizer after they have made the weights plain.
+    plain = getattr(getattr(quantizer, "quantization_config", None), "dequantize", False)
+    if not plain and (quantizer is not None or getattr(model, "is_quantized", False)):
+        how = getattr(model.config, "quantization_config", None)
+        method = how.get("quant_method") if isinstance(how, dict) else how
+        method = getattr(method, "quant_method", method)
+        raise UnsupportedModelError(
+            f"the weights are quantized (quant_method={getattr(method, 'value', method)!r}); {way_out}"
+        )
+    for name, weight in model.named_parameters():
+        if weight.dtype not in PLAIN:
+            raise UnsupportedModelError(f"{name} is stored as {weight.dtype}; {way_out}")
 
 
 def is_attention(module: nn.Module) -> bool:

@@ -52,6 +52,8 @@ class EvictionGate(nn.Module):
         super().__init__()
         self.layer_idx = layer_idx
         self.kv_heads = kv_heads
+        # Layers of the model, set where the gate is put on.
+        self.depth: int | None = None
         self.window = config.window
         self.protect_first = config.protect_first
         self.shift = int(config.decision_shift)

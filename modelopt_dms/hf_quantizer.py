@@ -18,7 +18,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 # Where it is not registered, errors and warnings of transformers, lm-eval and vLLM show it.
 QUANT_METHOD = "modelopt_dms (import modelopt_dms first)"
 # What the error of transformers ends with.
-GUARD = "modelopt_dms: this model evicts from its KV cache; import modelopt_dms before loading it"
+GUARD = (
+    "modelopt_dms: this model evicts from its KV cache; import modelopt_dms before loading it (if it is imported: "
+    "config.json has lost its quantization_config)"
+)
 # Where another quant_method must stand, for the engines that read it.
 GUARD_OF_EXPORTS = "modelopt_dms: this model evicts from its KV cache; load it by modelopt_dms.load"
 # A quantizer of ModelOpt has no other tensors than these.
@@ -71,6 +74,13 @@ class DMSLoader(HfQuantizer):
             config._attn_implementation = None
         vars(config).pop("fusion_config", None)
         return config
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Without what refuses the weights of gates: they are put on afterwards."""
+        lost = import_module("modelopt_dms.lost_gates").GateNames
+        kept = [x for x in weight_conversions if not isinstance(x, lost)]
+        found: list[Any] = super().update_weight_conversions(kept, model)
+        return found
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any

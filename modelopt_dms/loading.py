@@ -22,6 +22,7 @@ from modelopt_dms.config import DMSConfig, QuantizationConfig, in_one_line
 from modelopt_dms.convert import dms_modules, is_converted
 from modelopt_dms.finite import WeightError, check_weights
 from modelopt_dms.hf_quantizer import unmark
+from modelopt_dms.lost_gates import gates_put_on_later
 from modelopt_dms.mode import CheckpointError, apply_dms, read_facts
 from modelopt_dms.names import GATE_KEY, StoredNames
 from modelopt_dms.packed import is_packed, unpack
@@ -37,6 +38,7 @@ def load(
     dtype: torch.dtype | str = "auto",
     device_map: str | dict[str, Any] | None = None,
     trust_remote_code: bool = False,
+    **others: Any,
 ) -> PreTrainedModel:
     """Load what `compress`, `save_pretrained` or `export` wrote, or a DMS checkpoint of NVIDIA's.
 
@@ -47,10 +49,17 @@ def load(
         dtype: dtype of the base model; gates stay in float32.
         device_map: as in `from_pretrained`.
         trust_remote_code: as in `from_pretrained`; off unless asked for.
+        **others: refused by name: what else `from_pretrained` takes is not for a DMS model.
 
     Raises:
         CheckpointError: not a DMS or quantized checkpoint, gates missing, or a file is broken.
+        ValueError: an argument that is not accepted.
     """
+    if others:
+        raise ValueError(
+            f"modelopt_dms.load does not accept {', '.join(f'{key}={x!r}' for key, x in others.items())}; accepted: "
+            "dtype, device_map, trust_remote_code (a DMS model runs only with its own attention)"
+        )
     path = Path(path)
     try:
         return _load(path, dtype, device_map, trust_remote_code)
@@ -78,6 +87,7 @@ def _load(
         raise CheckpointError(
             f"{path / 'config.json'} must hold a mapping, not {type(raw).__name__}"
         )
+    files = sorted(path.glob("*.safetensors"))
     theirs = nvidia.is_nvidia(raw)
     config = (
         nvidia.read_config(raw)
@@ -85,11 +95,13 @@ def _load(
         else AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     )
     if not any(getattr(config, x, None) for x in ("dms_config", "dms_quantization")):
+        lost = bool(files) and bool(_read(path, files, (GATE_KEY,)))
         raise CheckpointError(
-            f"{path} is not a DMS model: config.json has no dms_config; compress it first"
+            f"{path} holds the gates of a DMS model, but config.json has lost its dms_config; put it back"
+            if lost
+            else f"{path} is not a DMS model: config.json has no dms_config; compress it first"
         )
     unmark(config)
-    files = sorted(path.glob("*.safetensors"))
     ranges: dict[str, Tensor] = {}
     weights = None
     if theirs:
@@ -207,7 +219,8 @@ def _load_base(
     verbosity = hf_logging.get_verbosity()
     hf_logging.set_verbosity_error()
     try:
-        model, info = loader.from_pretrained(**source, output_loading_info=True, **kwargs)
+        with gates_put_on_later():
+            model, info = loader.from_pretrained(**source, output_loading_info=True, **kwargs)
     except SafetensorError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     finally:

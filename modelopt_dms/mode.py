@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from modelopt_dms.config import DMSConfig, in_one_line
-from modelopt_dms.convert import convert_model, is_converted
+from modelopt_dms.convert import check_not_quantized, convert_model, is_converted
 from modelopt_dms.hf_quantizer import mark
 from modelopt_dms.modelopt_mode import MODE_NAME, KVSparsityModeRegistry
 
@@ -96,6 +96,8 @@ def apply_dms(model: PreTrainedModel, config: DMSConfig | dict[str, Any]) -> Pre
             "modelopt_dms.load, or start from the original checkpoint"
         )
     config = config if isinstance(config, DMSConfig) else DMSConfig(**config)
+    # Of quantized models, ModelOpt would say only that modes cannot follow each other.
+    check_not_quantized(model)
     return apply_mode(
         model, mode=[(MODE_NAME, config.model_dump())], registry=KVSparsityModeRegistry
     )

@@ -8,6 +8,8 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from modelopt_dms.lost_gates import GateNames
+
 GATE_KEY = ".dms_gate."
 
 
@@ -22,7 +24,9 @@ class StoredNames:
         conversions = get_model_conversion_mapping(model)
         self.prefix = model.base_model_prefix
         self.state: dict[str, Any] = model.state_dict()
-        self.renamings = [x for x in conversions if isinstance(x, WeightRenaming)]
+        self.renamings = [
+            x for x in conversions if isinstance(x, WeightRenaming) and not isinstance(x, GateNames)
+        ]
         self.converters = [x for x in conversions if isinstance(x, WeightConverter)]
 
     def of(self, key: str) -> str:

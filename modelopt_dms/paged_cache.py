@@ -70,7 +70,7 @@ class DMSCache(DynamicCache):
             for module in members:
                 gate, formats = module.dms_gate, kv_formats(module)
                 slots = PagedSlots(gate.window, gate.shift, pool, formats)
-                self.layers[module.layer_idx] = DMSLayer(slots, formats)
+                self.layers[module.layer_idx] = DMSLayer(slots, formats, gate.depth)
 
     @property
     def is_all_paged(self) -> bool:

@@ -3,7 +3,7 @@
 
 import json
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from typing import Any
 
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from modelopt_dms.config import QuantizationConfig, quantization_to_dict
 from modelopt_dms.convert import dms_modules
 from modelopt_dms.hf_quantizer import mark
-from modelopt_dms.kv_format import row_format
+from modelopt_dms.kv_format import KVFormatError, kv_formats, row_format
 from modelopt_dms.kv_quant import BLOCK, Nvfp4
 from modelopt_dms.modelopt_mode import NVFP4_BACKEND
 from modelopt_dms.ranges import settle
@@ -53,6 +53,8 @@ def quantize(
         )
     full = _complete(model, config)
     _check_kv(full)
+    if not callable(batches) and isinstance(batches, Sequence) and not batches:
+        _check_no_amax_is_needed(config)
     latent = [name for name, x in dms_modules(model).items() if hasattr(x, "expand_kv")]
     if latent and _kv_entries(config):
         warnings.warn(
@@ -71,6 +73,8 @@ def quantize(
 
     insert(model, full, calibrate)
     settle(model)
+    for module in dms_modules(model).values():
+        kv_formats(module)
     return model
 
 
@@ -153,6 +157,19 @@ def _check_kv(config: QuantizationConfig) -> None:
         if not quantizer._dynamic and not quantizer._use_constant_amax:
             quantizer.amax = torch.ones(())
         row_format(quantizer)
+
+
+def _check_no_amax_is_needed(config: QuantizationConfig) -> None:
+    """Refuse, before any work, KV quantizers that need data where there are none."""
+    for entry in _kv_entries(config):
+        quantizer = TensorQuantizer(entry.cfg)
+        if quantizer.is_enabled and not quantizer._use_constant_amax:
+            try:
+                row_format(quantizer)
+            except KVFormatError:
+                raise KVFormatError(
+                    f"the KV quantizers {entry.quantizer_name!r} need batches to calibrate with; pass batches"
+                ) from None
 
 
 def _kv_entries(config: QuantizationConfig) -> list[Any]:

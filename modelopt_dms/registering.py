@@ -11,6 +11,7 @@ from typing import Any
 
 # What is imported by others, and the module of ours that then registers what it needs to know.
 ENTRIES = {
+    "transformers.conversion_mapping": "modelopt_dms.lost_gates",
     "transformers.quantizers.auto": "modelopt_dms.hf_quantizer",
     "modelopt.torch": "modelopt_dms.modelopt_mode",
 }

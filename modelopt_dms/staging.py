@@ -29,12 +29,20 @@ _QUANTIZED = threading.RLock()
 
 def put_gate(module: Any, gate: EvictionGate) -> list[RemovableHandle]:
     """Give an attention module a gate and the hooks around its forward; the hooks, to take them off again."""
+    gate.depth = model_depth(module)
     module.dms_gate = gate.to(gate_device(module))
     return [
         *gate.attach(module),
         module.register_forward_pre_hook(stage_step, with_kwargs=True),
         module.register_forward_hook(drop_step, with_kwargs=True, always_call=True),
     ]
+
+
+def model_depth(module: Any) -> int | None:
+    """Layers of the model that an attention module is in, as its config says."""
+    config: Any = getattr(module, "config", None)
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    return getattr(text, "num_hidden_layers", None)
 
 
 def watch_calls(model: PreTrainedModel) -> list[RemovableHandle]:
@@ -171,8 +179,10 @@ def _stage_cached(
 ) -> None:
     gate: EvictionGate = module.dms_gate
     formats = partial(kv_formats, module)
-    layer = adopt(cache, module.layer_idx, gate.window, gate.shift, formats, hidden.device)
+    where = (cache, module.layer_idx, gate.window, gate.shift)
+    layer = adopt(*where, formats, hidden.device, gate.depth)
     _check_batch(module, layer, hidden.shape[0])
+    layer.expected = True
     draft = handover.get("draft")
     if draft is not None:
         layer.expect_draft(draft)

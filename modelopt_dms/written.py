@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was saved is read back before anybody is told that it was: config, names, shapes, one place a tensor."""
+"""What was saved is read back before anybody is told that it was: config, names, gates, one place a tensor."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from modelopt_dms.names import GATE_KEY, StoredNames
@@ -23,7 +25,8 @@ def check_written(place: Path, model: PreTrainedModel) -> None:
         model: that was saved.
 
     Raises:
-        OutputError: something of the model is missing there, twice there, or another; or a file cannot be read.
+        OutputError: something of the model is missing there, twice there, or another; a gate or threshold differs in
+            a bit; or a file cannot be read.
     """
     _check_config(place, model)
     shapes = _shapes(place)
@@ -38,6 +41,10 @@ def check_written(place: Path, model: PreTrainedModel) -> None:
             raise OutputError(
                 f"{place} was not written right: {stored} has shape {written}, expected {shape}"
             )
+    for name, expected in model.state_dict().items():
+        if GATE_KEY in name:
+            key = found[name][0]
+            _check_value(place / shapes[key][0], key, expected)
 
 
 def _check_config(place: Path, model: PreTrainedModel) -> None:
@@ -66,6 +73,18 @@ def _shapes(place: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         except (SafetensorError, OSError) as error:
             raise OutputError(f"{file} was not written right: {error}") from error
     return shapes
+
+
+def _check_value(file: Path, key: str, expected: Tensor) -> None:
+    """Bit for bit: a gate that is rounded decides otherwise."""
+    with safe_open(file, framework="pt") as stored:
+        found = stored.get_tensor(key)
+    expected = expected.detach().cpu().contiguous()
+    same = found.dtype == expected.dtype and torch.equal(
+        found.contiguous().view(torch.uint8), expected.view(torch.uint8)
+    )
+    if not same:
+        raise OutputError(f"{file} was not written right: {key} holds other values than the model")
 
 
 def _check_index(place: Path, shapes: dict[str, Any]) -> None:

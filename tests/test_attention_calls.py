@@ -23,6 +23,7 @@ from modelopt_dms.gate import gates
 from modelopt_dms.loading import load
 from modelopt_dms.masks import MaskError
 from modelopt_dms.mode import apply_dms
+from modelopt_dms.paged_cache import DMSCache
 from modelopt_dms.staging import gate_device
 
 SIZES = {
@@ -357,3 +358,47 @@ def test_the_cache_of_a_model_with_another_window_is_refused() -> None:
     model = build_dms("llama", window=4)
     with pytest.raises(ValueError, match="a delay window of 9 tokens, and the model's is 4"):
         model(ids[:, 12:], past_key_values=cache)
+
+
+def cache_from(model: PreTrainedModel) -> Any:
+    with torch.no_grad():
+        return model(tokens(1, 12)).past_key_values
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"num_hidden_layers": 4}, "a model with 4 layers, and this one has 2"),
+        ({"num_hidden_layers": 1}, "a model with 1 layers, and this one has 2"),
+        (
+            {"num_key_value_heads": 4},
+            r"4 KV heads of 8 \(keys\).*, and the model gives it 2 KV heads of 8",
+        ),
+        ({"head_dim": 16}, r"2 KV heads of 16 \(keys\).*, and the model gives it 2 KV heads of 8"),
+    ],
+)
+def test_the_cache_of_a_model_with_other_layers_or_heads_is_refused(
+    llama: PreTrainedModel, other: dict[str, int], message: str
+) -> None:
+    for run in (llama, llama.generate):
+        cache = cache_from(build_dms("llama", base=other))
+        with pytest.raises(ValueError, match=message):
+            run(tokens(1, 20)[:, 12:] if run is llama else tokens(1, 20), past_key_values=cache)
+    with pytest.raises(ValueError, match="layers, and this one has|KV heads of"):
+        paged = DMSCache(build_dms("llama", base=other), batch_size=1, max_length=64)
+        build_dms("llama", base=other)(tokens(1, 12), past_key_values=paged)
+        llama(tokens(1, 20)[:, 12:], past_key_values=paged)
+
+
+def test_a_model_without_gates_is_not_given_a_dms_cache(llama: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match="a layer without a gate gave its tokens to a DMS cache"):
+        build("llama")(tokens(1, 1), past_key_values=cache_from(llama))
+
+
+def test_a_model_made_from_a_dms_models_config_does_not_run_without_gates(
+    llama: PreTrainedModel,
+) -> None:
+    bare = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(llama.config))
+    assert bare.config._attn_implementation == "dms"
+    with pytest.raises(ValueError, match="attn_implementation='dms', but its model has no gates"):
+        bare(tokens(1, 5))

@@ -13,9 +13,9 @@ PACKAGE = Path(__file__).parent.parent / "modelopt_dms"
 # Rooms by step, from the ground up. A room may import rooms of lower steps, and itself.
 STAIRCASE = [
     {"kv_quant", "config", "shelf", "output", "data", "ratio", "processes", "usage", "handover"}
-    | {"registering", "modelopt_mode", "hf_quantizer", "names", "plain_yaml", "finite"},
-    {"ops", "checkpoints", "written"},
-    {"gate", "masks", "pages", "paging", "kv_format", "recipe", "engine"},
+    | {"registering", "modelopt_mode", "hf_quantizer", "lost_gates", "plain_yaml", "finite"},
+    {"ops", "checkpoints", "names"},
+    {"gate", "masks", "written", "pages", "paging", "kv_format", "recipe", "engine"},
     {"cache", "gate_kinds", "schema", "compression", "previews"},
     {"page_attention"},
     {"attention"},

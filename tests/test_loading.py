@@ -1,24 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """A directory is loaded with its gates by every usual way, or refused; so is what cannot become a DMS model."""
 
+import copy
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import modelopt.torch.quantization as mtq
 import pytest
 import torch
 import transformers as tf
-from families import build, build_dms, open_gates, tokens
+from families import build, build_dms, distance, open_gates, tokens
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import modelopt_dms as dms
 from modelopt_dms.checkpoints.base import check_model_place, load_tokenizer
-from modelopt_dms.convert import dms_modules
+from modelopt_dms.convert import UnsupportedModelError, dms_modules
+from modelopt_dms.gate import eviction_off
 from modelopt_dms.mode import CheckpointError, apply_dms
 from modelopt_dms.output import OutputError
+from modelopt_dms.shelf import embedded_model_dir
 from modelopt_dms.written import check_written
 
 SIZES = {
@@ -192,6 +199,34 @@ def _gemma3() -> Any:
     )
 
 
+def _qwen2_vl() -> Any:
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    eyes = {"depth": 2, "embed_dim": 32, "hidden_size": 32, "num_heads": 4, "patch_size": 4}
+    return tf.Qwen2VLConfig(
+        text_config={**SIZES, "num_hidden_layers": 2, "rope_parameters": rope},
+        vision_config=eyes,
+        image_token_id=70,
+        video_token_id=71,
+        vision_start_token_id=72,
+        vision_end_token_id=73,
+    )
+
+
+def _with_an_image(name: str) -> dict[str, Tensor]:
+    """Two prompts with an image each: 16 patches, which Qwen2-VL merges to 4 tokens."""
+    ids = torch.randint(3, 60, (2, 30))
+    if "Llava" in name:
+        ids[:, 2:18] = 70
+        return {"input_ids": ids, "pixel_values": torch.randn(2, 3, 16, 16)}
+    ids[:, 1], ids[:, 2:6], ids[:, 6] = 72, 70, 73
+    return {
+        "input_ids": ids,
+        "pixel_values": torch.randn(32, 96),
+        "image_grid_thw": torch.tensor([[1, 4, 4]] * 2),
+        "mm_token_type_ids": (ids == 70).int(),
+    }
+
+
 @pytest.mark.parametrize(
     ("name", "config"),
     [
@@ -254,6 +289,22 @@ def _lose(part: str) -> Any:
     return damage
 
 
+def _change_a_bit(part: str) -> Any:
+    def damage(place: Path) -> None:
+        tensors = load_file(place / "model.safetensors")
+        tensors[next(x for x in tensors if part in x)].view(torch.int32).view(-1)[0] ^= 1
+        save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+
+    return damage
+
+
+def _round_gates(place: Path) -> None:
+    tensors = load_file(place / "model.safetensors")
+    key = next(x for x in tensors if "dms_gate.weight" in x)
+    tensors[key] = tensors[key].bfloat16()
+    save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+
+
 def _other_window(place: Path) -> None:
     config = json.loads((place / "config.json").read_text())
     config["dms_config"]["window"] += 1
@@ -266,6 +317,9 @@ def _other_window(place: Path) -> None:
         (_double, r"is in model\.safetensors and in more\.safetensors"),
         (_lose("dms_gate.weight"), "dms_gate.weight is not in it"),
         (_lose("mlp.up_proj"), "up_proj.weight is not in it"),
+        (_change_a_bit("dms_gate.weight"), "dms_gate.weight holds other values"),
+        (_change_a_bit("dms_gate.threshold"), "dms_gate.threshold holds other values"),
+        (_round_gates, "dms_gate.weight holds other values"),
         (_other_window, "dms_config is another one"),
         (lambda x: (x / "config.json").write_text("{"), "config.json was not written right"),
         (lambda x: (x / "model.safetensors").write_bytes(b"12345678{"), "was not written right"),
@@ -354,3 +408,202 @@ def test_a_class_that_the_directory_does_not_name_is_refused(tmp_path: Path) -> 
     config.save_pretrained(tmp_path)
     with pytest.raises((ValueError, CheckpointError), match="no dms_config"):
         dms.load(tmp_path)
+
+
+def _without(*fields: str) -> Any:
+    def change(place: Path) -> None:
+        config = json.loads((place / "config.json").read_text())
+        kept = {key: x for key, x in config.items() if key not in fields}
+        (place / "config.json").write_text(json.dumps(kept))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            ["quantization_config"],
+            "if it is imported: config.json has lost its quantization_config",
+        ),
+        (["quantization_config", "fusion_config"], "the model would be loaded without it"),
+        (
+            ["quantization_config", "fusion_config", "dms_config"],
+            "the model would be loaded without it",
+        ),
+    ],
+)
+def test_a_config_that_lost_its_marks_is_refused_by_transformers(
+    fields: list[str], message: str, tmp_path: Path
+) -> None:
+    model, ids = build_dms("llama"), tokens(1, 30)
+    model.save_pretrained(tmp_path)
+    _without(*fields)(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        tf.AutoModelForCausalLM.from_pretrained(tmp_path)
+    if "dms_config" in fields:
+        with pytest.raises(CheckpointError, match="config.json has lost its dms_config"):
+            dms.load(tmp_path)
+    else:
+        assert torch.equal(logits(dms.load(tmp_path), ids), logits(model, ids))
+
+
+def test_another_config_or_a_state_dict_does_not_lose_the_gates(tmp_path: Path) -> None:
+    model, ids = build_dms("llama"), tokens(1, 30)
+    model.save_pretrained(tmp_path)
+    plain = build("llama").config
+    for load, source in (
+        (tf.AutoModelForCausalLM, {"pretrained_model_name_or_path": tmp_path}),
+        (tf.LlamaModel, {"pretrained_model_name_or_path": tmp_path}),
+        (
+            tf.LlamaForCausalLM,
+            {"pretrained_model_name_or_path": None, "state_dict": model.state_dict()},
+        ),
+    ):
+        with pytest.raises(ValueError, match="dms_gate.* is a DMS gate's, and the model would be"):
+            load.from_pretrained(**source, config=plain)
+    for config in (tf.AutoConfig.from_pretrained(tmp_path), model.config):
+        loaded = tf.AutoModelForCausalLM.from_pretrained(tmp_path, config=config)
+        assert torch.equal(logits(loaded, ids), logits(model, ids))
+    build("llama").save_pretrained(tmp_path / "plain")
+    assert tf.AutoModelForCausalLM.from_pretrained(tmp_path / "plain", config=plain) is not None
+
+
+def test_what_load_does_not_accept_is_named_with_what_it_accepts(tmp_path: Path) -> None:
+    build_dms("llama").save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"attn_implementation='sdpa'; accepted: dtype, device_map"
+    ):
+        dms.load(tmp_path, attn_implementation="sdpa")
+
+
+def _quantized_by_modelopt() -> Any:
+    model = build("llama")
+    return mtq.quantize(model, copy.deepcopy(mtq.FP8_DEFAULT_CFG), lambda x: x(tokens(4, 32)))
+
+
+def _compressed_by_modelopt() -> Any:
+    model = _quantized_by_modelopt()
+    mtq.compress(model)
+    return model
+
+
+def _quantized_by_transformers() -> Any:
+    model = build("llama")
+    model.hf_quantizer, model.is_quantized = object(), True
+    model.config.quantization_config = tf.BitsAndBytesConfig(load_in_4bit=True)
+    return model
+
+
+def _with_packed_weights() -> Any:
+    model = build("llama")
+    weight = model.model.layers[0].mlp.up_proj.weight
+    weight.requires_grad_(False).data = weight.data.to(torch.float8_e4m3fn)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (_quantized_by_modelopt, "quantized by ModelOpt already"),
+        (_compressed_by_modelopt, "quantized by ModelOpt already"),
+        (_quantized_by_transformers, "quant_method='bitsandbytes'"),
+        (_with_packed_weights, "up_proj.weight is stored as torch.float8_e4m3fn"),
+    ],
+)
+def test_a_model_that_is_quantized_already_is_one_line_before_any_work(
+    made: Any, message: str
+) -> None:
+    model = made()
+    for convert in (
+        lambda: apply_dms(model, {"window": 5}),
+        lambda: dms.compress(model, "dms_cr4", data=tokens(8, 64).tolist()),
+    ):
+        with pytest.raises(UnsupportedModelError, match=message) as error:
+            convert()
+        assert "\n" not in str(error.value)
+    assert not dms_modules(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [("LlavaForConditionalGeneration", _llava), ("Qwen2VLForConditionalGeneration", _qwen2_vl)],
+)
+def test_a_model_that_sees_generates_the_same_about_an_image_before_and_after_saving(
+    name: str, config: Any, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = getattr(tf, name)(config()).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    inputs = _with_an_image(name)
+
+    def generated(network: Any) -> Any:
+        return network.generate(
+            **inputs,
+            max_new_tokens=8,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
+
+    plain = generated(model)
+    apply_dms(model, {"window": 5, "offset": 0.0, "scale": 10.0})
+    for module in dms_modules(model).values():
+        torch.nn.init.normal_(module.dms_gate.weight, std=0.3)
+    with eviction_off(model):
+        found = generated(model)
+    assert torch.equal(found.sequences, plain.sequences)
+    assert distance(torch.stack(found.logits), torch.stack(plain.logits)) < 1e-5
+    expected = generated(model)
+    assert dms.kv_stats(model).compression_ratio > 1
+    assert distance(torch.stack(expected.logits), torch.stack(plain.logits)) > 1e-3
+    model.save_pretrained(tmp_path)
+    check_written(tmp_path, model)
+    for loaded in (dms.load(tmp_path), getattr(tf, name).from_pretrained(tmp_path)):
+        again = generated(loaded)
+        assert torch.equal(again.sequences, expected.sequences)
+        assert torch.equal(torch.stack(again.logits), torch.stack(expected.logits))
+
+
+class _Hub:
+    """What of the hub's client a push calls; files are copied to a directory."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    def create_repo(self, repo_id: str, **options: Any) -> Any:
+        return SimpleNamespace(repo_id=repo_id)
+
+    def create_commit(self, operations: list[Any], **options: Any) -> None:
+        for x in operations:
+            target = self.place / x.path_in_repo
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(x.path_or_fileobj, target)
+
+
+@pytest.mark.parametrize("way", ["push_to_hub", "save_pretrained"])
+def test_what_is_pushed_to_the_hub_is_complete_and_loads(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_card(*_: Any, **__: Any) -> None:
+        raise EntryNotFoundError("no card yet")
+
+    hub = _Hub(tmp_path / "hub")
+    for module in (tf.utils.hub, tf.modeling_utils, tf.tokenization_utils_base):
+        if hasattr(module, "hf_api"):
+            monkeypatch.setattr(module, "hf_api", lambda: hub)
+    monkeypatch.setattr(tf.utils.hub.ModelCard, "load", no_card)
+    model, ids = build_dms("llama"), tokens(1, 30)
+    tokenizer = tf.AutoTokenizer.from_pretrained(embedded_model_dir())
+    for x in (model, tokenizer):
+        if way == "push_to_hub":
+            x.push_to_hub("me/mine")
+        else:
+            x.save_pretrained(tmp_path / "mine", push_to_hub=True, repo_id="me/mine")
+    names = {x.name for x in hub.place.iterdir()}
+    assert {"README.md", "config.json", "generation_config.json", "tokenizer.json"} <= names
+    check_written(hub.place, model)
+    assert torch.equal(logits(dms.load(hub.place), ids), logits(model, ids))
+    assert load_tokenizer(hub.place).get_vocab() == tokenizer.get_vocab()

@@ -130,7 +130,7 @@ def _truncate(path: Path) -> None:
         (_drop_gates, r"safetensors hold no \*\.dms_gate\.\* tensors"),
         (_drop_one_gate, "gates in the file and in the model differ"),
         (_reshape_a_gate, r"has shape \(3, 3\), expected \(2, 32\)"),
-        (_drop_marker, "is not a DMS model: config.json has no dms_config"),
+        (_drop_marker, "but config.json has lost its dms_config"),
         (_truncate, "cannot be read"),
         (lambda path: (path / "config.json").unlink(), "has no config.json"),
         (lambda path: (path / "model.safetensors").unlink(), "has no safetensors file"),

@@ -2,7 +2,9 @@
 """NVIDIA's DMS checkpoints: loaded by a map of keys, and equal to their formulae written out once more in float64."""
 
 import json
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -11,11 +13,13 @@ import torch.nn.functional as F
 from families import build, distance, feed, tokens
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from modelopt_dms.cache import kv_stats
 from modelopt_dms.compression import CompressionError, set_compression
 from modelopt_dms.loading import load
 from modelopt_dms.mode import CheckpointError
+from modelopt_dms.names import StoredNames
 
 WINDOW, SCALE, OFFSET = 5, 100.0, 5.0
 LENGTH = 40
@@ -172,3 +176,19 @@ def test_a_checkpoint_that_disables_eviction_evicts_nothing(tmp_path: Path) -> N
         assert kv_stats(cache).live_tokens == LENGTH
         with pytest.raises(CompressionError, match="dms_config.evict=false"):
             set_compression(loaded, 2.0)
+
+
+def test_transformers_does_not_load_it_without_its_gates(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    with pytest.raises(ValueError, match="dms_proj_alpha.* use modelopt_dms.load"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    names = StoredNames(load(tmp_path))
+    assert names.of("model.norm.weight") == "model.norm.weight"
+
+
+def test_their_own_code_keeps_loading_its_gates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_checkpoint(tmp_path)
+    monkeypatch.setitem(sys.modules, "transformers_modules.theirs", ModuleType("theirs"))
+    assert AutoModelForCausalLM.from_pretrained(tmp_path) is not None

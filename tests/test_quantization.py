@@ -507,3 +507,16 @@ def test_pages_give_the_logits_of_lists(recipe: str, impl: str) -> None:
     expected, _ = feed(model, ids, sizes)
     cache = dms.DMSCache(model, batch_size=2, max_length=64, impl=impl)
     assert distance(feed(model, ids, sizes, cache)[0], expected) < 1e-5
+
+
+@pytest.mark.parametrize("preset", ["FP8_KV_CFG", "NVFP4_KV_CFG"])
+@pytest.mark.parametrize("batches", [(), []], ids=str)
+def test_kv_presets_without_data_are_refused_when_quantizing(preset: str, batches: Any) -> None:
+    model = build_dms("llama")
+    with pytest.raises(KVFormatError, match="need batches to calibrate with"):
+        dms.quantize(model, copy.deepcopy(getattr(mtq, preset)), batches)
+    assert not is_quantized(model)
+    with pytest.raises(KVFormatError, match="the KV quantizers have no amax"):
+        dms.quantize(model, copy.deepcopy(getattr(mtq, preset)), iter(()))
+    ours = dms.quantize(build_dms("llama"), copy.deepcopy(getattr(mtq, preset)), [tokens(4, 32)])
+    assert ours.generate(tokens(1, 20), max_new_tokens=2).shape == (1, 22)
