@@ -28,7 +28,7 @@ if TYPE_CHECKING:
         QuantizationConfig,
         RetrofitConfig,
     )
-    from modelopt_dms.data import Blend, Formatted
+    from modelopt_dms.data.inputs import Blend, Formatted
     from modelopt_dms.evaluation.tuning import tune
     from modelopt_dms.exporters import export
     from modelopt_dms.flow import compress
@@ -50,12 +50,12 @@ except PackageNotFoundError:
 
 # No module bears the name of a public function: importing it would put the module in the function's place.
 _HOME = {
-    "Blend": "data",
+    "Blend": "data.inputs",
     "CalibrateConfig": "config",
     "CalibrationResult": "calibration",
     "DMSCache": "paged_cache",
     "DMSConfig": "config",
-    "Formatted": "data",
+    "Formatted": "data.inputs",
     "KVStats": "cache",
     "Preview": "previews",
     "QuantizationConfig": "config",

@@ -25,7 +25,7 @@ from modelopt_dms.calibration.state import WRITTEN as SUMS
 from modelopt_dms.compression import store_curve
 from modelopt_dms.config import CalibrateConfig, QuantizationConfig, RetrofitConfig
 from modelopt_dms.convert import plan_conversion
-from modelopt_dms.data import calibration_batches
+from modelopt_dms.data.batches import calibration_batches
 from modelopt_dms.data.mix import SHORTEST, calibration_mix
 from modelopt_dms.exporters import ExportError, check_format, export
 from modelopt_dms.exporters.hf import write_companions

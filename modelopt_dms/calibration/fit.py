@@ -15,7 +15,7 @@ from modelopt_dms.calibration.state import Description, load_state, save_state
 from modelopt_dms.calibration.statistics import Regression
 from modelopt_dms.config import CalibrateConfig
 from modelopt_dms.convert import dms_modules
-from modelopt_dms.data import Samples
+from modelopt_dms.data.packing import Samples
 from modelopt_dms.gate import EvictionGate, eviction_off
 from modelopt_dms.ops import output_change, shift_decisions
 from modelopt_dms.train.head import input_device

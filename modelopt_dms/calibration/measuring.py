@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from modelopt_dms.compression import Curve, CurvePoint, move_thresholds, thresholds_of
 from modelopt_dms.convert import dms_modules
-from modelopt_dms.data import Samples
+from modelopt_dms.data.packing import Samples
 from modelopt_dms.gate import eviction_off, gates, record_alpha
 from modelopt_dms.mode import facts_of
 from modelopt_dms.ops import shift_decisions

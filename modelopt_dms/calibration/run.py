@@ -23,7 +23,7 @@ from modelopt_dms.config import (
     QuantizationConfig,
     quantization_to_dict,
 )
-from modelopt_dms.data import open_sources, read_once
+from modelopt_dms.data.mixing import open_sources, read_once
 from modelopt_dms.gate import gates
 from modelopt_dms.mode import facts_of
 from modelopt_dms.output import remove
@@ -96,7 +96,7 @@ def prepare_calibration(
         model: converted or not.
         config: how to calibrate.
         dms: the facts that the model has or will have.
-        data: see `modelopt_dms.data.ACCEPTED`.
+        data: see `modelopt_dms.data.documents.ACCEPTED`.
         tokenizer: needed unless the data are token ids.
         quantization: how the model is quantized, or will be before.
         resume_from: directory whose state, if there is any, must be of this run.
@@ -146,7 +146,7 @@ def calibrate(
     Args:
         model: converted by `apply_dms`; target ratio and window are read from its config.
         config: how to calibrate.
-        data: see `modelopt_dms.data.ACCEPTED`; or what `prepare_calibration` made of it.
+        data: see `modelopt_dms.data.documents.ACCEPTED`; or what `prepare_calibration` made of it.
         tokenizer: needed unless the data are token ids.
         output_dir: for resumable state; nothing is written without it.
         resume: go on from the state in `output_dir`.

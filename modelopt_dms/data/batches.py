@@ -6,10 +6,10 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modelopt_dms.data.errors import DataError
+from modelopt_dms.data import DataError
+from modelopt_dms.data.mixing import open_sources, read_once
 from modelopt_dms.data.packing import pack
 from modelopt_dms.data.records import Tokens
-from modelopt_dms.data.sources import open_sources, read_once
 
 
 def calibration_batches(
@@ -25,7 +25,7 @@ def calibration_batches(
 
     Args:
         model: that will be calibrated.
-        data: see `modelopt_dms.data.ACCEPTED`.
+        data: see `modelopt_dms.data.documents.ACCEPTED`.
         tokenizer: needed unless the data are token ids.
         samples: at most this many; fewer if the data end before.
         length: tokens of a sample.

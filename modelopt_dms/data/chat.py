@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from modelopt_dms.data.errors import DataError
+from modelopt_dms.data import DataError
 from modelopt_dms.data.records import Chat, Message
 from modelopt_dms.data.rendered import NotRendered, Text, check_media, check_rendered
 from modelopt_dms.data.template import Refused, Template

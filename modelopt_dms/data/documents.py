@@ -10,8 +10,8 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from modelopt_dms.data import DataError
 from modelopt_dms.data.chat import render_chat
-from modelopt_dms.data.errors import DataError
 from modelopt_dms.data.files import choose_columns, read_files
 from modelopt_dms.data.formats import convert
 from modelopt_dms.data.inputs import Formatted, as_paths

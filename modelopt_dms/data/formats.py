@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from modelopt_dms.data.errors import DataError
+from modelopt_dms.data import DataError
 
 # What a record may hold, the most finished form first.
 COLUMNS = ("input_ids", "messages", "text")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modelopt_dms.data.errors import DataError
+from modelopt_dms.data import DataError
 from modelopt_dms.data.formats import SUFFIXES, check_format
 
 

@@ -14,14 +14,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from modelopt_dms.data.errors import DataError
+from modelopt_dms.data import DataError
+from modelopt_dms.data.records import Tokens
 
 HELD_OUT_SAMPLES = 8
-
-Tokens = NDArray[np.int32]
 
 
 @dataclass(frozen=True)

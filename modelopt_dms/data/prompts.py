@@ -5,9 +5,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from modelopt_dms.data import DataError
 from modelopt_dms.data.chat import render_question
 from modelopt_dms.data.documents import Records, open_records, tokenize
-from modelopt_dms.data.errors import DataError
 from modelopt_dms.data.records import Ids, Tokens
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from modelopt_dms.data.errors import DataError
+from modelopt_dms.data import DataError
 from modelopt_dms.data.formats import COLUMNS, explain_columns
 
 Tokens = NDArray[np.int32]

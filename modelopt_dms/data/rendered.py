@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from modelopt_dms.data.errors import DataError
+from modelopt_dms.data import DataError
 from modelopt_dms.data.records import Message
 from modelopt_dms.data.template import Template
 

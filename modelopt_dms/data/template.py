@@ -14,7 +14,7 @@ from jinja2.nodes import Node
 from jinja2.parser import Parser
 from transformers import PreTrainedTokenizerBase
 
-from modelopt_dms.data.errors import DataError
+from modelopt_dms.data import DataError
 from modelopt_dms.data.records import Chat, Message, from_json, plain
 
 # What templates that print the date are told. With today's, data would be others tomorrow, and no run could resume.

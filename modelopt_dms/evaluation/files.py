@@ -6,7 +6,9 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modelopt_dms.data import Formatted, Tokens, open_documents
+from modelopt_dms.data.documents import open_documents
+from modelopt_dms.data.inputs import Formatted
+from modelopt_dms.data.records import Tokens
 from modelopt_dms.evaluation.score import Row, perplexity
 
 

@@ -32,7 +32,7 @@ from modelopt_dms.config import (
     RetrofitConfig,
     quantization_to_dict,
 )
-from modelopt_dms.data import PreparedData
+from modelopt_dms.data.mixing import PreparedData
 from modelopt_dms.gate import EvictionGate, gate_parameters
 from modelopt_dms.output import MARKER, own, remove
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modelopt_dms.data import Samples
+from modelopt_dms.data.packing import Samples
 from modelopt_dms.train.distill import Distiller, noise_seed
 
 

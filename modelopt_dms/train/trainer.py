@@ -19,7 +19,7 @@ from transformers import (
 
 from modelopt_dms.compression import curve_of
 from modelopt_dms.config import RetrofitConfig
-from modelopt_dms.data import Visits
+from modelopt_dms.data.mixing import Visits
 from modelopt_dms.ratio import physical_cr, target_evicted_fraction
 from modelopt_dms.train.checkpoint import (
     PARTIAL_DIR,

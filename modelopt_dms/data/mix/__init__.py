@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from transformers import PreTrainedTokenizerBase
 
-from modelopt_dms.data.errors import DataError
+from modelopt_dms.data import DataError
 from modelopt_dms.data.mix.chats import chat
 from modelopt_dms.data.mix.passages import code, prose, repeat
 from modelopt_dms.data.mix.writing import SHORTEST, Asked, Document, Writer
