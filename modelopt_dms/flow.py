@@ -82,13 +82,7 @@ def compress(
         ValueError: recipe, model, data or output directory are not usable; nothing was changed or written.
     """
     recipe = load_recipe(recipe, overrides)
-    target = None
-    if output_dir is not None:
-        target = check_output(output_dir, OURS)
-    if recipe.export is not None and target is None:
-        raise ValueError(f"export.format={recipe.export.format!r} needs an output_dir")
-    if recipe.export is not None:
-        check_format(recipe.export.format, {})
+    target = _check_target(recipe, output_dir)
     plan = _plan_dms(model, recipe, data, tokenizer, target if resume else None)
     batches = _plan_quantization(model, recipe.quantize, data, tokenizer)
     if on_data is not None and plan.retrofit is not None:
@@ -101,12 +95,38 @@ def compress(
             processes=processes.count(),
         )
         on_data(counted)
+    where = {"resume": resume, "progress": progress and processes.is_main()}
+    results = _run(model, recipe, plan, batches, target, **where)
+    if target is not None and processes.is_main():
+        _write(model, target, recipe, tokenizer, results)
+    processes.wait_for_all()
+    return model
+
+
+def _check_target(recipe: Recipe, output_dir: str | Path | None) -> Path | None:
+    """The output directory, if there is one, into which the recipe's export can be written."""
+    target = None if output_dir is None else check_output(output_dir, OURS)
+    if recipe.export is not None:
+        if target is None:
+            raise ValueError(f"export.format={recipe.export.format!r} needs an output_dir")
+        check_format(recipe.export.format, {})
+    return target
+
+
+def _run(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    plan: "_Plan",
+    batches: list[dict[str, Tensor]],
+    target: Path | None,
+    **where: bool,
+) -> dict[str, CalibrationResult | RetrofitResult]:
+    """Everything that changes the model, in place; what calibration and retrofit achieved."""
     results: dict[str, CalibrationResult | RetrofitResult] = {}
     if recipe.dms is not None:
         apply_dms(model, recipe.dms)
     if recipe.quantize is not None and recipe.quantize.order == "before_retrofit":
         quantize(model.eval(), recipe.quantize, batches)
-    where = {"resume": resume, "progress": progress and processes.is_main()}
     if recipe.calibrate is not None:
         # Every process computes the same, and one writes.
         work = target / CALIBRATION_DIR if target is not None and processes.is_main() else None
@@ -115,16 +135,15 @@ def compress(
         )
 
     def carry_curve(trained: PreTrainedModel) -> None:
-        _measure_curve(trained, model, recipe, plan, progress and processes.is_main())
+        _measure_curve(trained, model, recipe, plan, where["progress"])
 
     measured = recipe.retrofit is not None and (recipe.quantize is None or is_quantized(model))
     if recipe.retrofit is not None:
-        work = None if target is None else target / WORK_DIR
         results["retrofit"] = retrofit(
             model,
             recipe.retrofit,
             data=plan.retrofit,
-            output_dir=work,
+            output_dir=None if target is None else target / WORK_DIR,
             finish=carry_curve if measured else None,
             **where,
         )
@@ -133,10 +152,7 @@ def compress(
         quantize(model, recipe.quantize, batches)
     if not measured:
         carry_curve(model)
-    if target is not None and processes.is_main():
-        _write(model, target, recipe, tokenizer, results)
-    processes.wait_for_all()
-    return model
+    return results
 
 
 def _write(

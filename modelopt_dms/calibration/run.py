@@ -173,30 +173,7 @@ def calibrate(
     training = model.training
     model.eval()
     try:
-        sums = accumulate(
-            model,
-            run.data.fit,
-            config,
-            directory=directory,
-            description=run.description,
-            progress=progress,
-        )
-        fits = [x.solve(config.ridge) for x in sums.values()]
-        _put(model, fits)
-        fraction = target_evicted_fraction(
-            dms.target_cr, config.sample_length, dms.window, dms.protect_first
-        )
-        held_out = HeldOut(
-            model,
-            run.data.held_out,
-            length=config.sample_length,
-            batch_size=config.batch_size,
-            progress=progress,
-        )
-        _set_thresholds(model, held_out.margins(), config, fraction)
-        ratios = sorted({*config.curve, dms.target_cr} - {1.0})
-        curve = trace_curve(held_out, ratios, progress=progress)
-        curve = settle(model, curve, fraction)
+        fits, curve = _fit(model, config, dms, run, directory, progress)
     finally:
         model.train(training)
     store_curve(model, curve)
@@ -214,6 +191,39 @@ def calibrate(
         explained=tuple(tuple(x.explained.tolist()) for x in fits),
         curve=curve,
     )
+
+
+def _fit(
+    model: PreTrainedModel,
+    config: CalibrateConfig,
+    dms: DMSConfig,
+    run: PreparedCalibration,
+    directory: Path | None,
+    progress: bool,
+) -> tuple[list[Fit], Curve]:
+    """Fit the gates of a model in eval mode, and set their thresholds; the fits by layer, and the curve."""
+    sums = accumulate(
+        model,
+        run.data.fit,
+        config,
+        directory=directory,
+        description=run.description,
+        progress=progress,
+    )
+    fits = [x.solve(config.ridge) for x in sums.values()]
+    _put(model, fits)
+    length = config.sample_length
+    fraction = target_evicted_fraction(dms.target_cr, length, dms.window, dms.protect_first)
+    held_out = HeldOut(
+        model,
+        run.data.held_out,
+        length=length,
+        batch_size=config.batch_size,
+        progress=progress,
+    )
+    _set_thresholds(model, held_out.margins(), config, fraction)
+    ratios = sorted({*config.curve, dms.target_cr} - {1.0})
+    return fits, settle(model, trace_curve(held_out, ratios, progress=progress), fraction)
 
 
 @torch.no_grad()

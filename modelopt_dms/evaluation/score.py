@@ -221,7 +221,6 @@ def evaluate(
     count: int = 16,
     seed: int = 0,
     batch_size: int = 8,
-    on_row: Callable[[Row], None] | None = None,
 ) -> list[Row]:
     """Every task at every length, as rows {task, length, metric, value, live_tokens, ...}.
 
@@ -233,7 +232,6 @@ def evaluate(
         count: conversations or texts of a task and length.
         seed: draws them.
         batch_size: sequences at a time.
-        on_row: called with each row when it is there.
     """
     unknown = [task for task in tasks if task not in EVALUATIONS]
     if unknown:
@@ -246,8 +244,6 @@ def evaluate(
         for length in lengths:
             score = measure(model, tokenizer, task, length, count, seed, batch_size)
             rows.append({"task": task, "length": length, **score.row()})
-            if on_row is not None:
-                on_row(rows[-1])
     return rows
 
 

@@ -48,6 +48,7 @@ KEPT_CHECKPOINTS = 2
 RESUMABLE = (RUN_FILE, f".{RUN_FILE}.partial", "checkpoint-*", PARTIAL_DIR, MARKER)
 # Changing these does not change what a run computes.
 FREE_FIELDS = ("save_steps",)
+WAYS_OUT = "use another output_dir, or resume=False to start over"
 SAMPLES_PER_STEP = "batch_size * gradient_accumulation_steps * processes"
 
 
@@ -239,17 +240,14 @@ def _check_same_run(directory: Path, description: Mapping[str, Mapping[str, Any]
         stored = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ResumeError(
-            f"{path} cannot be read ({error}), so its checkpoints cannot be resumed; {_WAYS_OUT}"
+            f"{path} cannot be read ({error}), so its checkpoints cannot be resumed; {WAYS_OUT}"
         ) from error
     different = differences(stored, description)
     if different:
         raise ResumeError(
             f"output_dir={directory} holds checkpoints of a run with other settings: "
-            f"{', '.join(different)}; {_WAYS_OUT}"
+            f"{', '.join(different)}; {WAYS_OUT}"
         )
-
-
-_WAYS_OUT = "use another output_dir, or resume=False to start over"
 
 
 def differences(

@@ -30,15 +30,15 @@ from modelopt_dms.train.head import check_head
 from modelopt_dms.train.lora import adapted, check_lora
 from modelopt_dms.train.measure import measure
 from modelopt_dms.train.progress import Progress, Row
-from modelopt_dms.train.sharded_trainer import ShardedTrainer
 from modelopt_dms.train.sharding import (
+    ShardedTrainer,
     check_sharding,
     gather_root,
     gather_trained,
+    load_weights,
     shard,
     shard_device,
 )
-from modelopt_dms.train.shards import load_weights
 from modelopt_dms.train.trainer import RetrofitTrainer, training_arguments
 
 

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user sees of a running retrofit: log rows, a progress bar, TensorBoard. Knows no model."""
+"""How far a retrofit is: the ratio that a step asks for, log rows, a progress bar, TensorBoard. Knows no model."""
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
@@ -16,6 +18,25 @@ from modelopt_dms.train.checkpoint import LOG_FILE, PROGRESS_FILE, TENSORBOARD_D
 AVERAGED = ("loss", "kl", "rate", "evicted_soft", "evicted_hard", "compression_ratio")
 
 Row = dict[str, float]
+
+
+def scheduled_cr(step: int, steps: int, target_cr: float, ramp_fraction: float) -> float:
+    """Compression ratio asked for at a step: from 1 at step 0 linearly to `target_cr`, then constant.
+
+    Args:
+        step: optimizer steps already taken, 0-based.
+        steps: optimizer steps of the whole retrofit.
+        target_cr: final compression ratio, >= 1.
+        ramp_fraction: share of `steps` over which the ratio rises; 0 asks for all of it at once.
+    """
+    progress = 1.0 if ramp_fraction == 0.0 else min(1.0, step / (ramp_fraction * steps))
+    return 1.0 + (target_cr - 1.0) * progress
+
+
+def drawn_cr(step: int, lowest: float, highest: float, seed: int) -> float:
+    """Compression ratio drawn for a step, uniform in its logarithm: the same on every process and after a resume."""
+    part = np.random.default_rng([seed, 3, step]).random()
+    return math.exp(math.log(lowest) + part * math.log(highest / lowest))
 
 
 class Progress:

@@ -29,8 +29,7 @@ from modelopt_dms.train.checkpoint import (
     save_trained,
 )
 from modelopt_dms.train.distill import Distiller, noise_seed
-from modelopt_dms.train.progress import Progress
-from modelopt_dms.train.schedule import drawn_cr, scheduled_cr
+from modelopt_dms.train.progress import Progress, drawn_cr, scheduled_cr
 
 # Scalars of a forward of the distiller that are logged.
 MEASURED = ("loss", "kl", "rate", "evicted_soft", "evicted_hard")
