@@ -31,7 +31,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.utils import logging as hf_logging
 
 import modelopt_dms as dms
-from modelopt_dms.calibration import HeldOut, trace_curve
+from modelopt_dms.calibration.measuring import HeldOut, trace_curve
 from modelopt_dms.compression import store_curve
 from modelopt_dms.data.packing import Samples, pad
 from modelopt_dms.evaluation import peers

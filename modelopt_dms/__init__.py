@@ -19,7 +19,7 @@ from modelopt_dms.registering import register_when_imported
 
 if TYPE_CHECKING:
     from modelopt_dms.cache import KVStats, kv_stats
-    from modelopt_dms.calibration import CalibrationResult, calibrate
+    from modelopt_dms.calibration.run import CalibrationResult, calibrate
     from modelopt_dms.checkpoints.base import load_base
     from modelopt_dms.compression import set_compression
     from modelopt_dms.config import (
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from modelopt_dms.quantization import quantize
     from modelopt_dms.recipe import Recipe, load_recipe
     from modelopt_dms.traces import Sampling, generate_traces
-    from modelopt_dms.train import RetrofitResult, retrofit
+    from modelopt_dms.train.loop import RetrofitResult, retrofit
 
 try:
     __version__ = version("modelopt-dms")
@@ -52,7 +52,7 @@ except PackageNotFoundError:
 _HOME = {
     "Blend": "data.inputs",
     "CalibrateConfig": "config",
-    "CalibrationResult": "calibration",
+    "CalibrationResult": "calibration.run",
     "DMSCache": "paged_cache",
     "DMSConfig": "config",
     "Formatted": "data.inputs",
@@ -61,10 +61,10 @@ _HOME = {
     "QuantizationConfig": "config",
     "Recipe": "recipe",
     "RetrofitConfig": "config",
-    "RetrofitResult": "train",
+    "RetrofitResult": "train.loop",
     "Sampling": "traces",
     "apply_dms": "mode",
-    "calibrate": "calibration",
+    "calibrate": "calibration.run",
     "compress": "flow",
     "eviction_off": "gate",
     "export": "exporters",
@@ -76,7 +76,7 @@ _HOME = {
     "load_recipe": "recipe",
     "preview": "previews",
     "quantize": "quantization",
-    "retrofit": "train",
+    "retrofit": "train.loop",
     "set_compression": "compression",
     "tune": "evaluation.tuning",
 }

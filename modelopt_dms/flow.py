@@ -13,13 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelopt_dms import processes
-from modelopt_dms.calibration import (
+from modelopt_dms.calibration.measuring import HeldOut, trace_curve
+from modelopt_dms.calibration.run import (
     CalibrationResult,
-    HeldOut,
     PreparedCalibration,
     calibrate,
     prepare_calibration,
-    trace_curve,
 )
 from modelopt_dms.calibration.state import WRITTEN as SUMS
 from modelopt_dms.compression import store_curve
@@ -35,8 +34,8 @@ from modelopt_dms.output import check_output, remove, staged
 from modelopt_dms.previews import Preview, preview_prepared
 from modelopt_dms.quantization import check_quantization, is_quantized, quantize
 from modelopt_dms.recipe import Recipe, load_recipe
-from modelopt_dms.train import PreparedRun, RetrofitResult, prepare, retrofit
 from modelopt_dms.train.checkpoint import RESUMABLE
+from modelopt_dms.train.loop import PreparedRun, RetrofitResult, prepare, retrofit
 from modelopt_dms.written import check_written
 
 SUMMARY_FILE = "dms_summary.json"

@@ -129,15 +129,9 @@ def preview_prepared(
     processes: int = 1,
     tallies: Sequence[Tally] | None = None,
 ) -> Preview:
-    """Count samples that are packed already.
+    """Count samples that are packed already; `tallies` replace the counts of what was read to make them.
 
-    Args:
-        data: the samples.
-        dms: of the model.
-        retrofit: that visits them.
-        tokenizer: for excerpts; without one they are token ids.
-        processes: that visit them together.
-        tallies: counts for each source, by default of what was read to make the samples.
+    Without a tokenizer, excerpts are token ids.
     """
     samples = data.training
     visits = retrofit.visits(processes)

@@ -19,12 +19,7 @@ from modelopt_dms.previews import Preview
 
 
 def results_table(rows: Sequence[Mapping[str, Any]], title: str = "") -> Table:
-    """A rich table of evaluation rows, one line each; rows of one task stand together.
-
-    Args:
-        rows: as from `evaluation.score.evaluate`; "method" is optional.
-        title: stands above the table.
-    """
+    """A rich table of rows of `evaluation.score.evaluate`, one line each; rows of one task stand together."""
     table = Table(title=title, title_justify="left", padding=(0, 0, 0, 1))
     named = any("method" in row for row in rows)
     for name in ("task", "context", *(["method"] if named else [])):
@@ -118,14 +113,7 @@ class LiveTrace:
 def trace_live_length(
     model: PreTrainedModel, ids: Sequence[int], context: int, chunk: int = 16
 ) -> LiveTrace:
-    """Feed a text through the cache, the context in chunks, the rest token by token, and measure.
-
-    Args:
-        model: a converted model in eval mode.
-        ids: token ids of the text.
-        context: how many of them are context.
-        chunk: context tokens between two measurements.
-    """
+    """Feed a text through the cache of a converted model, its `context` in chunks, the rest by token, and measure."""
     tokens = torch.tensor([list(ids)], device=model.device)
     cache, seen, live = None, [0], []
     for part in (*tokens[:, :context].split(chunk, 1), *tokens[:, context:].split(1, 1)):
@@ -138,13 +126,7 @@ def trace_live_length(
 
 
 def draw_live_length(traces: Mapping[str, LiveTrace], path: Path, title: str) -> None:
-    """Write a PNG: left the mean live length of each method, right each layer and head of "dms".
-
-    Args:
-        traces: by method name; "full" and "dms" are among them.
-        path: the file to write.
-        title: stands above the picture.
-    """
+    """Write a PNG: left the mean live length of each method, with "full"; right each layer and head of "dms"."""
     # Only this function needs matplotlib, and its import takes long.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -94,15 +94,9 @@ def accumulate(
     description: Description,
     progress: bool,
 ) -> dict[str, Regression]:
-    """Sums over all samples, by layer name; goes on from what `directory` holds of the same run.
+    """Sums over all samples (one document each, padded on the right) by layer name, with eviction off.
 
-    Args:
-        model: a converted model; gates are off while it runs.
-        samples: one document each, padded on the right.
-        config: batch size and checkpoint interval.
-        directory: where to write the sums from time to time; None for nowhere.
-        description: what makes this run the one it is.
-        progress: show a progress bar.
+    Goes on from what `directory` holds of the same run, and writes there from time to time; None is nowhere.
     """
     observers = {
         name: _Observer(module, _empty(module.dms_gate))

@@ -200,11 +200,7 @@ def tokenize(
 ) -> Iterator[Tokens]:
     """Token ids [L] of a text; of each part of it, if it is longer than `LONGEST`.
 
-    Args:
-        text: of any length.
-        tokenizer: the model's.
-        label: names the text in messages.
-        special: whether the tokenizer adds its special tokens; a rendered chat has them already.
+    A rendered chat has its `special` tokens already; to others the tokenizer adds them.
 
     Raises:
         DataError: there is no tokenizer.

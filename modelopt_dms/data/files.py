@@ -21,12 +21,7 @@ _CHECKED = 100
 
 
 def choose_columns(names: Sequence[str], where: str, format: str | None = None) -> list[str]:
-    """The columns of a table that are read.
-
-    Args:
-        names: of the table.
-        where: names the table in messages.
-        format: see `formats.FORMATS`.
+    """The columns of a table that are read; `where` names the table in messages, `format` is one of `FORMATS`.
 
     Raises:
         DataError: it has none that we know.

@@ -145,14 +145,7 @@ class Visits(Dataset[dict[str, Tensor]]):
         seed: int,
         sources: Sequence[tuple[int, float]] | None = None,
     ) -> None:
-        """Visit `count` samples.
-
-        Args:
-            samples: of all sources, one source after the other.
-            count: number of visits.
-            seed: fixes the order.
-            sources: number of samples, and share of the tokens, of every source; one by default.
-        """
+        """Visit `count` samples; `sources` are number of samples and share of the tokens of each, one by default."""
         self.samples = samples
         self.order = _order(samples, count, seed, sources or [(len(samples), 1.0)])
 
@@ -181,14 +174,9 @@ class PreparedData:
 def prepare_samples(
     sources: Sequence[Source], *, length: int, window: int, wanted: int, seed: int
 ) -> PreparedData:
-    """Make the samples of a run; read no more documents than it visits.
+    """Make the samples of a run that visits `wanted` of them; read no more documents than it visits.
 
-    Args:
-        sources: as from `open_sources`.
-        length: tokens per sample.
-        window: delay window, for refusing documents in which no eviction can take effect.
-        wanted: samples that the whole training visits.
-        seed: fixes which documents are used and which samples are held out.
+    The seed fixes which documents are used and which samples are held out.
 
     Raises:
         DataError: a source has too few tokens for two samples, or no document longer than the window.

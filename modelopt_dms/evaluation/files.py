@@ -19,14 +19,7 @@ def score_files(
     lengths: Sequence[int],
     count: int,
 ) -> list[Row]:
-    """Rows {task: "data", length, metric: "perplexity", value, ...}, one for each length.
-
-    Args:
-        model: a causal LM in eval mode.
-        tokenizer: the model's.
-        files: .jsonl, .txt or .parquet files, perhaps of another format.
-        lengths: tokens of a sample.
-        count: samples of each length, from the start of the files.
+    """Rows {task: "data", length, metric: "perplexity", value, ...}, one for each length; `count` samples each.
 
     Raises:
         ValueError: unusable files, or none has a document of that many tokens.

@@ -150,11 +150,7 @@ def perplexity(
 ) -> Score:
     """Perplexity of token sequences of one length, read in chunks through the cache.
 
-    Args:
-        model: a causal LM in eval mode.
-        samples: token ids, all of the same length.
-        batch_size: sequences at a time; has no influence on the result.
-        chunk: tokens in one forward; has no influence on the result.
+    Neither `batch_size` nor `chunk` has an influence on the result.
     """
     lengths = {len(sample) for sample in samples}
     if len(lengths) != 1 or min(lengths) < 2:
@@ -192,17 +188,7 @@ def measure(
     seed: int,
     batch_size: int = 8,
 ) -> Score:
-    """One task at one length: accuracy of a task's questions, or perplexity if `task` is "text".
-
-    Args:
-        model: a causal LM in eval mode.
-        tokenizer: the model's.
-        task: one of EVALUATIONS.
-        length: context tokens.
-        count: conversations, or texts.
-        seed: draws them; the same seed asks every model the same questions.
-        batch_size: sequences at a time.
-    """
+    """One task at one length: accuracy of a task's questions, or perplexity if `task` is "text"; see `evaluate`."""
     if task == TEXT:
         samples = held_out_text(tokenizer, length, count, seed)
         return perplexity(model, samples, batch_size)

@@ -129,11 +129,7 @@ def open_run(
 ) -> Path | None:
     """Make a directory ready for a run, and find the checkpoint to go on from.
 
-    Args:
-        directory: made if it does not exist.
-        description: see `describe_run`.
-        resume: False starts over and removes the checkpoints of the earlier run.
-        main: whether this process writes; of several, one does.
+    resume=False starts over and removes the checkpoints of the earlier run. Only the `main` process writes.
 
     Returns:
         The newest complete checkpoint, or None at the start of a run.

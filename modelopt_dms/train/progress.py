@@ -43,13 +43,6 @@ class Progress:
     """Rows of the log, each the means over one logging interval; kept in the checkpoints, so that a resume goes on."""
 
     def __init__(self, steps: int, directory: Path | None, *, show: bool) -> None:
-        """Start at step 0.
-
-        Args:
-            steps: optimizer steps of the run.
-            directory: where the log goes; None for nowhere.
-            show: whether to draw a progress bar.
-        """
         self.steps, self.directory, self.show = steps, directory, show
         self.rows: list[Row] = []
         self.seconds = 0.0
@@ -80,13 +73,7 @@ class Progress:
         self._latest = values
 
     def step(self, step: int, scheduled: Mapping[str, float], *, log: bool) -> None:
-        """End an optimizer step: draw, and make a row if one is due.
-
-        Args:
-            step: optimizer steps taken.
-            scheduled: values that are not averaged: target_cr, target_fraction, learning_rate.
-            log: whether a row is due.
-        """
+        """End an optimizer step: draw, and make a row if a `log` is due; `scheduled` values are not averaged."""
         self.seconds = time.perf_counter() - self._begun
         self._bar.set_postfix_str(
             f"CR {self._latest['compression_ratio']:.2f} of {scheduled['target_cr']:.2f} "

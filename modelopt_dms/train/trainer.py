@@ -49,15 +49,6 @@ class RetrofitTrainer(Trainer):
         progress: Progress,
         directory: Path | None,
     ) -> None:
-        """Set up a run.
-
-        Args:
-            distiller: teacher, student and loss.
-            arguments: from `training_arguments`.
-            visits: the samples in the order of training.
-            progress: where the log goes.
-            directory: where checkpoints go; None for nowhere.
-        """
         self.distiller, self.progress, self.directory = distiller, progress, directory
         self._micro_step = 0
         sampled = distiller.retrofit.cr_range is not None
