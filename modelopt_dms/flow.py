@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The front door's flow: recipe -> gates -> calibration -> retrofit -> a model that forgets, saved if asked for."""
+"""From a recipe to a compressed model: gates, calibration, retrofit, quantization; saved and exported if asked for."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence

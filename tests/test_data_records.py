@@ -14,9 +14,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from modelopt_dms.data import DataError, documents
-from modelopt_dms.data.documents import open_documents
+from modelopt_dms.data.documents import open_documents, tokenize_prompts
 from modelopt_dms.data.inputs import Formatted
-from modelopt_dms.data.prompts import tokenize_prompts
 
 WORDS = ["<s>", "the", "cat", "sat", "user", "assistant", ":", ";"]
 
