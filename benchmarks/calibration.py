@@ -31,9 +31,9 @@ from transformers.cache_utils import DynamicCache
 from transformers.utils import logging as hf_logging
 
 import modelopt_dms as dms
-from modelopt_dms.calibration import HeldOut, trace_curve
+from modelopt_dms.calibration.measuring import HeldOut, trace_curve
 from modelopt_dms.compression import store_curve
-from modelopt_dms.data import Samples, pad
+from modelopt_dms.data.packing import Samples, pad
 from modelopt_dms.evaluation import peers
 from modelopt_dms.evaluation.score import QUESTIONS, TEXT, measure, score_task
 from modelopt_dms.evaluation.tasks import TASKS, make_episodes, training_documents

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 import modelopt_dms as dms
-from modelopt_dms.data import calibration_batches
+from modelopt_dms.data.batches import calibration_batches
 from modelopt_dms.evaluation.peers import full_cache
 from modelopt_dms.evaluation.score import TEXT, measure
 from modelopt_dms.evaluation.tasks import TASKS, training_documents

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from live_length import LiveTrace, draw_live_length, trace_live_length
 from rich.console import Console
 from transformers import (
     AutoModelForCausalLM,
@@ -34,13 +35,7 @@ from modelopt_dms.evaluation import peers
 from modelopt_dms.evaluation.score import TEXT, Score, measure
 from modelopt_dms.evaluation.tasks import TASKS, Episode, make_episodes, training_documents
 from modelopt_dms.gate import gates
-from modelopt_dms.report import (
-    LiveTrace,
-    draw_live_length,
-    results_table,
-    trace_live_length,
-    write_json,
-)
+from modelopt_dms.report import results_table, write_json
 
 MODEL = Path(__file__).parent / "embedded_model"
 RECIPE = "tiny_cpu"

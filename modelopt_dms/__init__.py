@@ -19,7 +19,7 @@ from modelopt_dms.registering import register_when_imported
 
 if TYPE_CHECKING:
     from modelopt_dms.cache import KVStats, kv_stats
-    from modelopt_dms.calibration import CalibrationResult, calibrate
+    from modelopt_dms.calibration.run import CalibrationResult, calibrate
     from modelopt_dms.checkpoints.base import load_base
     from modelopt_dms.compression import set_compression
     from modelopt_dms.config import (
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
         QuantizationConfig,
         RetrofitConfig,
     )
-    from modelopt_dms.data import Blend, Formatted
+    from modelopt_dms.data.inputs import Blend, Formatted
     from modelopt_dms.evaluation.tuning import tune
     from modelopt_dms.exporters import export
     from modelopt_dms.flow import compress
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from modelopt_dms.quantization import quantize
     from modelopt_dms.recipe import Recipe, load_recipe
     from modelopt_dms.traces import Sampling, generate_traces
-    from modelopt_dms.train import RetrofitResult, retrofit
+    from modelopt_dms.train.loop import RetrofitResult, retrofit
 
 try:
     __version__ = version("modelopt-dms")
@@ -50,21 +50,21 @@ except PackageNotFoundError:
 
 # No module bears the name of a public function: importing it would put the module in the function's place.
 _HOME = {
-    "Blend": "data",
+    "Blend": "data.inputs",
     "CalibrateConfig": "config",
-    "CalibrationResult": "calibration",
+    "CalibrationResult": "calibration.run",
     "DMSCache": "paged_cache",
     "DMSConfig": "config",
-    "Formatted": "data",
+    "Formatted": "data.inputs",
     "KVStats": "cache",
     "Preview": "previews",
     "QuantizationConfig": "config",
     "Recipe": "recipe",
     "RetrofitConfig": "config",
-    "RetrofitResult": "train",
+    "RetrofitResult": "train.loop",
     "Sampling": "traces",
     "apply_dms": "mode",
-    "calibrate": "calibration",
+    "calibrate": "calibration.run",
     "compress": "flow",
     "eviction_off": "gate",
     "export": "exporters",
@@ -76,7 +76,7 @@ _HOME = {
     "load_recipe": "recipe",
     "preview": "previews",
     "quantize": "quantization",
-    "retrofit": "train",
+    "retrofit": "train.loop",
     "set_compression": "compression",
     "tune": "evaluation.tuning",
 }

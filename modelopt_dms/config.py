@@ -18,7 +18,7 @@ SMALLEST_FLOAT, LARGEST_FLOAT = 1e-12, 1e9
 class Section(ModeloptBaseConfig):
     """What users write: every number is finite, and of a size that can be computed with."""
 
-    model_config = ConfigDict(allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False, use_attribute_docstrings=True)
 
     @field_validator("*")
     @classmethod
@@ -52,75 +52,37 @@ def _readable(error: Any) -> str:
 class DMSConfig(Section):
     """The facts about a DMS model that its weights alone do not tell. Stored with the model."""
 
-    target_cr: float = ModeloptField(
-        default=4.0,
-        ge=1.0,
-        title="Target compression ratio",
-        description="Wanted ratio of logical to live tokens in the KV cache, reached at the length trained on.",
-    )
-    window: int = ModeloptField(
-        default=256,
-        ge=1,
-        le=LONGEST,
-        title="Delay window in tokens",
-        description="A token marked for eviction stays readable until it is more than this many tokens old.",
-    )
+    target_cr: float = ModeloptField(default=4.0, ge=1.0, title="Target compression ratio")
+    """Wanted ratio of logical to live tokens in the KV cache, reached at the length trained on."""
+    window: int = ModeloptField(default=256, ge=1, le=LONGEST, title="Delay window in tokens")
+    """A token marked for eviction stays readable until it is more than this many tokens old."""
     gate: Literal["adapter", "residual", "neuron"] = ModeloptField(
-        default="adapter",
-        title="Gate parameterisation",
-        description="'adapter': one zero-initialised linear row per KV head on the attention's input. 'residual': the "
-        "same on the normed residual stream (NVIDIA's checkpoints). 'neuron': one dimension of the first query head "
-        "of each KV group is read as the eviction logit and zeroed.",
+        default="adapter", title="Gate parameterisation"
     )
+    """'adapter': one zero-initialised linear row per KV head on the attention's input. 'residual': the same on the
+    normed residual stream (NVIDIA's checkpoints). 'neuron': one dimension of the first query head of each KV group is
+    read as the eviction logit and zeroed.
+    """
     granularity: Literal["head", "layer"] = ModeloptField(
-        default="head",
-        title="Granularity of decisions",
-        description="'head': one decision per KV head. 'layer': all KV heads of a layer share one.",
+        default="head", title="Granularity of decisions"
     )
-    scale: float = ModeloptField(
-        default=100.0,
-        gt=0.0,
-        title="Logit scale",
-        description="z = scale * (w . x) - offset. A large scale lets small weight changes move the gate.",
-    )
-    offset: float = ModeloptField(
-        default=5.0,
-        title="Logit offset",
-        description="Subtracted from the logit, so that an untrained gate evicts nothing.",
-    )
-    threshold: float = ModeloptField(
-        default=0.0,
-        title="Eviction threshold",
-        description="A token is marked for eviction when its logit is above this value.",
-    )
-    decision_shift: Literal[0, 1] = ModeloptField(
-        default=0,
-        title="Decision shift",
-        description="0: a token's own logit decides about it. 1: the next token's logit does (NVIDIA's checkpoints).",
-    )
-    protect_first: int = ModeloptField(
-        default=0,
-        ge=0,
-        le=LONGEST,
-        title="Protected first tokens",
-        description="This many tokens at the start of every sequence are never evicted.",
-    )
-    neuron_dim: int = ModeloptField(
-        default=0,
-        ge=0,
-        title="Borrowed dimension",
-        description="Which dimension of the query head the 'neuron' gate borrows.",
-    )
-    evict: bool = ModeloptField(
-        default=True,
-        title="Evict",
-        description="False: the gates are there, and nothing is evicted (NVIDIA's dms_disable_eviction).",
-    )
-    layers: list[str] = ModeloptField(
-        default=["*"],
-        title="Layers",
-        description="Wildcards of attention module names to convert; full-attention layers only.",
-    )
+    """'head': one decision per KV head. 'layer': all KV heads of a layer share one."""
+    scale: float = ModeloptField(default=100.0, gt=0.0, title="Logit scale")
+    """z = scale * (w . x) - offset. A large scale lets small weight changes move the gate."""
+    offset: float = ModeloptField(default=5.0, title="Logit offset")
+    """Subtracted from the logit, so that an untrained gate evicts nothing."""
+    threshold: float = ModeloptField(default=0.0, title="Eviction threshold")
+    """A token is marked for eviction when its logit is above this value."""
+    decision_shift: Literal[0, 1] = ModeloptField(default=0, title="Decision shift")
+    """0: a token's own logit decides about it. 1: the next token's logit does (NVIDIA's checkpoints)."""
+    protect_first: int = ModeloptField(default=0, ge=0, le=LONGEST, title="Protected first tokens")
+    """This many tokens at the start of every sequence are never evicted."""
+    neuron_dim: int = ModeloptField(default=0, ge=0, title="Borrowed dimension")
+    """Which dimension of the query head the 'neuron' gate borrows."""
+    evict: bool = ModeloptField(default=True, title="Evict")
+    """False: the gates are there, and nothing is evicted (NVIDIA's dms_disable_eviction)."""
+    layers: list[str] = ModeloptField(default=["*"], title="Layers")
+    """Wildcards of attention module names to convert; full-attention layers only."""
 
     @field_validator("layers")
     @classmethod
@@ -133,52 +95,28 @@ class DMSConfig(Section):
 class CalibrateConfig(Section):
     """How the gates are fitted, without training, to what future queries attend to."""
 
-    samples: int = ModeloptField(
-        default=64,
-        ge=1,
-        title="Samples",
-        description="Documents, or parts of them, to fit the gates to.",
-    )
-    sample_length: int = ModeloptField(
-        default=4096,
-        ge=8,
-        title="Tokens per sample",
-        description="Longer documents are cut; target_cr is met at this length.",
-    )
-    batch_size: int = ModeloptField(
-        default=1, ge=1, title="Samples per forward", description="Shorter samples are padded."
-    )
-    held_out: int = ModeloptField(
-        default=8,
-        ge=1,
-        title="Held-out samples",
-        description="From these come the thresholds, and the curve from compression ratio to quality.",
-    )
+    samples: int = ModeloptField(default=64, ge=1, title="Samples")
+    """Documents, or parts of them, to fit the gates to."""
+    sample_length: int = ModeloptField(default=4096, ge=8, title="Tokens per sample")
+    """Longer documents are cut; target_cr is met at this length."""
+    batch_size: int = ModeloptField(default=1, ge=1, title="Samples per forward")
+    """Shorter samples are padded."""
+    held_out: int = ModeloptField(default=8, ge=1, title="Held-out samples")
+    """From these come the thresholds, and the curve from compression ratio to quality."""
     budget: Literal["global", "uniform"] = ModeloptField(
-        default="global",
-        title="Who shares a budget",
-        description="'global': all heads compete, and some keep more than others. 'uniform': every head keeps as much.",
+        default="global", title="Who shares a budget"
     )
-    ridge: float = ModeloptField(
-        default=1e-3,
-        gt=0.0,
-        title="Ridge",
-        description="Penalty on the gates' weights, relative to the mean square of what they read.",
-    )
+    """'global': all heads compete, and some keep more than others. 'uniform': every head keeps as much."""
+    ridge: float = ModeloptField(default=1e-3, gt=0.0, title="Ridge")
+    """Penalty on the gates' weights, relative to the mean square of what they read."""
     curve: list[float] = ModeloptField(
-        default=[1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0],
-        title="Curve",
-        description="Compression ratios at which quality is measured; those in between are interpolated.",
+        default=[1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0], title="Curve"
     )
-    save_steps: int = ModeloptField(
-        default=16,
-        ge=1,
-        title="Checkpoint interval",
-        description="Forwards between resumable checkpoints.",
-    )
-    seed: int = ModeloptField(
-        default=0, ge=0, title="Seed", description="Draws the samples; same seed, same result."
-    )
+    """Compression ratios at which quality is measured; those in between are interpolated."""
+    save_steps: int = ModeloptField(default=16, ge=1, title="Checkpoint interval")
+    """Forwards between resumable checkpoints."""
+    seed: int = ModeloptField(default=0, ge=0, title="Seed")
+    """Draws the samples; same seed, same result."""
 
     @field_validator("curve")
     @classmethod
@@ -191,139 +129,72 @@ class CalibrateConfig(Section):
 class RetrofitConfig(Section):
     """How the gates learn: distillation from the same model with eviction off, plus a rate loss."""
 
-    steps: int = ModeloptField(
-        default=500, ge=1, title="Optimizer steps", description="Length of the retrofit."
-    )
-    sequence_length: int = ModeloptField(
-        default=4096,
-        ge=8,
-        title="Tokens per sample",
-        description="Documents are packed to this length.",
-    )
-    batch_size: int = ModeloptField(
-        default=1,
-        ge=1,
-        title="Samples per device and micro-step",
-        description="Packed samples in one forward.",
-    )
-    gradient_accumulation_steps: int = ModeloptField(
-        default=1,
-        ge=1,
-        title="Gradient accumulation",
-        description="Micro-steps per optimizer step.",
-    )
-    learning_rate: float = ModeloptField(
-        default=1e-4,
-        gt=0.0,
-        title="Peak learning rate",
-        description="AdamW learning rate after warm-up.",
-    )
+    steps: int = ModeloptField(default=500, ge=1, title="Optimizer steps")
+    """Length of the retrofit."""
+    sequence_length: int = ModeloptField(default=4096, ge=8, title="Tokens per sample")
+    """Documents are packed to this length."""
+    batch_size: int = ModeloptField(default=1, ge=1, title="Samples per device and micro-step")
+    """Packed samples in one forward."""
+    gradient_accumulation_steps: int = ModeloptField(default=1, ge=1, title="Gradient accumulation")
+    """Micro-steps per optimizer step."""
+    learning_rate: float = ModeloptField(default=1e-4, gt=0.0, title="Peak learning rate")
+    """AdamW learning rate after warm-up."""
     lr_scheduler: Literal["cosine", "linear", "constant", "constant_with_warmup"] = ModeloptField(
-        default="cosine",
-        title="Learning-rate schedule",
-        description="After warm-up: down to 0 along a half cosine or a line, or constant ('constant' has no warm-up).",
+        default="cosine", title="Learning-rate schedule"
     )
-    warmup_steps: int = ModeloptField(
-        default=10,
-        ge=0,
-        title="Warm-up steps",
-        description="Steps of linear learning-rate warm-up; at most half of all steps.",
-    )
-    weight_decay: float = ModeloptField(
-        default=0.0, ge=0.0, title="Weight decay", description="AdamW weight decay."
-    )
-    max_grad_norm: float = ModeloptField(
-        default=1.0, gt=0.0, title="Gradient clipping", description="Largest global gradient norm."
-    )
+    """After warm-up: down to 0 along a half cosine or a line, or constant ('constant' has no warm-up)."""
+    warmup_steps: int = ModeloptField(default=10, ge=0, title="Warm-up steps")
+    """Steps of linear learning-rate warm-up; at most half of all steps."""
+    weight_decay: float = ModeloptField(default=0.0, ge=0.0, title="Weight decay")
+    """AdamW weight decay."""
+    max_grad_norm: float = ModeloptField(default=1.0, gt=0.0, title="Gradient clipping")
+    """Largest global gradient norm."""
     ramp_fraction: float = ModeloptField(
-        default=0.7,
-        ge=0.0,
-        le=1.0,
-        title="Ramp of the compression ratio",
-        description="The scheduled ratio rises linearly from 1 to target_cr over this fraction of the steps; 0 asks "
-        "for all of it from the start, which suits calibrated gates.",
+        default=0.7, ge=0.0, le=1.0, title="Ramp of the compression ratio"
     )
-    rate_weight: float = ModeloptField(
-        default=1.0,
-        ge=0.0,
-        title="Weight of the rate loss",
-        description="Loss = KL + weight * rate loss.",
-    )
+    """The scheduled ratio rises linearly from 1 to target_cr over this fraction of the steps; 0 asks for all of it from
+    the start, which suits calibrated gates.
+    """
+    rate_weight: float = ModeloptField(default=1.0, ge=0.0, title="Weight of the rate loss")
+    """Loss = KL + weight * rate loss."""
     kl_direction: Literal["forward", "reverse"] = ModeloptField(
-        default="forward",
-        title="Direction of the distillation loss",
-        description="'forward': KL(teacher || student). 'reverse': KL(student || teacher).",
+        default="forward", title="Direction of the distillation loss"
     )
-    kl_chunk_tokens: int = ModeloptField(
-        default=1024,
-        ge=1,
-        title="Tokens per logits chunk",
-        description="Logits over the vocabulary exist for at most this many tokens at a time.",
-    )
-    tau: float = ModeloptField(
-        default=0.1,
-        gt=0.0,
-        title="Gumbel-sigmoid temperature",
-        description="alpha = sigmoid((z + logistic noise) / tau) while training.",
-    )
-    noise: bool = ModeloptField(
-        default=True,
-        title="Logistic noise",
-        description="Sample the relaxed decision while training.",
-    )
-    cr_range: list[float] | None = ModeloptField(
-        default=None,
-        title="Range of compression ratios",
-        description="[lowest, highest]: every step draws the ratio it trains for, and thresholds move there along the "
-        "calibrated curve, so that one model serves the whole range. Takes the place of the ramp.",
-    )
-    train: Literal["gates", "lora", "all"] = ModeloptField(
-        default="gates",
-        title="What learns",
-        description="'gates': the base model stays frozen. 'lora': gates and low-rank adapters, merged at the end. "
-        "'all': every weight learns, against a frozen copy.",
-    )
-    lora_rank: int = ModeloptField(
-        default=16, ge=1, title="LoRA rank", description="Of the adapters, for train='lora'."
-    )
-    lora_alpha: float = ModeloptField(
-        default=32.0, gt=0.0, title="LoRA alpha", description="Adapters are scaled by alpha / rank."
-    )
-    lora_modules: list[str] = ModeloptField(
-        default=["all-linear"],
-        title="LoRA modules",
-        description="Endings of the names of linear layers that get an adapter, such as q_proj; or "
-        "attention (those of attention layers with a gate), or all-linear.",
-    )
-    gradient_checkpointing: bool = ModeloptField(
-        default=False,
-        title="Gradient checkpointing",
-        description="Recompute activations in the backward pass to save memory.",
-    )
-    sharding: Literal["none", "fsdp2"] = ModeloptField(
-        default="none",
-        title="Sharding",
-        description="'fsdp2': the processes that torchrun or accelerate launch started hold a part of the model each. "
-        "'none': each holds all of it.",
-    )
-    logging_steps: int = ModeloptField(
-        default=10,
-        ge=1,
-        title="Logging interval",
-        description="Steps between log lines and TensorBoard points.",
-    )
-    save_steps: int = ModeloptField(
-        default=100,
-        ge=1,
-        title="Checkpoint interval",
-        description="Steps between resumable checkpoints.",
-    )
-    seed: int = ModeloptField(
-        default=0,
-        ge=0,
-        title="Seed",
-        description="Seeds data order and gate noise; same seed, same result.",
-    )
+    """'forward': KL(teacher || student). 'reverse': KL(student || teacher)."""
+    kl_chunk_tokens: int = ModeloptField(default=1024, ge=1, title="Tokens per logits chunk")
+    """Logits over the vocabulary exist for at most this many tokens at a time."""
+    tau: float = ModeloptField(default=0.1, gt=0.0, title="Gumbel-sigmoid temperature")
+    """alpha = sigmoid((z + logistic noise) / tau) while training."""
+    noise: bool = ModeloptField(default=True, title="Logistic noise")
+    """Sample the relaxed decision while training."""
+    cr_range: list[float] | None = ModeloptField(default=None, title="Range of compression ratios")
+    """[lowest, highest]: every step draws the ratio it trains for, and thresholds move there along the calibrated
+    curve, so that one model serves the whole range. Takes the place of the ramp.
+    """
+    train: Literal["gates", "lora", "all"] = ModeloptField(default="gates", title="What learns")
+    """'gates': the base model stays frozen. 'lora': gates and low-rank adapters, merged at the end. 'all': every weight
+    learns, against a frozen copy.
+    """
+    lora_rank: int = ModeloptField(default=16, ge=1, title="LoRA rank")
+    """Of the adapters, for train='lora'."""
+    lora_alpha: float = ModeloptField(default=32.0, gt=0.0, title="LoRA alpha")
+    """Adapters are scaled by alpha / rank."""
+    lora_modules: list[str] = ModeloptField(default=["all-linear"], title="LoRA modules")
+    """Endings of the names of linear layers that get an adapter, such as q_proj; or attention (those of attention
+    layers with a gate), or all-linear.
+    """
+    gradient_checkpointing: bool = ModeloptField(default=False, title="Gradient checkpointing")
+    """Recompute activations in the backward pass to save memory."""
+    sharding: Literal["none", "fsdp2"] = ModeloptField(default="none", title="Sharding")
+    """'fsdp2': the processes that torchrun or accelerate launch started hold a part of the model each. 'none': each
+    holds all of it.
+    """
+    logging_steps: int = ModeloptField(default=10, ge=1, title="Logging interval")
+    """Steps between log lines and TensorBoard points."""
+    save_steps: int = ModeloptField(default=100, ge=1, title="Checkpoint interval")
+    """Steps between resumable checkpoints."""
+    seed: int = ModeloptField(default=0, ge=0, title="Seed")
+    """Seeds data order and gate noise; same seed, same result."""
 
     @model_validator(mode="after")
     def _adapters_are_whole(self) -> "RetrofitConfig":
@@ -350,23 +221,16 @@ class RetrofitConfig(Section):
 class QuantizationConfig(Section, QuantizeConfig):
     """ModelOpt's own section (`quant_cfg`, `algorithm`), and what calibrates it."""
 
-    samples: int = ModeloptField(
-        default=128,
-        ge=1,
-        title="Calibration samples",
-        description="Samples of the data from which ranges of activations, keys and values are measured.",
-    )
-    sample_length: int = ModeloptField(
-        default=512, ge=8, title="Tokens per calibration sample", description="Longer ones are cut."
-    )
-    batch_size: int = ModeloptField(
-        default=8, ge=1, title="Samples per forward", description="While calibrating."
-    )
+    samples: int = ModeloptField(default=128, ge=1, title="Calibration samples")
+    """Samples of the data from which ranges of activations, keys and values are measured."""
+    sample_length: int = ModeloptField(default=512, ge=8, title="Tokens per calibration sample")
+    """Longer ones are cut."""
+    batch_size: int = ModeloptField(default=8, ge=1, title="Samples per forward")
+    """While calibrating."""
     order: Literal["after_retrofit", "before_retrofit"] = ModeloptField(
-        default="after_retrofit",
-        title="When to quantize",
-        description="'before_retrofit': the gates learn under fake quantization.",
+        default="after_retrofit", title="When to quantize"
     )
+    """'before_retrofit': the gates learn under fake quantization."""
 
     @field_validator("quant_cfg", mode="before")
     @classmethod
@@ -396,9 +260,9 @@ class ExportConfig(Section):
     """What `compress` writes besides the model itself."""
 
     format: Literal["hf", "onnx", "tensorrt", "trtllm"] = ModeloptField(
-        default="hf",
-        title="Export format",
-        description="'hf': ModelOpt's unified Hugging Face checkpoint, weights packed, for serving engines. 'trtllm': "
-        "the same, with what makes TensorRT-LLM's AutoDeploy serve it. 'onnx': graphs of a decode step and a prefill "
-        "chunk. 'tensorrt': those, and the kernels that TensorRT engines embed.",
+        default="hf", title="Export format"
     )
+    """'hf': ModelOpt's unified Hugging Face checkpoint, weights packed, for serving engines. 'trtllm': the same, with
+    what makes TensorRT-LLM's AutoDeploy serve it. 'onnx': graphs of a decode step and a prefill chunk. 'tensorrt':
+    those, and the kernels that TensorRT engines embed.
+    """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The front door's flow: recipe -> gates -> calibration -> retrofit -> a model that forgets, saved if asked for."""
+"""From a recipe to a compressed model: gates, calibration, retrofit, quantization; saved and exported if asked for."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -13,19 +13,18 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelopt_dms import processes
-from modelopt_dms.calibration import (
+from modelopt_dms.calibration.measuring import HeldOut, trace_curve
+from modelopt_dms.calibration.run import (
     CalibrationResult,
-    HeldOut,
     PreparedCalibration,
     calibrate,
     prepare_calibration,
-    trace_curve,
 )
 from modelopt_dms.calibration.state import WRITTEN as SUMS
 from modelopt_dms.compression import store_curve
 from modelopt_dms.config import CalibrateConfig, QuantizationConfig, RetrofitConfig
 from modelopt_dms.convert import plan_conversion
-from modelopt_dms.data import calibration_batches
+from modelopt_dms.data.batches import calibration_batches
 from modelopt_dms.data.mix import SHORTEST, calibration_mix
 from modelopt_dms.exporters import ExportError, check_format, export
 from modelopt_dms.exporters.hf import write_companions
@@ -35,8 +34,8 @@ from modelopt_dms.output import check_output, remove, staged
 from modelopt_dms.previews import Preview, preview_prepared
 from modelopt_dms.quantization import check_quantization, is_quantized, quantize
 from modelopt_dms.recipe import Recipe, load_recipe
-from modelopt_dms.train import PreparedRun, RetrofitResult, prepare, retrofit
 from modelopt_dms.train.checkpoint import RESUMABLE
+from modelopt_dms.train.loop import PreparedRun, RetrofitResult, prepare, retrofit
 from modelopt_dms.written import check_written
 
 SUMMARY_FILE = "dms_summary.json"
@@ -82,13 +81,7 @@ def compress(
         ValueError: recipe, model, data or output directory are not usable; nothing was changed or written.
     """
     recipe = load_recipe(recipe, overrides)
-    target = None
-    if output_dir is not None:
-        target = check_output(output_dir, OURS)
-    if recipe.export is not None and target is None:
-        raise ValueError(f"export.format={recipe.export.format!r} needs an output_dir")
-    if recipe.export is not None:
-        check_format(recipe.export.format, {})
+    target = _check_target(recipe, output_dir)
     plan = _plan_dms(model, recipe, data, tokenizer, target if resume else None)
     batches = _plan_quantization(model, recipe.quantize, data, tokenizer)
     if on_data is not None and plan.retrofit is not None:
@@ -101,12 +94,38 @@ def compress(
             processes=processes.count(),
         )
         on_data(counted)
+    where = {"resume": resume, "progress": progress and processes.is_main()}
+    results = _run(model, recipe, plan, batches, target, **where)
+    if target is not None and processes.is_main():
+        _write(model, target, recipe, tokenizer, results)
+    processes.wait_for_all()
+    return model
+
+
+def _check_target(recipe: Recipe, output_dir: str | Path | None) -> Path | None:
+    """The output directory, if there is one, into which the recipe's export can be written."""
+    target = None if output_dir is None else check_output(output_dir, OURS)
+    if recipe.export is not None:
+        if target is None:
+            raise ValueError(f"export.format={recipe.export.format!r} needs an output_dir")
+        check_format(recipe.export.format, {})
+    return target
+
+
+def _run(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    plan: "_Plan",
+    batches: list[dict[str, Tensor]],
+    target: Path | None,
+    **where: bool,
+) -> dict[str, CalibrationResult | RetrofitResult]:
+    """Everything that changes the model, in place; what calibration and retrofit achieved."""
     results: dict[str, CalibrationResult | RetrofitResult] = {}
     if recipe.dms is not None:
         apply_dms(model, recipe.dms)
     if recipe.quantize is not None and recipe.quantize.order == "before_retrofit":
         quantize(model.eval(), recipe.quantize, batches)
-    where = {"resume": resume, "progress": progress and processes.is_main()}
     if recipe.calibrate is not None:
         # Every process computes the same, and one writes.
         work = target / CALIBRATION_DIR if target is not None and processes.is_main() else None
@@ -115,16 +134,15 @@ def compress(
         )
 
     def carry_curve(trained: PreTrainedModel) -> None:
-        _measure_curve(trained, model, recipe, plan, progress and processes.is_main())
+        _measure_curve(trained, model, recipe, plan, where["progress"])
 
     measured = recipe.retrofit is not None and (recipe.quantize is None or is_quantized(model))
     if recipe.retrofit is not None:
-        work = None if target is None else target / WORK_DIR
         results["retrofit"] = retrofit(
             model,
             recipe.retrofit,
             data=plan.retrofit,
-            output_dir=work,
+            output_dir=None if target is None else target / WORK_DIR,
             finish=carry_curve if measured else None,
             **where,
         )
@@ -133,10 +151,7 @@ def compress(
         quantize(model, recipe.quantize, batches)
     if not measured:
         carry_curve(model)
-    if target is not None and processes.is_main():
-        _write(model, target, recipe, tokenizer, results)
-    processes.wait_for_all()
-    return model
+    return results
 
 
 def _write(

@@ -41,14 +41,7 @@ class EvictionGate(nn.Module):
     """
 
     def __init__(self, config: DMSConfig, layer_idx: int, kv_heads: int, hidden_size: int) -> None:
-        """Make a gate that evicts nothing yet.
-
-        Args:
-            config: the model's DMS facts.
-            layer_idx: index of the layer in the model.
-            kv_heads: K, decisions a token.
-            hidden_size: C, width of the hidden state.
-        """
+        """Make a gate of `kv_heads` decisions a token that evicts nothing yet, for hidden states [.., hidden_size]."""
         super().__init__()
         self.layer_idx = layer_idx
         self.kv_heads = kv_heads
@@ -205,14 +198,7 @@ def gate_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def set_relaxation(model: nn.Module, seed: int | None, tau: float, moved: float = 0.0) -> None:
-    """Fix noise, temperature and move of the thresholds for the next training forward of every gate.
-
-    Args:
-        model: a converted model.
-        seed: of the noise; None is no noise.
-        tau: temperature.
-        moved: what is added to every threshold; more evicts less.
-    """
+    """Fix noise (None is none), temperature and move of the thresholds for every gate's next training forward."""
     for gate in gates(model):
         gate.noise_seed, gate.tau, gate.moved = seed, tau, moved
 

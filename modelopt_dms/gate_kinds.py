@@ -28,15 +28,7 @@ class NeuronGate(EvictionGate):
     def __init__(
         self, config: DMSConfig, layer_idx: int, kv_heads: int, q_proj: nn.Linear, head_dim: int
     ) -> None:
-        """Borrow from `q_proj` [H * D, C].
-
-        Args:
-            config: the model's DMS facts.
-            layer_idx: index of the layer in the model.
-            kv_heads: K, decisions a token.
-            q_proj: the layer's query projection.
-            head_dim: D.
-        """
+        """Borrow from the query projection `q_proj` [H * D, C]."""
         super().__init__(config, layer_idx, kv_heads, q_proj.in_features)
         self.borrowed_dim = config.neuron_dim
         heads_apart = q_proj.out_features // head_dim // kv_heads
@@ -120,16 +112,7 @@ class ResidualGate(EvictionGate):
         layer: nn.Module,
         eps: float,
     ) -> None:
-        """Read what enters `layer`.
-
-        Args:
-            config: the model's DMS facts.
-            layer_idx: index of the layer in the model.
-            kv_heads: K, decisions a token.
-            hidden_size: C, width of the residual stream.
-            layer: the decoder layer around the attention module; its first argument is the residual stream.
-            eps: of the norm.
-        """
+        """Read what enters `layer`, the decoder layer around the attention module, as its first argument."""
         super().__init__(config, layer_idx, kv_heads, hidden_size)
         self.norm = nn.Parameter(torch.ones(hidden_size, dtype=torch.float32))
         self.eps = eps

@@ -52,13 +52,7 @@ A token stays readable for at least {window} tokens. The recipe is in `dms_recip
 
 
 def card(model: PreTrainedModel, recipe: Recipe, summary: Mapping[str, Mapping[str, Any]]) -> str:
-    """The text of the card.
-
-    Args:
-        model: converted or only quantized.
-        recipe: it was made by.
-        summary: what calibration and retrofit measured, by stage, as in dms_summary.json.
-    """
+    """The text of the card; the summary is that of dms_summary.json, by stage."""
     name = str(getattr(model.config, "_name_or_path", "") or "")
     facts = getattr(model.config, "dms_config", None)
     curve = getattr(model.config, "dms_curve", None)

@@ -10,7 +10,8 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from modelopt_dms.config import DMSConfig, RetrofitConfig
-from modelopt_dms.data import PreparedData, Tally, Tokens, open_sources, prepare_samples
+from modelopt_dms.data.mixing import PreparedData, Tally, open_sources, prepare_samples
+from modelopt_dms.data.records import Tokens
 from modelopt_dms.recipe import Recipe, load_recipe
 
 EXCERPT = 200
@@ -89,7 +90,7 @@ def preview(
     """Count what a retrofit in one process would read and visit. Needs no model.
 
     Args:
-        data: see `modelopt_dms.data.ACCEPTED`.
+        data: see `modelopt_dms.data.documents.ACCEPTED`.
         recipe: name of a shipped recipe, path of a YAML file, or a Recipe.
         tokenizer: needed unless the data are token ids.
         overrides: changes to the recipe, {"dms.window": 512} or ["dms.window=512"].
@@ -128,15 +129,9 @@ def preview_prepared(
     processes: int = 1,
     tallies: Sequence[Tally] | None = None,
 ) -> Preview:
-    """Count samples that are packed already.
+    """Count samples that are packed already; `tallies` replace the counts of what was read to make them.
 
-    Args:
-        data: the samples.
-        dms: of the model.
-        retrofit: that visits them.
-        tokenizer: for excerpts; without one they are token ids.
-        processes: that visit them together.
-        tallies: counts for each source, by default of what was read to make the samples.
+    Without a tokenizer, excerpts are token ids.
     """
     samples = data.training
     visits = retrofit.visits(processes)

@@ -47,12 +47,8 @@ def quantize(
         KVFormatError: the cache cannot store what the KV quantizers would compute; nothing was changed.
     """
     config = config if isinstance(config, QuantizationConfig) else QuantizationConfig(**config)
-    if is_quantized(model):
-        raise QuantizationError(
-            "the model is quantized already; start from the original checkpoint"
-        )
+    check_quantization(model, config)
     full = _complete(model, config)
-    _check_kv(full)
     if not callable(batches) and isinstance(batches, Sequence) and not batches:
         _check_no_amax_is_needed(config)
     latent = [name for name, x in dms_modules(model).items() if hasattr(x, "expand_kv")]
@@ -88,13 +84,7 @@ def check_quantization(model: PreTrainedModel, config: QuantizationConfig) -> No
 
 
 def insert(model: PreTrainedModel, config: QuantizationConfig, calibrate: Any = None) -> None:
-    """Put ModelOpt's quantizers into a model, calibrated if there is something to calibrate with.
-
-    Args:
-        model: as for `quantize`.
-        config: complete, as `quantize` left it in the model's config.
-        calibrate: function of the model; None leaves the quantizers without ranges.
-    """
+    """Put ModelOpt's quantizers of a complete config into a model; without `calibrate`, they have no ranges."""
     quant_cfg = [x.model_dump(exclude_unset=True) for x in config.quant_cfg]
     algorithm = None if calibrate is None else config.model_dump()["algorithm"]
     with torch.no_grad():

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import yaml
 from modelopt.torch.opt.config import ModeloptBaseConfig, ModeloptField
 from modelopt.torch.opt.config_loader import load_config
-from pydantic import BaseModel, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from modelopt_dms.config import (
     CalibrateConfig,
@@ -27,45 +27,31 @@ from modelopt_dms.shelf import RecipeError, recipe_path, recipes_dir, suggestion
 class Metadata(ModeloptBaseConfig):
     """What a reader of a list of recipes sees."""
 
-    description: str = ModeloptField(
-        default="", title="Description", description="One line: what you get."
-    )
-    recipe_type: Literal["ptq"] | None = ModeloptField(
-        default=None,
-        title="ModelOpt's recipe type",
-        description="Stands in ModelOpt's own recipes.",
-    )
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    description: str = ModeloptField(default="", title="Description")
+    """One line: what you get."""
+    recipe_type: Literal["ptq"] | None = ModeloptField(default=None, title="ModelOpt's recipe type")
+    """Stands in ModelOpt's own recipes."""
 
 
 class Recipe(ModeloptBaseConfig):
     """Everything `compress` does to a model. One of ModelOpt's own PTQ recipes is a Recipe too, without `dms`."""
 
-    metadata: Metadata = ModeloptField(
-        default=Metadata(), title="Metadata", description="For readers."
-    )
-    dms: DMSConfig | None = ModeloptField(
-        default=None,
-        title="DMS",
-        description="Facts stored with the model; without it the recipe only quantizes.",
-    )
-    calibrate: CalibrateConfig | None = ModeloptField(
-        default=None,
-        title="Calibration",
-        description="How the gates are fitted to what future queries attend to, in one pass and without training.",
-    )
-    retrofit: RetrofitConfig | None = ModeloptField(
-        default=None,
-        title="Retrofit",
-        description="How the gates learn, from scratch or from what calibration made of them.",
-    )
-    quantize: QuantizationConfig | None = ModeloptField(
-        default=None,
-        title="Quantization",
-        description="Weights, activations and KV cache, in ModelOpt's words.",
-    )
-    export: ExportConfig | None = ModeloptField(
-        default=None, title="Export", description="What else is written to the output directory."
-    )
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    metadata: Metadata = ModeloptField(default=Metadata(), title="Metadata")
+    """For readers."""
+    dms: DMSConfig | None = ModeloptField(default=None, title="DMS")
+    """Facts stored with the model; without it the recipe only quantizes."""
+    calibrate: CalibrateConfig | None = ModeloptField(default=None, title="Calibration")
+    """How the gates are fitted to what future queries attend to, in one pass and without training."""
+    retrofit: RetrofitConfig | None = ModeloptField(default=None, title="Retrofit")
+    """How the gates learn, from scratch or from what calibration made of them."""
+    quantize: QuantizationConfig | None = ModeloptField(default=None, title="Quantization")
+    """Weights, activations and KV cache, in ModelOpt's words."""
+    export: ExportConfig | None = ModeloptField(default=None, title="Export")
+    """What else is written to the output directory."""
 
     @model_validator(mode="before")
     @classmethod

@@ -1,30 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures for human eyes: tables of methods and of data, and a picture of live length over time."""
+"""Figures for readers: tables of methods, of data and of settings tried; JSON files."""
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.markup import escape
 from rich.table import Table
-from transformers import PreTrainedModel
 
-from modelopt_dms.cache import cache_argument, cache_of, kv_stats
 from modelopt_dms.evaluation.tuning import TuneResult
 from modelopt_dms.output import whole
 from modelopt_dms.previews import Preview
 
 
 def results_table(rows: Sequence[Mapping[str, Any]], title: str = "") -> Table:
-    """A rich table of evaluation rows, one line each; rows of one task stand together.
-
-    Args:
-        rows: as from `evaluation.score.evaluate`; "method" is optional.
-        title: stands above the table.
-    """
+    """A rich table of rows of `evaluation.score.evaluate`, one line each; rows of one task stand together."""
     table = Table(title=title, title_justify="left", padding=(0, 0, 0, 1))
     named = any("method" in row for row in rows)
     for name in ("task", "context", *(["method"] if named else [])):
@@ -97,82 +88,6 @@ def trials_table(found: TuneResult) -> Table:
 def printable(text: str) -> str:
     """A text whose control characters cannot move a terminal's cursor: they are spelled out."""
     return "".join(x if x.isprintable() else x.encode("unicode_escape").decode() for x in text)
-
-
-@dataclass(frozen=True)
-class LiveTrace:
-    """Live length of every layer and head while one text is read and continued.
-
-    Attributes:
-        seen: tokens seen [N] at each measurement.
-        live: live tokens [N, layers, K].
-        context: how many of the tokens were read; the rest were generated one by one.
-    """
-
-    seen: list[int]
-    live: torch.Tensor
-    context: int
-
-
-@torch.no_grad()
-def trace_live_length(
-    model: PreTrainedModel, ids: Sequence[int], context: int, chunk: int = 16
-) -> LiveTrace:
-    """Feed a text through the cache, the context in chunks, the rest token by token, and measure.
-
-    Args:
-        model: a converted model in eval mode.
-        ids: token ids of the text.
-        context: how many of them are context.
-        chunk: context tokens between two measurements.
-    """
-    tokens = torch.tensor([list(ids)], device=model.device)
-    cache, seen, live = None, [0], []
-    for part in (*tokens[:, :context].split(chunk, 1), *tokens[:, context:].split(1, 1)):
-        given = cache_argument(type(model).forward, cache)
-        out = model(input_ids=part, use_cache=True, logits_to_keep=1, **given)
-        cache = cache_of(out)
-        seen.append(seen[-1] + part.shape[1])
-        live.append(torch.stack([layer.live[0] for layer in kv_stats(cache).layers]))
-    return LiveTrace(seen, torch.stack([torch.zeros_like(live[0]), *live]), context)
-
-
-def draw_live_length(traces: Mapping[str, LiveTrace], path: Path, title: str) -> None:
-    """Write a PNG: left the mean live length of each method, right each layer and head of "dms".
-
-    Args:
-        traces: by method name; "full" and "dms" are among them.
-        path: the file to write.
-        title: stands above the picture.
-    """
-    # Only this function needs matplotlib, and its import takes long.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title)
-    left, right = figure.subplots(1, 2)
-    for name, trace in traces.items():
-        style = "--" if name == "full" else "-"
-        left.plot(trace.seen, trace.live.double().mean((1, 2)), style, label=name)
-    left.set_title("mean over layers and heads")
-    dms = traces["dms"]
-    layers = dms.live.shape[1]
-    for layer in range(layers):
-        for head in range(dms.live.shape[2]):
-            color = f"C{layer}"
-            label = f"layer {layer}" if head == 0 else None
-            right.plot(dms.seen, dms.live[:, layer, head], color=color, lw=1, label=label)
-    right.plot(dms.seen, dms.seen, "--", color="grey", lw=1, label="everything")
-    right.set_title("dms: every layer and KV head")
-    for axes in (left, right):
-        axes.axvline(dms.context, color="grey", lw=0.8, ls=":")
-        axes.set_xlabel("tokens seen (dotted line: end of the context)")
-        axes.set_ylabel("live tokens")
-        axes.legend(fontsize=8)
-    with whole(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
 
 
 def write_json(path: Path, content: Any) -> None:

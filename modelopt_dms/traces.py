@@ -18,7 +18,9 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modelopt_dms.data import DataError, Tokens, tokenize_prompts
+from modelopt_dms.data import DataError
+from modelopt_dms.data.documents import tokenize_prompts
+from modelopt_dms.data.records import Tokens
 from modelopt_dms.gate import eviction_off
 from modelopt_dms.output import OutputError, check_owned, own, remove
 from modelopt_dms.train.checkpoint import ResumeError, differences, model_digest, write_text

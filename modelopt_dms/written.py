@@ -18,11 +18,7 @@ FIELDS = ("dms_config", "dms_quantization", "dms_curve")
 
 
 def check_written(place: Path, model: PreTrainedModel) -> None:
-    """Read a directory back that a model was saved to.
-
-    Args:
-        place: with config.json and safetensors files, packed by ModelOpt or not.
-        model: that was saved.
+    """Read back a directory that a model was saved to, packed by ModelOpt or not.
 
     Raises:
         OutputError: something of the model is missing there, twice there, or another; a gate or threshold differs in

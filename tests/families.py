@@ -2,8 +2,12 @@
 """Tiny random models of every supported family, built in memory, and gates that evict half of the tokens."""
 
 import copy
-from collections.abc import Callable, Iterator
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,25 +25,27 @@ WINDOW = 5
 SPECIAL_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
 
 
+# What all families share; 4 query heads on 2 KV heads.
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    # Large enough for attention to prefer some tokens: evicting them must show in the logits.
+    "initializer_range": 0.1,
+    **SPECIAL_TOKENS,
+}
+
+
 def _decoder(name: str, **fields: Any) -> Callable[[], PreTrainedConfig]:
-    """A config class of transformers with the sizes all families share; 4 query heads on 2 KV heads."""
+    """A config class of transformers with these sizes."""
 
     def build() -> PreTrainedConfig:
-        sizes: dict[str, Any] = {
-            "vocab_size": VOCABULARY,
-            "hidden_size": 32,
-            "intermediate_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 8,
-            "max_position_embeddings": 256,
-            # Large enough for attention to prefer some tokens: evicting them must show in the logits.
-            "initializer_range": 0.1,
-            "attention_dropout": 0.0,
-            **SPECIAL_TOKENS,
-        }
-        return getattr(transformers, name)(**{**sizes, **fields})
+        return getattr(transformers, name)(**{**SIZES, "attention_dropout": 0.0, **fields})
 
     return build
 
@@ -206,3 +212,17 @@ def frozen_base(model: PreTrainedModel) -> Iterator[list[nn.Parameter]]:
         for parameter in model.parameters():
             parameter.requires_grad_(True)
             parameter.grad = None
+
+
+def results_in_a_fresh_process(code: str, places: Iterable[Path]) -> dict[str, Any]:
+    """What a script, given these paths, prints as lines "RESULT [name, value]"."""
+    result = subprocess.run(
+        [sys.executable, "-c", code, *map(str, places)],
+        cwd=Path(__file__).resolve().parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    lines = [x.removeprefix("RESULT ") for x in result.stdout.splitlines() if "RESULT " in x]
+    return dict(json.loads(line) for line in lines)

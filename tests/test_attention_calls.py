@@ -7,6 +7,7 @@ import pickle
 import threading
 from typing import Any
 
+import families
 import modelopt.torch.quantization as mtq
 import pytest
 import torch
@@ -26,20 +27,7 @@ from modelopt_dms.mode import apply_dms
 from modelopt_dms.paged_cache import DMSCache
 from modelopt_dms.staging import gate_device
 
-SIZES = {
-    "vocab_size": 80,
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,
-}
+SIZES = {**families.SIZES, "vocab_size": 80, "initializer_range": 0.2}
 LARGE_WINDOW = {"window": 512}
 
 
@@ -182,18 +170,25 @@ def in_threads(model: PreTrainedModel, prompts: list[Tensor], new: int) -> list[
     return out
 
 
+def check_at_once(model: PreTrainedModel, times: int) -> list[Tensor]:
+    """Compare two `generate` at once with two in turn, several times; returns the prompts."""
+    prompts = [tokens(1, 40, seed=1), tokens(1, 30, seed=2)]
+    expected = [model.generate(x, max_new_tokens=24) for x in prompts]
+    for _ in range(times):
+        for out, wanted in zip(in_threads(model, prompts, 24), expected, strict=True):
+            assert out is not None and torch.equal(out, wanted)
+    return prompts
+
+
 @pytest.mark.parametrize(
     "times", [pytest.param(3), pytest.param(200, marks=pytest.mark.slow)], ids=str
 )
 @pytest.mark.parametrize("facts", [{}, {"gate": "residual"}, {"gate": "neuron"}], ids=str)
 def test_two_generates_at_once_equal_two_in_turn(facts: dict[str, Any], times: int) -> None:
     model = build_dms("llama", **facts)
-    prompts = [tokens(1, 40, seed=1), tokens(1, 30, seed=2)]
-    expected = [model.generate(x, max_new_tokens=24) for x in prompts]
+    model.generate(tokens(1, 30, seed=2), max_new_tokens=24)
     stats = str(kv_stats(model))
-    for _ in range(times):
-        for out, wanted in zip(in_threads(model, prompts, 24), expected, strict=True):
-            assert out is not None and torch.equal(out, wanted)
+    prompts = check_at_once(model, times)
     model.generate(prompts[1], max_new_tokens=24)
     assert str(kv_stats(model)) == stats
 
@@ -201,12 +196,7 @@ def test_two_generates_at_once_equal_two_in_turn(facts: dict[str, Any], times: i
 @pytest.mark.parametrize("preset", ["FP8_KV_CFG", "INT8_DEFAULT_CFG"])
 def test_two_generates_at_once_of_a_quantized_model_equal_two_in_turn(preset: str) -> None:
     config = {"quant_cfg": copy.deepcopy(getattr(mtq, preset)["quant_cfg"]), "algorithm": "max"}
-    model = mtq.quantize(build_dms("llama"), config, lambda x: x(tokens(4, 32)))
-    prompts = [tokens(1, 40, seed=1), tokens(1, 30, seed=2)]
-    expected = [model.generate(x, max_new_tokens=24) for x in prompts]
-    for _ in range(3):
-        for out, wanted in zip(in_threads(model, prompts, 24), expected, strict=True):
-            assert out is not None and torch.equal(out, wanted)
+    check_at_once(mtq.quantize(build_dms("llama"), config, lambda x: x(tokens(4, 32))), 3)
 
 
 @pytest.mark.parametrize("facts", [{}, {"gate": "residual"}, {"gate": "neuron"}], ids=str)

@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from modelopt_dms.data import DataError, open_documents
+from modelopt_dms.data import DataError
+from modelopt_dms.data.documents import open_documents
 
 WORDS = ["<s>", "the", "cat", "sat", "on", "mat", "user", "assistant", ":"]
 TEXTS = ["the cat sat", "on the mat", "the mat"]

@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from modelopt_dms.data import Blend, DataError, open_sources, parse_data, prepare_samples, read_once
+from modelopt_dms.data import DataError
+from modelopt_dms.data.inputs import Blend, parse_data
+from modelopt_dms.data.mixing import open_sources, prepare_samples, read_once
 
 LENGTH, WINDOW = 16, 3
 ROWS = 1000

@@ -18,8 +18,8 @@ import modelopt_dms as dms
 from modelopt_dms.data import DataError
 from modelopt_dms.data.installed_text import definitions, english, part_of, python_source
 from modelopt_dms.data.mix import SHARES, Document, calibration_documents, calibration_mix
+from modelopt_dms.data.mix.content import FOLDER
 from modelopt_dms.data.mix.facts import PAIRS, PLAIN
-from modelopt_dms.data.mix.templates import HOPS, SEVERAL, STATEMENTS
 from modelopt_dms.data.mix.writing import own_texts
 from modelopt_dms.evaluation.text import source_files
 from modelopt_dms.recipe import Recipe
@@ -139,8 +139,9 @@ def test_a_tokenizer_without_a_chat_template_gets_plain_turns() -> None:
 
 def test_nothing_is_like_the_needles_of_the_evaluation(chats: list[Document]) -> None:
     own = ("\n\n".join(x) for x in own_texts())
-    texts = [STATEMENTS, HOPS, SEVERAL, *own, *(x.text for x in chats)]
-    for text in texts:
+    content = [x.read_text(encoding="utf-8") for x in FOLDER.iterdir()]
+    assert len(content) == 6
+    for text in [*content, *own, *(x.text for x in chats)]:
         assert not re.search(r"magic|special number|\bVAR\b", text)
 
 

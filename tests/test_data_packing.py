@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelopt_dms.data import DataError, Visits
+from modelopt_dms.data import DataError
+from modelopt_dms.data.mixing import Visits
 from modelopt_dms.data.packing import pack, pack_and_split
 
 LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=30)

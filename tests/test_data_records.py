@@ -13,7 +13,9 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from modelopt_dms.data import DataError, Formatted, documents, open_documents, tokenize_prompts
+from modelopt_dms.data import DataError, documents
+from modelopt_dms.data.documents import open_documents, tokenize_prompts
+from modelopt_dms.data.inputs import Formatted
 
 WORDS = ["<s>", "the", "cat", "sat", "user", "assistant", ":", ";"]
 

@@ -14,8 +14,9 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
-from modelopt_dms.data import DataError, open_documents
+from modelopt_dms.data import DataError
 from modelopt_dms.data.chat import render_chat, render_question
+from modelopt_dms.data.documents import open_documents
 from modelopt_dms.data.records import Chat
 from modelopt_dms.data.records import read_record as read
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from test_examples import load
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from modelopt_dms.cache import kv_stats
@@ -16,7 +17,7 @@ from modelopt_dms.evaluation import peers, score
 from modelopt_dms.evaluation.tasks import Episode, Question, make_episodes
 from modelopt_dms.gate import gates
 from modelopt_dms.mode import apply_dms
-from modelopt_dms.report import results_table, trace_live_length
+from modelopt_dms.report import results_table
 
 MODEL = Path(__file__).parent.parent / "examples" / "embedded_model"
 WINDOW = 16
@@ -237,7 +238,7 @@ def test_impossible_peers_are_refused(forgetful: Any) -> None:
 
 def test_a_trace_ends_with_what_the_cache_holds(forgetful: Any) -> None:
     ids = list(range(3, 93))
-    trace = trace_live_length(forgetful, ids, context=80, chunk=16)
+    trace = load("examples/live_length.py").trace_live_length(forgetful, ids, context=80, chunk=16)
     assert trace.seen == [0, 16, 32, 48, 64, 80, *range(81, 91)]
     assert trace.live.shape == (16, 2, 2)
     with torch.no_grad():

@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every supported family: the mask means the same in every path, and nothing is lost on disk."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,7 @@ from families import (
     frozen_base,
     greedy_without_cache,
     open_gates,
+    results_in_a_fresh_process,
     tokens,
 )
 from safetensors.torch import save_file
@@ -260,13 +258,5 @@ def test_families_load_bit_exactly_in_a_fresh_process(families: list[str], tmp_p
         save_file(
             {"ids": ids, "logits": logits}, tmp_path / family / "expected" / "logits.safetensors"
         )
-    result = subprocess.run(
-        [sys.executable, "-c", LOAD_IN_A_FRESH_PROCESS, *(str(tmp_path / x) for x in families)],
-        cwd=Path(__file__).resolve().parents[1],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    lines = [x.removeprefix("RESULT ") for x in result.stdout.splitlines() if "RESULT " in x]
-    assert dict(json.loads(line) for line in lines) == dict.fromkeys(families, True)
+    found = results_in_a_fresh_process(LOAD_IN_A_FRESH_PROCESS, [tmp_path / x for x in families])
+    assert found == dict.fromkeys(families, True)

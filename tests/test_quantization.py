@@ -3,8 +3,6 @@
 
 import copy
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +23,7 @@ from families import (
     feed,
     greedy_without_cache,
     open_gates,
+    results_in_a_fresh_process,
     tokens,
 )
 from modelopt.torch.quantization.nn import TensorQuantizer
@@ -183,17 +182,9 @@ def test_families_save_and_export_and_load_bit_exactly_in_a_fresh_process(
         assert torch.equal(model(ids, use_cache=False).logits, outputs["logits"])
         (place / "expected").mkdir()
         save_file(outputs, place / "expected" / "outputs.safetensors")
-    result = subprocess.run(
-        [sys.executable, "-c", LOAD_IN_A_FRESH_PROCESS, *(str(tmp_path / x) for x in families)],
-        cwd=Path(__file__).resolve().parents[1],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-2000:]
-    lines = [x.removeprefix("RESULT ") for x in result.stdout.splitlines() if "RESULT " in x]
+    found = results_in_a_fresh_process(LOAD_IN_A_FRESH_PROCESS, [tmp_path / x for x in families])
     wanted = [f"{family} {kind}" for family in families for kind in ("saved", "exported")]
-    assert dict(json.loads(line) for line in lines) == dict.fromkeys(wanted, True)
+    assert found == dict.fromkeys(wanted, True)
 
 
 @pytest.mark.parametrize(

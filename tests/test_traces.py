@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 import modelopt_dms as dms
 from modelopt_dms import traces
-from modelopt_dms.data import open_documents
+from modelopt_dms.data.documents import open_documents
 from modelopt_dms.gate import eviction_off
 from modelopt_dms.shelf import embedded_model_dir
 

@@ -22,8 +22,8 @@ from modelopt_dms.config import DMSConfig, RetrofitConfig
 from modelopt_dms.data import DataError
 from modelopt_dms.gate import gate_parameters
 from modelopt_dms.mode import apply_dms
-from modelopt_dms.train import RetrofitResult, prepare, retrofit
 from modelopt_dms.train.checkpoint import ResumeError, checkpoints
+from modelopt_dms.train.loop import RetrofitResult, prepare, retrofit
 from modelopt_dms.train.trainer import RetrofitTrainer
 
 VOCABULARY = 40

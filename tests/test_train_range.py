@@ -13,7 +13,7 @@ import modelopt_dms as dms
 from modelopt_dms.compression import CompressionError, curve_of
 from modelopt_dms.gate import gates
 from modelopt_dms.recipe import Recipe
-from modelopt_dms.train.schedule import drawn_cr
+from modelopt_dms.train.progress import drawn_cr
 from modelopt_dms.train.trainer import RetrofitTrainer
 
 RETROFIT = {

@@ -13,7 +13,7 @@ from modelopt_dms.ratio import (
     physical_cr,
     target_evicted_fraction,
 )
-from modelopt_dms.train.schedule import scheduled_cr
+from modelopt_dms.train.progress import scheduled_cr
 
 
 def test_ratio_rises_linearly_then_holds():

@@ -15,7 +15,7 @@ from modelopt_dms.calibration.state import Description, load_state, save_state
 from modelopt_dms.calibration.statistics import Regression
 from modelopt_dms.config import CalibrateConfig
 from modelopt_dms.convert import dms_modules
-from modelopt_dms.data import Samples
+from modelopt_dms.data.packing import Samples
 from modelopt_dms.gate import EvictionGate, eviction_off
 from modelopt_dms.ops import output_change, shift_decisions
 from modelopt_dms.train.head import input_device
@@ -94,15 +94,9 @@ def accumulate(
     description: Description,
     progress: bool,
 ) -> dict[str, Regression]:
-    """Sums over all samples, by layer name; goes on from what `directory` holds of the same run.
+    """Sums over all samples (one document each, padded on the right) by layer name, with eviction off.
 
-    Args:
-        model: a converted model; gates are off while it runs.
-        samples: one document each, padded on the right.
-        config: batch size and checkpoint interval.
-        directory: where to write the sums from time to time; None for nowhere.
-        description: what makes this run the one it is.
-        progress: show a progress bar.
+    Goes on from what `directory` holds of the same run, and writes there from time to time; None is nowhere.
     """
     observers = {
         name: _Observer(module, _empty(module.dms_gate))

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from modelopt_dms.compression import Curve, CurvePoint, move_thresholds, thresholds_of
 from modelopt_dms.convert import dms_modules
-from modelopt_dms.data import Samples
+from modelopt_dms.data.packing import Samples
 from modelopt_dms.gate import eviction_off, gates, record_alpha
 from modelopt_dms.mode import facts_of
 from modelopt_dms.ops import shift_decisions
@@ -95,15 +95,7 @@ class HeldOut:
         batch_size: int,
         progress: bool = False,
     ) -> None:
-        """Read the samples.
-
-        Args:
-            model: a converted model.
-            samples: that it was not fitted to.
-            length: tokens of a sequence that compression ratios are about.
-            batch_size: samples at a time.
-            progress: show a progress bar.
-        """
+        """Read samples that the model was not fitted to; compression ratios are about sequences of `length` tokens."""
         self.model, self.length, self.dms = model, length, facts_of(model)
         starts = range(0, len(samples), batch_size)
         self.batches = [samples.batch(slice(x, x + batch_size)) for x in starts]

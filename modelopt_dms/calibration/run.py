@@ -23,7 +23,7 @@ from modelopt_dms.config import (
     QuantizationConfig,
     quantization_to_dict,
 )
-from modelopt_dms.data import open_sources, read_once
+from modelopt_dms.data.mixing import open_sources, read_once
 from modelopt_dms.gate import gates
 from modelopt_dms.mode import facts_of
 from modelopt_dms.output import remove
@@ -96,7 +96,7 @@ def prepare_calibration(
         model: converted or not.
         config: how to calibrate.
         dms: the facts that the model has or will have.
-        data: see `modelopt_dms.data.ACCEPTED`.
+        data: see `modelopt_dms.data.documents.ACCEPTED`.
         tokenizer: needed unless the data are token ids.
         quantization: how the model is quantized, or will be before.
         resume_from: directory whose state, if there is any, must be of this run.
@@ -146,7 +146,7 @@ def calibrate(
     Args:
         model: converted by `apply_dms`; target ratio and window are read from its config.
         config: how to calibrate.
-        data: see `modelopt_dms.data.ACCEPTED`; or what `prepare_calibration` made of it.
+        data: see `modelopt_dms.data.documents.ACCEPTED`; or what `prepare_calibration` made of it.
         tokenizer: needed unless the data are token ids.
         output_dir: for resumable state; nothing is written without it.
         resume: go on from the state in `output_dir`.
@@ -173,30 +173,7 @@ def calibrate(
     training = model.training
     model.eval()
     try:
-        sums = accumulate(
-            model,
-            run.data.fit,
-            config,
-            directory=directory,
-            description=run.description,
-            progress=progress,
-        )
-        fits = [x.solve(config.ridge) for x in sums.values()]
-        _put(model, fits)
-        fraction = target_evicted_fraction(
-            dms.target_cr, config.sample_length, dms.window, dms.protect_first
-        )
-        held_out = HeldOut(
-            model,
-            run.data.held_out,
-            length=config.sample_length,
-            batch_size=config.batch_size,
-            progress=progress,
-        )
-        _set_thresholds(model, held_out.margins(), config, fraction)
-        ratios = sorted({*config.curve, dms.target_cr} - {1.0})
-        curve = trace_curve(held_out, ratios, progress=progress)
-        curve = settle(model, curve, fraction)
+        fits, curve = _fit(model, config, dms, run, directory, progress)
     finally:
         model.train(training)
     store_curve(model, curve)
@@ -214,6 +191,39 @@ def calibrate(
         explained=tuple(tuple(x.explained.tolist()) for x in fits),
         curve=curve,
     )
+
+
+def _fit(
+    model: PreTrainedModel,
+    config: CalibrateConfig,
+    dms: DMSConfig,
+    run: PreparedCalibration,
+    directory: Path | None,
+    progress: bool,
+) -> tuple[list[Fit], Curve]:
+    """Fit the gates of a model in eval mode, and set their thresholds; the fits by layer, and the curve."""
+    sums = accumulate(
+        model,
+        run.data.fit,
+        config,
+        directory=directory,
+        description=run.description,
+        progress=progress,
+    )
+    fits = [x.solve(config.ridge) for x in sums.values()]
+    _put(model, fits)
+    length = config.sample_length
+    fraction = target_evicted_fraction(dms.target_cr, length, dms.window, dms.protect_first)
+    held_out = HeldOut(
+        model,
+        run.data.held_out,
+        length=length,
+        batch_size=config.batch_size,
+        progress=progress,
+    )
+    _set_thresholds(model, held_out.margins(), config, fraction)
+    ratios = sorted({*config.curve, dms.target_cr} - {1.0})
+    return fits, settle(model, trace_curve(held_out, ratios, progress=progress), fraction)
 
 
 @torch.no_grad()

@@ -5,7 +5,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from modelopt_dms.config import CalibrateConfig, DMSConfig
-from modelopt_dms.data import DataError, Samples, Tokens, pad
+from modelopt_dms.data import DataError
+from modelopt_dms.data.packing import Samples, pad
+from modelopt_dms.data.records import Tokens
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from modelopt_dms.calibration.statistics import Regression
 from modelopt_dms.output import own
-from modelopt_dms.train.checkpoint import ResumeError, differences
+from modelopt_dms.train.checkpoint import WAYS_OUT, ResumeError, differences
 
 STATE_FILE = "sums.safetensors"
 # What a calibration writes into its directory.
@@ -75,13 +75,10 @@ def check_state(directory: Path, description: Description) -> int:
         found = json.loads(metadata["description"])
         done = int(metadata["done"])
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise ResumeError(f"{path} cannot be read: {error}; {_WAYS_OUT}") from error
+        raise ResumeError(f"{path} cannot be read: {error}; {WAYS_OUT}") from error
     different = differences(found, description)
     if different:
         raise ResumeError(
-            f"{path} is of a calibration with other settings: {', '.join(different)}; {_WAYS_OUT}"
+            f"{path} is of a calibration with other settings: {', '.join(different)}; {WAYS_OUT}"
         )
     return done
-
-
-_WAYS_OUT = "use another output_dir, or resume=False to start over"

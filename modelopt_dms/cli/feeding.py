@@ -82,7 +82,7 @@ def traces(
     """Have MODEL itself, with eviction off, continue prompts: data for a retrofit. Goes on if interrupted."""
     place = check_model(model)
     given = open_files(prompts, "--prompts", prompts_format)
-    from modelopt_dms.data import tokenize_prompts
+    from modelopt_dms.data.documents import tokenize_prompts
     from modelopt_dms.traces import Sampling, check_traces_output, generate_traces
 
     sampling = Sampling(max_new_tokens, temperature, top_p, batch_size, seed)

@@ -7,9 +7,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelopt_dms.data import DataError
+from modelopt_dms.data.mixing import open_sources, read_once
 from modelopt_dms.data.packing import pack
 from modelopt_dms.data.records import Tokens
-from modelopt_dms.data.sources import open_sources, read_once
 
 
 def calibration_batches(
@@ -23,13 +23,7 @@ def calibration_batches(
 ) -> list[dict[str, Tensor]]:
     """Packed samples of the first documents, the fullest ones, as input_ids and position_ids [B, T].
 
-    Args:
-        model: that will be calibrated.
-        data: see `modelopt_dms.data.ACCEPTED`.
-        tokenizer: needed unless the data are token ids.
-        samples: at most this many; fewer if the data end before.
-        length: tokens of a sample.
-        batch_size: samples of a batch.
+    At most `samples` of `length` tokens; fewer if the data end before. `data` as in `documents.ACCEPTED`.
 
     Raises:
         DataError: data are missing, empty or not of this model.

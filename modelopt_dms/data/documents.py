@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelopt_dms.data import DataError
-from modelopt_dms.data.chat import render_chat
+from modelopt_dms.data.chat import render_chat, render_question
 from modelopt_dms.data.files import choose_columns, read_files
 from modelopt_dms.data.formats import convert
 from modelopt_dms.data.inputs import Formatted, as_paths
@@ -195,16 +195,44 @@ def _documents(
         yield from tokenize(text, tokenizer, label, special=False)
 
 
+def tokenize_prompts(
+    prompts: Any, tokenizer: PreTrainedTokenizerBase, count: int | None
+) -> list[Tokens]:
+    """The token ids that each of `count` traces starts with.
+
+    Raises:
+        DataError: prompts are missing, empty or not usable; names which.
+    """
+    if count is not None and count < 1:
+        raise DataError(f"count={count} must be at least 1")
+    records = open_records(prompts, "prompts")
+    wanted = len(records) if count is None else count
+    starts = [_prompt(records, i, tokenizer) for i in range(min(wanted, len(records)))]
+    return [starts[i % len(starts)] for i in range(wanted)]
+
+
+def _prompt(records: Records, index: int, tokenizer: PreTrainedTokenizerBase) -> Tokens:
+    content, label = records.read(index), records.label(index)
+    if isinstance(content, Ids):
+        pieces = list(content.documents)
+    elif isinstance(content, str):
+        pieces = list(tokenize(content, tokenizer, label, special=True))
+    else:
+        text = render_question(content, tokenizer, label)
+        pieces = list(tokenize(text, tokenizer, label, special=False))
+    if len(pieces) > 1:
+        raise DataError(f"{label} is {len(pieces)} documents; expected one to continue")
+    if not len(pieces[0]):
+        raise DataError(f"{label} is empty; expected something to continue")
+    return pieces[0]
+
+
 def tokenize(
     text: str, tokenizer: PreTrainedTokenizerBase | None, label: str, *, special: bool
 ) -> Iterator[Tokens]:
     """Token ids [L] of a text; of each part of it, if it is longer than `LONGEST`.
 
-    Args:
-        text: of any length.
-        tokenizer: the model's.
-        label: names the text in messages.
-        special: whether the tokenizer adds its special tokens; a rendered chat has them already.
+    A rendered chat has its `special` tokens already; to others the tokenizer adds them.
 
     Raises:
         DataError: there is no tokenizer.

@@ -11,7 +11,7 @@ from modelopt_dms.data.formats import COLUMNS, FORMATS, SUFFIXES, convert, expla
 from modelopt_dms.data.records import read_record
 
 if TYPE_CHECKING:
-    from modelopt_dms.data.tables import Table
+    from pyarrow.parquet import ParquetFile
 
 # Columns that a record of ids or texts is read with; a chat's template may take any.
 _BESIDE = ("attention_mask", "position_ids", "seq_lengths")
@@ -21,12 +21,7 @@ _CHECKED = 100
 
 
 def choose_columns(names: Sequence[str], where: str, format: str | None = None) -> list[str]:
-    """The columns of a table that are read.
-
-    Args:
-        names: of the table.
-        where: names the table in messages.
-        format: see `formats.FORMATS`.
+    """The columns of a table that are read; `where` names the table in messages, `format` is one of `FORMATS`.
 
     Raises:
         DataError: it has none that we know.
@@ -66,7 +61,7 @@ def check_start(path: Path, format: str | None = None) -> None:
         DataError: names the file, the record and the field.
     """
     if path.suffix == ".parquet" and path.is_file():
-        _table(path, format)
+        _open_table(path, format)
         return
     for (record, label), _ in zip(_read_file(path, format), range(_CHECKED), strict=False):
         read_record(record if format is None else convert(record, format, label), label)
@@ -86,8 +81,7 @@ def _read_file(path: Path, format: str | None) -> Iterator[tuple[Any, str]]:
         if path.suffix == ".jsonl":
             yield from _read_jsonl(path)
         elif path.suffix == ".parquet":
-            rows = _table(path, format).rows()
-            yield from ((row, f"{path} row {number}") for number, row in enumerate(rows))
+            yield from _read_table(path, format)
         else:
             # utf-8-sig leaves out the mark that editors of Windows put in front.
             yield path.read_text(encoding="utf-8-sig"), str(path)
@@ -95,11 +89,29 @@ def _read_file(path: Path, format: str | None) -> Iterator[tuple[Any, str]]:
         raise DataError(f"{path} cannot be read: {error}") from error
 
 
-def _table(path: Path, format: str | None) -> "Table":
+def _open_table(path: Path, format: str | None) -> tuple["ParquetFile", list[str]]:
+    """A parquet file, and the columns of it that are read."""
     # Imported late: pyarrow takes longer than all the rest.
-    from modelopt_dms.data.tables import Table
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
 
-    return Table(path, lambda names: choose_columns(names, str(path), format))
+    try:
+        file = ParquetFile(path)
+    except (OSError, ArrowException) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    return file, choose_columns(file.schema_arrow.names, str(path), format)
+
+
+def _read_table(path: Path, format: str | None) -> Iterator[tuple[Any, str]]:
+    from pyarrow import ArrowException
+
+    file, columns = _open_table(path, format)
+    try:
+        rows = file.read(columns).to_pylist(maps_as_pydicts="strict")
+    except (OSError, ArrowException, KeyError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    for number, row in enumerate(rows):
+        yield row, f"{path} row {number}"
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[Any, str]]:

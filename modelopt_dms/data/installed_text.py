@@ -20,12 +20,11 @@ Part = Literal["calibration", "evaluation"]
 
 EVALUATION_SHARE = 0.2
 # Data tables, vendored packages and tests are Python by suffix only.
-EXCLUDED = frozenset(
-    (
-        *("site-packages", "dist-packages", "encodings", "pydoc_data", "idlelib", "lib2to3"),
-        *("turtledemo", "test", "tests", "ensurepip", "__pycache__"),
-    )
-)
+_FOLDERS = """
+site-packages dist-packages encodings pydoc_data idlelib lib2to3 turtledemo test tests ensurepip
+__pycache__
+"""
+EXCLUDED = frozenset(_FOLDERS.split())
 _STRINGS = re.compile(r'^[ \t]*[rR]?"""(.*?)"""', re.DOTALL | re.MULTILINE)
 _COMMENTS = re.compile(r"(?:^[ \t]*#[^\n]*\n)+", re.MULTILINE)
 # A definition at the left margin, with its decorators and the comment in front of it.

@@ -14,14 +14,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from modelopt_dms.data import DataError
+from modelopt_dms.data.records import Tokens
 
 HELD_OUT_SAMPLES = 8
-
-Tokens = NDArray[np.int32]
 
 
 @dataclass(frozen=True)
@@ -134,16 +132,9 @@ def pack_and_split(
     stream: int = 0,
     held_out: int = HELD_OUT_SAMPLES,
 ) -> Split:
-    """Make samples, and hold a few out. Documents are read only until there are enough.
+    """Make samples for a training that visits `wanted` of them, and hold out `held_out` at most, chosen by the seed.
 
-    Args:
-        documents: token ids, in the order in which they are used.
-        length: tokens per sample.
-        window: delay window, for refusing documents in which no eviction can take effect.
-        wanted: samples that the whole training visits.
-        seed: fixes which samples are held out.
-        stream: number of the source among others.
-        held_out: at most so many samples are.
+    Documents are read only until there are enough. `stream` is the number of their source among others.
 
     Raises:
         DataError: too few tokens for two samples, or no document longer than the window.

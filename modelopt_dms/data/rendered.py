@@ -18,23 +18,11 @@ from modelopt_dms.data.records import Message
 from modelopt_dms.data.template import Template
 
 # Fields about a message or a call, not of it: a template may ignore them.
-_ABOUT = frozenset(
-    (
-        *(
-            "role",
-            "name",
-            "id",
-            "type",
-            "index",
-            "tool_call_id",
-            "message_id",
-            "parent_id",
-            "model",
-        ),
-        *("created", "created_at", "timestamp", "language", "lang", "source", "weight", "train"),
-        *("country", "state", "hashed_ip", "header", "turn_identifier", "finish_reason"),
-    )
-)
+_NAMES = """
+role name id type index tool_call_id message_id parent_id model created created_at timestamp
+language lang source weight train country state hashed_ip header turn_identifier finish_reason
+"""
+_ABOUT = frozenset(_NAMES.split())
 _CALLS = "tool_calls"
 _ABOUT_CALLS = frozenset(("id", "type", "index"))
 _TAG = re.compile(r"<[^<>]*>")

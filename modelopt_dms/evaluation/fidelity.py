@@ -81,12 +81,7 @@ class Fidelity:
 def fidelity(
     model: PreTrainedModel, samples: Mapping[str, Sequence[Sequence[int]]]
 ) -> dict[str, Fidelity]:
-    """Fidelity of a converted model by category of text.
-
-    Args:
-        model: a converted model in eval mode.
-        samples: token ids by category.
-    """
+    """Fidelity of a converted model in eval mode; samples are token ids by category of text."""
     return {
         category: summarize([compare(model, ids, full_hidden(model, ids)) for ids in texts])
         for category, texts in samples.items()

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modelopt_dms.data import Formatted, Tokens, open_documents
+from modelopt_dms.data.documents import open_documents
+from modelopt_dms.data.inputs import Formatted
+from modelopt_dms.data.records import Tokens
 from modelopt_dms.evaluation.score import Row, perplexity
 
 
@@ -17,14 +19,7 @@ def score_files(
     lengths: Sequence[int],
     count: int,
 ) -> list[Row]:
-    """Rows {task: "data", length, metric: "perplexity", value, ...}, one for each length.
-
-    Args:
-        model: a causal LM in eval mode.
-        tokenizer: the model's.
-        files: .jsonl, .txt or .parquet files, perhaps of another format.
-        lengths: tokens of a sample.
-        count: samples of each length, from the start of the files.
+    """Rows {task: "data", length, metric: "perplexity", value, ...}, one for each length; `count` samples each.
 
     Raises:
         ValueError: unusable files, or none has a document of that many tokens.

@@ -29,13 +29,6 @@ class PeerGate(EvictionGate):
     """A gate without weights that stands where a learnt one stood."""
 
     def __init__(self, replaced: EvictionGate, window: int, protect_first: int = 0) -> None:
-        """Take over the place of a gate.
-
-        Args:
-            replaced: the gate that stood there.
-            window: tokens a marked token stays readable.
-            protect_first: tokens at the start of every sequence that are never evicted.
-        """
         config = DMSConfig(window=window, protect_first=protect_first)
         super().__init__(config, replaced.layer_idx, replaced.kv_heads, 1)
         self.enabled = replaced.enabled
@@ -79,13 +72,6 @@ class RandomGate(PeerGate):
     """Marks a fixed share of tokens, drawn anew for every layer, head and position."""
 
     def __init__(self, replaced: EvictionGate, evicted_fraction: float, seed: int) -> None:
-        """Take over the place and the window of a gate.
-
-        Args:
-            replaced: the gate that stood there.
-            evicted_fraction: share of tokens to mark, in [0, 1].
-            seed: draws the decisions.
-        """
         super().__init__(replaced, replaced.window)
         self.evicted_fraction = evicted_fraction
         self.seed = seed
@@ -124,13 +110,7 @@ def full_cache(model: Model) -> Model:
 
 
 def sliding_window(model: Model, live_budget: float, sinks: int = SINKS) -> Model:
-    """A copy that keeps the first `sinks` and the newest tokens, `live_budget` together.
-
-    Args:
-        model: a converted model; its learnt gates are not used.
-        live_budget: tokens that every KV head may hold.
-        sinks: tokens at the start that are never evicted.
-    """
+    """A copy whose KV heads hold `live_budget` tokens, the first `sinks` and the newest; learnt gates are not used."""
     window = round(live_budget) - sinks - 1
     if window < 1:
         raise ValueError(f"live_budget={live_budget:g} must be at least sinks + 2 = {sinks + 2}")
@@ -138,13 +118,7 @@ def sliding_window(model: Model, live_budget: float, sinks: int = SINKS) -> Mode
 
 
 def random_eviction(model: Model, evicted_fraction: float, seed: int = 0) -> Model:
-    """A copy that marks a random share of tokens, with the model's own delay window.
-
-    Args:
-        model: a converted model; its learnt gates are not used.
-        evicted_fraction: share of tokens to mark, in [0, 1]; see `fraction_for_budget`.
-        seed: draws the decisions.
-    """
+    """A copy that marks a random share of tokens, with the model's own delay window; see `fraction_for_budget`."""
     if not 0 <= evicted_fraction <= 1:
         raise ValueError(f"evicted_fraction={evicted_fraction:g} must be between 0 and 1")
     return _with_gates(model, lambda gate: RandomGate(gate, evicted_fraction, seed))
@@ -174,13 +148,7 @@ class CutLayer(DynamicLayer):
     """What is left of a layer after an eviction; later tokens get the positions that they would have had without it."""
 
     def __init__(self, keys: Tensor, values: Tensor, evicted: int) -> None:
-        """Take over the rows that stay.
-
-        Args:
-            keys: [B, K, kept, D], of tokens of their own for every head.
-            values: [B, K, kept, D].
-            evicted: how many tokens every head has lost.
-        """
+        """Take over the rows [B, K, kept, D] that stay; every head has lost `evicted` tokens, of its own choice."""
         super().__init__()
         self.lazy_initialization(keys, values)
         self.keys, self.values, self.evicted = keys, values, evicted

@@ -5,6 +5,8 @@ import re
 from functools import cache
 from pathlib import Path
 
+from modelopt_dms.data.installed_text import sentences
+
 # What the reference has beside prose: headings, grammar, tables, code, names in quotes, lists of changes.
 _MARKUP = re.compile(r"""::=|\+-|[|"*\[\]{}\\_=<>]|--|Changed in|New in|Added in""")
 _LENGTHS = range(40, 400)
@@ -46,4 +48,4 @@ def read_sentences(path: Path) -> tuple[str, ...]:
 
 def split_sentences(text: str) -> list[str]:
     """Sentences with single spaces between their words."""
-    return [x for x in re.split(r"(?<=[.!?])\s+(?=[A-Z])", " ".join(text.split())) if x]
+    return [x for x in sentences(" ".join(text.split())) if x]

@@ -31,47 +31,12 @@ if TYPE_CHECKING:
 Family = Literal["needle", "multikey", "multivalue", "tracking"]
 FAMILIES: tuple[Family, ...] = get_args(Family)
 
-KEYS: tuple[str, ...] = (
-    *(
-        "apple",
-        "river",
-        "castle",
-        "violin",
-        "planet",
-        "garden",
-        "rocket",
-        "silver",
-        "forest",
-        "button",
-        "candle",
-    ),
-    *(
-        "dragon",
-        "island",
-        "jacket",
-        "kettle",
-        "lemon",
-        "magnet",
-        "needle",
-        "orange",
-        "pepper",
-        "quartz",
-        "ribbon",
-    ),
-    *(
-        "saddle",
-        "turtle",
-        "umbrella",
-        "velvet",
-        "walnut",
-        "yellow",
-        "zebra",
-        "anchor",
-        "basket",
-        "copper",
-    ),
-    *("desert", "engine", "falcon", "guitar", "hammer"),
-)
+_WORDS = """
+apple river castle violin planet garden rocket silver forest button candle dragon island jacket
+kettle lemon magnet needle orange pepper quartz ribbon saddle turtle umbrella velvet walnut yellow
+zebra anchor basket copper desert engine falcon guitar hammer
+"""
+KEYS: tuple[str, ...] = tuple(_WORDS.split())
 
 Encode = Callable[[str], list[int]]
 

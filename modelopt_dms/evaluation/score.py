@@ -150,11 +150,7 @@ def perplexity(
 ) -> Score:
     """Perplexity of token sequences of one length, read in chunks through the cache.
 
-    Args:
-        model: a causal LM in eval mode.
-        samples: token ids, all of the same length.
-        batch_size: sequences at a time; has no influence on the result.
-        chunk: tokens in one forward; has no influence on the result.
+    Neither `batch_size` nor `chunk` has an influence on the result.
     """
     lengths = {len(sample) for sample in samples}
     if len(lengths) != 1 or min(lengths) < 2:
@@ -192,17 +188,7 @@ def measure(
     seed: int,
     batch_size: int = 8,
 ) -> Score:
-    """One task at one length: accuracy of a task's questions, or perplexity if `task` is "text".
-
-    Args:
-        model: a causal LM in eval mode.
-        tokenizer: the model's.
-        task: one of EVALUATIONS.
-        length: context tokens.
-        count: conversations, or texts.
-        seed: draws them; the same seed asks every model the same questions.
-        batch_size: sequences at a time.
-    """
+    """One task at one length: accuracy of a task's questions, or perplexity if `task` is "text"; see `evaluate`."""
     if task == TEXT:
         samples = held_out_text(tokenizer, length, count, seed)
         return perplexity(model, samples, batch_size)
@@ -221,7 +207,6 @@ def evaluate(
     count: int = 16,
     seed: int = 0,
     batch_size: int = 8,
-    on_row: Callable[[Row], None] | None = None,
 ) -> list[Row]:
     """Every task at every length, as rows {task, length, metric, value, live_tokens, ...}.
 
@@ -233,7 +218,6 @@ def evaluate(
         count: conversations or texts of a task and length.
         seed: draws them.
         batch_size: sequences at a time.
-        on_row: called with each row when it is there.
     """
     unknown = [task for task in tasks if task not in EVALUATIONS]
     if unknown:
@@ -246,8 +230,6 @@ def evaluate(
         for length in lengths:
             score = measure(model, tokenizer, task, length, count, seed, batch_size)
             rows.append({"task": task, "length": length, **score.row()})
-            if on_row is not None:
-                on_row(rows[-1])
     return rows
 
 

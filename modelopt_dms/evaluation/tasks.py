@@ -84,7 +84,6 @@ def make_episodes(
     count: int,
     seed: int,
     questions: int = 8,
-    split: Split = "held_out",
 ) -> list[Episode]:
     """Build `count` episodes whose contexts are exactly `length` tokens long.
 
@@ -96,7 +95,7 @@ def make_episodes(
     if length < 64:
         raise ValueError(f"length is {length}, must be at least 64 tokens")
     rng = random.Random(f"episodes/{task}/{length}/{seed}")
-    return [_episode(task, tokenizer, length, questions, split, rng) for _ in range(count)]
+    return [_episode(task, tokenizer, length, questions, rng) for _ in range(count)]
 
 
 def training_documents(
@@ -124,15 +123,11 @@ def training_documents(
 
 
 def held_out_text(
-    tokenizer: PreTrainedTokenizerBase,
-    length: int,
-    count: int,
-    seed: int,
-    split: Split = "held_out",
+    tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int
 ) -> list[list[int]]:
     """`count` sequences of `length` token ids of plain Python from files never trained on."""
-    rng = random.Random(f"text/{split}/{length}/{seed}")
-    return [_text_ids(tokenizer, length, split, rng) for _ in range(count)]
+    rng = random.Random(f"text/held_out/{length}/{seed}")
+    return [_text_ids(tokenizer, length, "held_out", rng) for _ in range(count)]
 
 
 def make_facts(task: Task, count: int, rng: random.Random) -> list[list[tuple[str, str]]]:
@@ -270,12 +265,11 @@ def _episode(
     tokenizer: PreTrainedTokenizerBase,
     length: int,
     questions: int,
-    split: Split,
     rng: random.Random,
 ) -> Episode:
     bos = _bos(tokenizer)
     groups = make_facts(task, max(3, int(length * _FACT_SHARE / _RECORD_TOKENS)), rng)
-    lines = _context_lines(groups, tokenizer, length - len(bos), split, rng)
+    lines = _context_lines(groups, tokenizer, length - len(bos), "held_out", rng)
     context = bos + [token for ids, _ in lines for token in ids]
     asked = rng.sample(groups, min(questions, len(groups)))
     texts = [text for group in asked for text in question_text(task, group)]

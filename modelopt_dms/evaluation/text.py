@@ -7,7 +7,6 @@ project has this text, and hashing file names keeps the two splits apart everywh
 
 from __future__ import annotations
 
-import hashlib
 import random
 import sysconfig
 from collections.abc import Iterator
@@ -15,30 +14,17 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
+from modelopt_dms.data.installed_text import EXCLUDED, share_of
+
 Split = Literal["train", "held_out"]
 
-# Data tables, vendored packages and tests are Python by suffix only, or would dominate the text.
-_EXCLUDED = {
-    "site-packages",
-    "dist-packages",
-    "encodings",
-    "pydoc_data",
-    "idlelib",
-    "lib2to3",
-    "turtledemo",
-    "test",
-    "tests",
-    "__pycache__",
-}
 _HELD_OUT_SHARE = 0.1
 _MAX_COLUMNS = 120
 
 
 def split_of(relative_path: str) -> Split:
     """The split of one file, decided by its path below the library alone."""
-    digest = hashlib.sha256(relative_path.encode()).digest()
-    share = int.from_bytes(digest[:4], "big") / 2**32
-    return "held_out" if share < _HELD_OUT_SHARE else "train"
+    return "held_out" if share_of(relative_path) < _HELD_OUT_SHARE else "train"
 
 
 @cache
@@ -48,7 +34,7 @@ def source_files(split: Split) -> tuple[Path, ...]:
     return tuple(
         path
         for path in sorted(root.rglob("*.py"))
-        if not _EXCLUDED.intersection(path.relative_to(root).parts)
+        if not (EXCLUDED - {"ensurepip"}).intersection(path.relative_to(root).parts)
         and split_of(path.relative_to(root).as_posix()) == split
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelopt_dms.compression import curve_of, move_thresholds
-from modelopt_dms.data import open_sources, read_once
+from modelopt_dms.data.mixing import open_sources, read_once
 from modelopt_dms.evaluation.files import cut_documents
 from modelopt_dms.evaluation.score import perplexity
 from modelopt_dms.gate import eviction_off
@@ -75,7 +75,7 @@ def tune(
 
     Args:
         model: a DMS model that carries a curve, such as `compress` makes.
-        data: see `modelopt_dms.data.ACCEPTED`.
+        data: see `modelopt_dms.data.documents.ACCEPTED`.
         tokenizer: needed unless the data are token ids.
         max_loss: the budget: percent by which perplexity may rise above the full cache's.
         length: tokens of a sample; by default the curve's.

@@ -32,7 +32,7 @@ from modelopt_dms.config import (
     RetrofitConfig,
     quantization_to_dict,
 )
-from modelopt_dms.data import PreparedData
+from modelopt_dms.data.mixing import PreparedData
 from modelopt_dms.gate import EvictionGate, gate_parameters
 from modelopt_dms.output import MARKER, own, remove
 
@@ -48,6 +48,7 @@ KEPT_CHECKPOINTS = 2
 RESUMABLE = (RUN_FILE, f".{RUN_FILE}.partial", "checkpoint-*", PARTIAL_DIR, MARKER)
 # Changing these does not change what a run computes.
 FREE_FIELDS = ("save_steps",)
+WAYS_OUT = "use another output_dir, or resume=False to start over"
 SAMPLES_PER_STEP = "batch_size * gradient_accumulation_steps * processes"
 
 
@@ -128,11 +129,7 @@ def open_run(
 ) -> Path | None:
     """Make a directory ready for a run, and find the checkpoint to go on from.
 
-    Args:
-        directory: made if it does not exist.
-        description: see `describe_run`.
-        resume: False starts over and removes the checkpoints of the earlier run.
-        main: whether this process writes; of several, one does.
+    resume=False starts over and removes the checkpoints of the earlier run. Only the `main` process writes.
 
     Returns:
         The newest complete checkpoint, or None at the start of a run.
@@ -239,17 +236,14 @@ def _check_same_run(directory: Path, description: Mapping[str, Mapping[str, Any]
         stored = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ResumeError(
-            f"{path} cannot be read ({error}), so its checkpoints cannot be resumed; {_WAYS_OUT}"
+            f"{path} cannot be read ({error}), so its checkpoints cannot be resumed; {WAYS_OUT}"
         ) from error
     different = differences(stored, description)
     if different:
         raise ResumeError(
             f"output_dir={directory} holds checkpoints of a run with other settings: "
-            f"{', '.join(different)}; {_WAYS_OUT}"
+            f"{', '.join(different)}; {WAYS_OUT}"
         )
-
-
-_WAYS_OUT = "use another output_dir, or resume=False to start over"
 
 
 def differences(

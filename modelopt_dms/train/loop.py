@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArgum
 from modelopt_dms import processes
 from modelopt_dms.compression import curve_of
 from modelopt_dms.config import CalibrateConfig, DMSConfig, QuantizationConfig, RetrofitConfig
-from modelopt_dms.data import PreparedData, open_sources, prepare_samples
+from modelopt_dms.data.mixing import PreparedData, open_sources, prepare_samples
 from modelopt_dms.mode import facts_of
 from modelopt_dms.quantization import quantization_of
 from modelopt_dms.ratio import check_reachable, physical_cr, target_evicted_fraction
@@ -30,15 +30,15 @@ from modelopt_dms.train.head import check_head
 from modelopt_dms.train.lora import adapted, check_lora
 from modelopt_dms.train.measure import measure
 from modelopt_dms.train.progress import Progress, Row
-from modelopt_dms.train.sharded_trainer import ShardedTrainer
 from modelopt_dms.train.sharding import (
+    ShardedTrainer,
     check_sharding,
     gather_root,
     gather_trained,
+    load_weights,
     shard,
     shard_device,
 )
-from modelopt_dms.train.shards import load_weights
 from modelopt_dms.train.trainer import RetrofitTrainer, training_arguments
 
 
@@ -111,7 +111,7 @@ def prepare(
         model: converted or not.
         config: how to train.
         dms: the facts that the model has or will have.
-        data: see `modelopt_dms.data.ACCEPTED`.
+        data: see `modelopt_dms.data.documents.ACCEPTED`.
         tokenizer: needed unless the data are token ids.
         calibration: how the gates are calibrated before they learn, if they are.
         quantization: how the model is quantized, or will be before it learns.
@@ -175,7 +175,7 @@ def retrofit(
     Args:
         model: converted by `apply_dms`; target ratio and window are read from its config.
         config: how to train.
-        data: see `modelopt_dms.data.ACCEPTED`; or what `prepare` made of it.
+        data: see `modelopt_dms.data.documents.ACCEPTED`; or what `prepare` made of it.
         tokenizer: needed unless the data are token ids.
         output_dir: for checkpoints and logs; nothing is written without it.
         resume: go on from the newest checkpoint in `output_dir`.

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modelopt_dms.data import Samples
+from modelopt_dms.data.packing import Samples
 from modelopt_dms.train.distill import Distiller, noise_seed
 
 
@@ -14,13 +14,9 @@ from modelopt_dms.train.distill import Distiller, noise_seed
 def measure(
     distiller: Distiller, held_out: Samples, batch_size: int, *, soft: bool = True
 ) -> dict[str, Any]:
-    """Means over held-out samples, weighted by the tokens they are taken over.
+    """Means over held-out samples, weighted by the tokens they are taken over, of relaxed decisions too if `soft`.
 
-    Args:
-        distiller: teacher and student; left in eval mode, or in training mode if `soft`.
-        held_out: samples.
-        batch_size: samples at a time; has no influence on the result but by rounding.
-        soft: whether to measure relaxed decisions, too.
+    The distiller is left in eval mode, or in training mode if `soft`; batch_size changes results only by rounding.
 
     Returns:
         kl, evicted_hard, evicted_by_layer with hard decisions; kl_soft, evicted_soft with relaxed ones.

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a user sees of a running retrofit: log rows, a progress bar, TensorBoard. Knows no model."""
+"""How far a retrofit is: the ratio that a step asks for, log rows, a progress bar, TensorBoard. Knows no model."""
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
@@ -18,17 +20,29 @@ AVERAGED = ("loss", "kl", "rate", "evicted_soft", "evicted_hard", "compression_r
 Row = dict[str, float]
 
 
+def scheduled_cr(step: int, steps: int, target_cr: float, ramp_fraction: float) -> float:
+    """Compression ratio asked for at a step: from 1 at step 0 linearly to `target_cr`, then constant.
+
+    Args:
+        step: optimizer steps already taken, 0-based.
+        steps: optimizer steps of the whole retrofit.
+        target_cr: final compression ratio, >= 1.
+        ramp_fraction: share of `steps` over which the ratio rises; 0 asks for all of it at once.
+    """
+    progress = 1.0 if ramp_fraction == 0.0 else min(1.0, step / (ramp_fraction * steps))
+    return 1.0 + (target_cr - 1.0) * progress
+
+
+def drawn_cr(step: int, lowest: float, highest: float, seed: int) -> float:
+    """Compression ratio drawn for a step, uniform in its logarithm: the same on every process and after a resume."""
+    part = np.random.default_rng([seed, 3, step]).random()
+    return math.exp(math.log(lowest) + part * math.log(highest / lowest))
+
+
 class Progress:
     """Rows of the log, each the means over one logging interval; kept in the checkpoints, so that a resume goes on."""
 
     def __init__(self, steps: int, directory: Path | None, *, show: bool) -> None:
-        """Start at step 0.
-
-        Args:
-            steps: optimizer steps of the run.
-            directory: where the log goes; None for nowhere.
-            show: whether to draw a progress bar.
-        """
         self.steps, self.directory, self.show = steps, directory, show
         self.rows: list[Row] = []
         self.seconds = 0.0
@@ -59,13 +73,7 @@ class Progress:
         self._latest = values
 
     def step(self, step: int, scheduled: Mapping[str, float], *, log: bool) -> None:
-        """End an optimizer step: draw, and make a row if one is due.
-
-        Args:
-            step: optimizer steps taken.
-            scheduled: values that are not averaged: target_cr, target_fraction, learning_rate.
-            log: whether a row is due.
-        """
+        """End an optimizer step: draw, and make a row if a `log` is due; `scheduled` values are not averaged."""
         self.seconds = time.perf_counter() - self._begun
         self._bar.set_postfix_str(
             f"CR {self._latest['compression_ratio']:.2f} of {scheduled['target_cr']:.2f} "

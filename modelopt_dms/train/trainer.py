@@ -19,7 +19,7 @@ from transformers import (
 
 from modelopt_dms.compression import curve_of
 from modelopt_dms.config import RetrofitConfig
-from modelopt_dms.data import Visits
+from modelopt_dms.data.mixing import Visits
 from modelopt_dms.ratio import physical_cr, target_evicted_fraction
 from modelopt_dms.train.checkpoint import (
     PARTIAL_DIR,
@@ -29,8 +29,7 @@ from modelopt_dms.train.checkpoint import (
     save_trained,
 )
 from modelopt_dms.train.distill import Distiller, noise_seed
-from modelopt_dms.train.progress import Progress
-from modelopt_dms.train.schedule import drawn_cr, scheduled_cr
+from modelopt_dms.train.progress import Progress, drawn_cr, scheduled_cr
 
 # Scalars of a forward of the distiller that are logged.
 MEASURED = ("loss", "kl", "rate", "evicted_soft", "evicted_hard")
@@ -50,15 +49,6 @@ class RetrofitTrainer(Trainer):
         progress: Progress,
         directory: Path | None,
     ) -> None:
-        """Set up a run.
-
-        Args:
-            distiller: teacher, student and loss.
-            arguments: from `training_arguments`.
-            visits: the samples in the order of training.
-            progress: where the log goes.
-            directory: where checkpoints go; None for nowhere.
-        """
         self.distiller, self.progress, self.directory = distiller, progress, directory
         self._micro_step = 0
         sampled = distiller.retrofit.cr_range is not None

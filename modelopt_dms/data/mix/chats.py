@@ -7,6 +7,7 @@ A chat is planned for its length: facts and questions first, then as much prose 
 from collections.abc import Callable
 from random import Random
 
+from modelopt_dms.data.mix.content import PHRASES
 from modelopt_dms.data.mix.facts import Fact, Question, hops, plain, several
 from modelopt_dms.data.mix.tables import table, word_list
 from modelopt_dms.data.mix.writing import Asked, Document, Turn, Writer, join
@@ -23,56 +24,6 @@ _FACTS_SHARE = 0.35
 _FAR, _FAR_SHARE = 330, 0.85
 _TOKENS_A_QUESTION = 130
 _MOST_QUESTIONS = 12
-
-_OPENINGS = (
-    "Please read the following notes. I will ask you about them afterwards.",
-    "Here is a document. Keep it in mind, I have questions later.",
-    "I collected the following from several places:",
-    "Read this carefully.",
-    "Below is everything I have on the matter.",
-    "This is the text we talked about.",
-    "Here are my notes of this week, unsorted.",
-    "I am going to paste a long text now. Some details in it will matter.",
-    "Hello! I need your help with this text:",
-    "What follows was copied from our wiki.",
-    "",
-)
-_MORE = (
-    "Here is more:",
-    "The next part:",
-    "This belongs to it, too:",
-    "And this.",
-    "Go on reading:",
-    "",
-)
-_SYSTEMS = (
-    "You answer questions about the material below. Answer briefly and use its own words.",
-    "You are an assistant of a small office. This is what you know:",
-    "Use only the following information to answer.",
-    "Background material for this conversation follows. Give short answers.",
-    "You are a careful librarian. Remember the following.",
-)
-_ACKNOWLEDGED = (
-    "I have read it. What would you like to know?",
-    "Understood. Ask me anything about it.",
-    "Thank you, I will keep it in mind.",
-    "All right.",
-    "Noted. Please go on.",
-)
-_LEADS = (
-    *[""] * 10,
-    "Question: ",
-    "One more thing: ",
-    "From the text above: ",
-    "Please answer from the notes. ",
-    "I forgot this: ",
-    "Next question. ",
-    "Thanks! ",
-    "Without guessing: ",
-    "Let us go on. ",
-)
-_AFTER_ANY = (*[""] * 6, " Look it up above.", " Tell me.")
-_AFTER = (*_AFTER_ANY, " Answer briefly.", " Only the answer, please.")
 
 
 def chat(writer: Writer) -> Document:
@@ -132,13 +83,7 @@ def _paragraph(writer: Writer) -> Fact:
         pieces = [piece] if piece.startswith("\n") else [*pieces, piece]
     text = join(pieces)
     beginning = " ".join(text.split()[:6])
-    ask = writer.rng.choice(
-        (
-            'Repeat the paragraph that begins with "{}", word for word.',
-            'Copy the paragraph starting with "{}".',
-            'I need the paragraph "{} ..." again, exactly as it stands above.',
-        )
-    )
+    ask = writer.rng.choice(PHRASES["ask_for_paragraph"])
     return Fact(text, (Question(ask.format(beginning), text, (text,)),), block=True)
 
 
@@ -156,7 +101,11 @@ def _turns(rng: Random, questions: list[Question]) -> list[Turn]:
     turns: list[Turn] = []
     for question in questions:
         bare = question.answer.rstrip(".") in question.values
-        text = rng.choice(_LEADS) + question.text + rng.choice(_AFTER if bare else _AFTER_ANY)
+        text = (
+            rng.choice(PHRASES["question_leads"])
+            + question.text
+            + rng.choice(PHRASES["after_question" if bare else "after_any_question"])
+        )
         turns += [("user", text), ("assistant", question.answer)]
     if len(questions) > 2 and rng.random() < 0.4:
         turns += _follow_up(rng, questions)
@@ -179,9 +128,10 @@ def _follow_up(rng: Random, questions: list[Question]) -> list[Turn]:
 
 def _frame(rng: Random) -> Callable[[str, list[Turn]], list[Turn]]:
     """The text as system prompt, as a message of its own, as several, or in front of the first question."""
-    opening, system, parts = rng.choice(_OPENINGS), rng.choice(_SYSTEMS), rng.choice((1, 1, 2, 3))
-    more = [rng.choice(_MORE) for _ in range(parts - 1)]
-    acknowledged = rng.sample(_ACKNOWLEDGED, parts)
+    opening, system = rng.choice(PHRASES["chat_openings"]), rng.choice(PHRASES["chat_systems"])
+    parts = rng.choice((1, 1, 2, 3))
+    more = [rng.choice(PHRASES["chat_more"]) for _ in range(parts - 1)]
+    acknowledged = rng.sample(PHRASES["chat_acknowledged"], parts)
 
     def in_system(text: str, turns: list[Turn]) -> list[Turn]:
         return [("system", f"{system}\n\n{text}"), *turns]

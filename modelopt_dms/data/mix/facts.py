@@ -4,7 +4,7 @@
 import random
 from dataclasses import dataclass
 
-from modelopt_dms.data.mix.templates import HOPS, SEVERAL, STATEMENTS
+from modelopt_dms.data.mix.content import PHRASES, read_lines, split
 from modelopt_dms.data.mix.values import Draw
 
 
@@ -32,39 +32,26 @@ class Fact:
     block: bool = False
 
 
-def _split(line: str) -> tuple[str, ...]:
-    return tuple(x.strip() for x in line.split(" | "))
-
-
-def _statements() -> tuple[tuple[str, tuple[tuple[str, ...], ...]], ...]:
+def _statements() -> list[tuple[str, list[tuple[str, ...]]]]:
     found: list[tuple[str, list[tuple[str, ...]]]] = []
-    for line in STATEMENTS.strip().splitlines():
+    for line in read_lines("statements"):
         if line.startswith(" "):
-            found[-1][1].append(_split(line))
+            found[-1][1].append(split(line))
         else:
             found.append((line, []))
-    return tuple((statement, tuple(questions)) for statement, questions in found)
+    return found
 
 
-_HOP_LINES = HOPS.strip().splitlines()
+_HOPS = read_lines("hops")
 # A statement with pairs of question and value; two facts with a question and an answer with its parts.
 PLAIN = _statements()
-PAIRS = tuple(
-    (_split(facts), question.strip(), _split(answer))
-    for facts, question, answer in zip(*(_HOP_LINES[i::3] for i in range(3)), strict=True)
-)
-REPEATED = tuple(_split(line) for line in SEVERAL.strip().splitlines())
+PAIRS = [
+    (split(facts), question.strip(), split(answer))
+    for facts, question, answer in zip(*(_HOPS[i::3] for i in range(3)), strict=True)
+]
+REPEATED = [split(line) for line in read_lines("several")]
 # Questions for which "It is" is a good beginning of an answer.
 _NOMINAL = ("What is the", "Which number", "What was the")
-_IT_IS = (
-    *["{}."] * 4,
-    *["{}"] * 3,
-    "It is {}.",
-    "The answer is {}.",
-    "That is {}.",
-    "That was {}.",
-)
-_SHORT = (*["{}."] * 4, *["{}"] * 3, "The text says: {}.", "As mentioned above: {}.")
 
 
 def plain(rng: random.Random, taken: set[str]) -> list[Fact]:
@@ -80,8 +67,8 @@ def plain(rng: random.Random, taken: set[str]) -> list[Fact]:
 
 
 def _question(rng: random.Random, text: str, value: str) -> Question:
-    answer = rng.choice(_IT_IS if text.startswith(_NOMINAL) else _SHORT).format(value)
-    return Question(text, answer, (value,))
+    kind = "nominal_answers" if text.startswith(_NOMINAL) else "short_answers"
+    return Question(text, rng.choice(PHRASES[kind]).format(value), (value,))
 
 
 def _quotation(rng: random.Random, text: str) -> list[Question]:
@@ -91,13 +78,7 @@ def _quotation(rng: random.Random, text: str) -> list[Question]:
     if rng.random() > 0.25 or begins > len(words) - 4:
         return []
     beginning = " ".join(words[: begins + 1]).rstrip(",;")
-    ask = rng.choice(
-        (
-            'Quote the sentence that begins with "{}".',
-            'Which sentence begins with "{}"?',
-            'How does "{} ..." go on? Give me the full sentence.',
-        )
-    )
+    ask = rng.choice(PHRASES["ask_for_sentence"])
     return [Question(ask.format(beginning), text, (text,))]
 
 

@@ -1,30 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Documents without facts: prose, code, and passages that are repeated after other text. Knows no files."""
 
+from modelopt_dms.data.mix.content import PHRASES
 from modelopt_dms.data.mix.writing import Asked, Document, Writer, join
-
-_REMEMBER = (
-    "Remember this passage:",
-    "Here is a text that I will want back later:",
-    "Please store the following, word for word.",
-    "This is passage A:",
-    "Keep a copy of this:",
-)
-_STORED = ("Stored.", "I have it.", "Done.", "I will remember it.", "Passage saved.")
-_OTHER = (
-    "Now something else, which you need not remember:",
-    "In the meantime, read this:",
-    "Here is another text:",
-    "Ignore the following.",
-)
-_SEEN = ("I have read it.", "Understood.", "OK.", "Read.")
-_ASK = (
-    "Now repeat the first passage word for word.",
-    "Please give me back the passage from the beginning, exactly as it was.",
-    "Write down the first text again without changing anything.",
-    "Copy what I asked you to keep.",
-    "What was the first text? Quote all of it.",
-)
 
 
 def prose(writer: Writer) -> Document:
@@ -51,9 +29,15 @@ def repeat(writer: Writer) -> Document:
     while not passage:
         passage = writer.passage(size)
     between = join(writer.pick(writer.prose(), room - 2 * writer.size(passage)))
-    remember, ask = rng.choice(_REMEMBER), rng.choice(_ASK)
-    turns = [("user", f"{remember}\n\n{passage}"), ("assistant", rng.choice(_STORED))]
+    remember, ask = rng.choice(PHRASES["passage_remember"]), rng.choice(PHRASES["passage_ask"])
+    turns = [
+        ("user", f"{remember}\n\n{passage}"),
+        ("assistant", rng.choice(PHRASES["passage_stored"])),
+    ]
     if between:
-        turns += [("user", f"{rng.choice(_OTHER)}\n\n{between}"), ("assistant", rng.choice(_SEEN))]
+        turns += [
+            ("user", f"{rng.choice(PHRASES['passage_other'])}\n\n{between}"),
+            ("assistant", rng.choice(PHRASES["passage_seen"])),
+        ]
     turns += [("user", ask), ("assistant", passage)]
     return writer.cut(writer.chat(turns), "repeat", (Asked(ask, (passage,)),))

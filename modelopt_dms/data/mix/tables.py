@@ -3,31 +3,14 @@
 
 import random
 
+from modelopt_dms.data.mix.content import PHRASES, POOLS, read_lines, split
 from modelopt_dms.data.mix.facts import Fact, Question
-from modelopt_dms.data.mix.values import POOLS, Draw
+from modelopt_dms.data.mix.values import Draw
 
-# Title, then columns as "header: slot"; the first names a row.
-_TABLES = tuple(
-    (title, tuple(tuple(x.split(": ")) for x in columns.split(", ")))
-    for title, columns in (
-        ("Telephone list", "name: person, extension: four, room: room"),
-        ("Price list", "item: thing, price: price, stock: two"),
-        ("Departures", "destination: city, time: time, platform: small"),
-        ("Hosts", "host: name, address: ip, port: port"),
-        ("Samples", "sample: code, mass: decimal, material: material"),
-        ("Results of the examination", "student: person, points: two, subject: subject"),
-        ("Animals in the shelter", "name: name, species: animal, colour: colour"),
-        ("Releases", "project: name, version: version, date: date"),
-        ("Shopping list", "product: food, grams: three, price: price"),
-        ("Library loans", "borrower: person, book: name, due: date"),
-        ("Budget", "team: team, amount: five, approver: person"),
-        ("Job openings", "position: job, city: city, reference: code"),
-        ("Settings", "key: key, value: number, previous: number"),
-        ("Timetable", "subject: subject, teacher: last, room: room"),
-        ("Shipments", "order: five, contents: thing, destination: city"),
-        ("Paint catalogue", "colour: colour, code: code, litres: small"),
-    )
-)
+_TABLES = [
+    (title, [x.split(": ") for x in columns.split(", ")])
+    for title, columns in map(split, read_lines("tables"))
+]
 
 
 def table(rng: random.Random, taken: set[str]) -> list[Fact]:
@@ -46,19 +29,17 @@ def table(rng: random.Random, taken: set[str]) -> list[Fact]:
     for row in rng.sample(rows, min(3, len(rows))):
         column = rng.randrange(1, len(heads))
         if rng.random() < 0.65:
-            ask = rng.choice(_CELL).format(
+            ask = rng.choice(PHRASES["ask_for_cell"]).format(
                 title=title, head=heads[column], row=row[0], key=heads[0]
             )
             questions.append(_answer(rng, ask, row[column]))
         elif sum(x[column] == row[column] for x in rows) == 1:
-            ask = rng.choice(_ROW).format(
+            ask = rng.choice(PHRASES["ask_for_row"]).format(
                 title=title, head=heads[column], value=row[column], key=heads[0]
             )
             questions.append(_answer(rng, ask, row[0]))
-    ask = rng.choice((f'How many entries does "{title}" have?', f'Count the entries of "{title}".'))
-    questions.append(
-        Question(ask, rng.choice(("{}", "{}.", "There are {} entries.")).format(len(rows)))
-    )
+    ask = rng.choice(PHRASES["ask_for_count"]).format(title)
+    questions.append(Question(ask, rng.choice(PHRASES["count_answers"]).format(len(rows))))
     names = tuple(x[0] for x in rows)
     ask = f'List every {heads[0]} of "{title}" in order.'
     questions.append(Question(ask, ", ".join(names), names))
@@ -74,22 +55,10 @@ def _untaken(title: str, rng: random.Random, taken: set[str]) -> str:
     return title
 
 
-_CELL = (
-    'What does "{title}" give as {head} for {row}?',
-    "Look up {row} in the table: what is the {head}?",
-    '{head} of {row} in "{title}"?',
-    'In "{title}", which {head} stands in the row of {row}?',
-)
-_ROW = (
-    'Which {key} in "{title}" has the {head} {value}?',
-    'In "{title}", where is the {head} {value}? Name the {key}.',
-)
-
-
 def _answer(rng: random.Random, ask: str, value: str) -> Question:
     return Question(
         ask[0].upper() + ask[1:],
-        rng.choice(("{}", "{}.", "It is {}.", "{}")).format(value),
+        rng.choice(PHRASES["cell_answers"]).format(value),
         (value,),
     )
 
@@ -130,8 +99,7 @@ def word_list(rng: random.Random, taken: set[str]) -> list[Fact]:
     """A numbered list of words: by number, what comes before and after, all of them."""
     pool = rng.choice([x for x in POOLS if len(POOLS[x]) > 25 and x not in ("key", "variable")])
     words = [Draw(rng, taken)[pool] for _ in range(rng.randrange(5, 11))]
-    title = rng.choice(("My list", "Things to remember", "Words for the game"))
-    title = _untaken(title, rng, taken)
+    title = _untaken(rng.choice(PHRASES["list_titles"]), rng, taken)
     lines = "\n".join(f"{i}. {x}" for i, x in enumerate(words, 1))
     at = rng.randrange(1, len(words))
     questions = [
