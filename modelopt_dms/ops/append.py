@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from modelopt_dms.ops.append_reference import Plan, claim, commit, plan_pack
-from modelopt_dms.ops.encoding import copy_rows, load_rows, store_rows
+from modelopt_dms.ops.encoding import copy_pair, load_rows, store_rows
 from modelopt_dms.ops.gating import Decided, GateInput, LinearGate
 from modelopt_dms.ops.paged import PAGE, LayerLists, LayerShape, PagePool, RowLayout
 from modelopt_dms.ops.undo import UndoLog
@@ -50,6 +50,31 @@ def _decide(
         w = tl.load(weight_ptr + row * C + at, at < C, other=0.0)
         summed += x.to(tl.float32) * w
     return (SCALE * tl.sum(summed) - OFFSET > threshold) & (position >= PROTECT)
+
+
+@triton.jit
+def _take_page(free_ptr, counters_ptr, entry, page, fits):
+    """A free page, of which the table's entry is told; the same page where there is none or the table is full."""
+    if fits:
+        left = tl.atomic_add(counters_ptr, -1, sem="relaxed") - 1
+        tl.atomic_min(counters_ptr + 1, left, sem="relaxed")
+        page = tl.load(free_ptr + left, mask=left >= 0, other=0)
+        tl.store(entry, page)
+    else:
+        tl.atomic_min(counters_ptr + 1, -1, sem="relaxed")
+    return page
+
+
+@triton.jit
+def _remember_decision(ring_evict, column, previous, seen, evict, SHIFT: tl.constexpr):
+    """Write a decision to the ring: about the token in this column, or with SHIFT about the one before it."""
+    if SHIFT == 1:
+        if seen > 0:
+            tl.store(ring_evict + previous, evict.to(tl.int8))
+        # Nothing has decided about this token. The same thread stores both: with a window of 0, they are one place.
+        tl.store(ring_evict + column, 0)
+    else:
+        tl.store(ring_evict + column, evict.to(tl.int8))
 
 
 @triton.jit
@@ -91,14 +116,10 @@ def _append_kernel(
     KEY_PER_ROW: tl.constexpr,
     DK: tl.constexpr,
     BLOCK_DK: tl.constexpr,
-    KEY_CODES: tl.constexpr,
-    KEY_SCALES: tl.constexpr,
     VALUE_NUMBER: tl.constexpr,
     VALUE_PER_ROW: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    VALUE_CODES: tl.constexpr,
-    VALUE_SCALES: tl.constexpr,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ONE_ROW: tl.constexpr,
@@ -130,20 +151,9 @@ def _append_kernel(
         evict = tl.load(evict_ptr + index).to(tl.int1)
     else:
         evict = _decide(
-            features_ptr,
-            weight_ptr,
-            threshold_ptr,
-            positions_ptr,
-            sequence,
-            head,
-            C,
-            BLOCK_C,
-            ONE_ROW,
-            ONE_POSITION,
-            SCALE,
-            OFFSET,
-            PROTECT,
-        )
+            features_ptr, weight_ptr, threshold_ptr, positions_ptr, sequence, head,
+            C, BLOCK_C, ONE_ROW, ONE_POSITION, SCALE, OFFSET, PROTECT,
+        )  # fmt: skip
     ring = index * RING
     column = seen % RING
     expired = tl.load(ring_slot_ptr + ring + column)
@@ -163,60 +173,29 @@ def _append_kernel(
 
     if free_ptr is not None:  # noqa: SIM102 (decided when compiled, the next when run)
         if (page == 0) & (slot % PAGE == 0):
-            if fits:
-                left = tl.atomic_add(counters_ptr, -1, sem="relaxed") - 1
-                tl.atomic_min(counters_ptr + 1, left, sem="relaxed")
-                page = tl.load(free_ptr + left, mask=left >= 0, other=0)
-                tl.store(entry, page)
-            else:
-                tl.atomic_min(counters_ptr + 1, -1, sem="relaxed")
+            page = _take_page(free_ptr, counters_ptr, entry, page, fits)
     row = one + page.to(tl.int64) * PAGE + slot % PAGE
     if LOGGED > 0:
         logged = (seen % LOGGED).to(tl.int64) * lists + index
-        copy_rows(keys_ptr, row, log_keys_ptr, one + logged, KEY_CODES, BLOCK_DK)
-        copy_rows(values_ptr, row, log_values_ptr, one + logged, VALUE_CODES, BLOCK_DV)
-        if KEY_SCALES > 0:
-            copy_rows(key_scales_ptr, row, log_key_scales_ptr, one + logged, KEY_SCALES, BLOCK_DK)
-        if VALUE_SCALES > 0:
-            copy_rows(
-                value_scales_ptr, row, log_value_scales_ptr, one + logged, VALUE_SCALES, BLOCK_DV
-            )
+        copy_pair(
+            row, keys_ptr, values_ptr, key_scales_ptr, value_scales_ptr,
+            one + logged, log_keys_ptr, log_values_ptr, log_key_scales_ptr, log_value_scales_ptr,
+            KEY_NUMBER, KEY_PER_ROW, DK, BLOCK_DK, VALUE_NUMBER, VALUE_PER_ROW, DV, BLOCK_DV,
+        )  # fmt: skip
         tl.store(log_expired_ptr + logged, expired)
         tl.store(log_marked_ptr + logged, marked.to(tl.int8))
         tl.store(log_live_ptr + logged, live)
         # The row that was logged is overwritten next, by other threads.
         tl.debug_barrier()
     store_rows(
-        k,
-        row,
-        wanted,
-        scales_ptr + head,
-        keys_ptr,
-        key_scales_ptr,
-        KEY_NUMBER,
-        KEY_PER_ROW,
-        DK,
-        BLOCK_DK,
-    )
+        k, row, wanted, scales_ptr + head, keys_ptr, key_scales_ptr,
+        KEY_NUMBER, KEY_PER_ROW, DK, BLOCK_DK,
+    )  # fmt: skip
     store_rows(
-        v,
-        row,
-        wanted,
-        scales_ptr + 2 * K + head,
-        values_ptr,
-        value_scales_ptr,
-        VALUE_NUMBER,
-        VALUE_PER_ROW,
-        DV,
-        BLOCK_DV,
-    )
-    if SHIFT == 1:
-        if seen > 0:
-            tl.store(ring_evict_ptr + ring + previous, evict.to(tl.int8))
-        # Nobody has decided about this token. The same thread stores both: with a window of 0, they are one place.
-        tl.store(ring_evict_ptr + ring + column, 0)
-    else:
-        tl.store(ring_evict_ptr + ring + column, evict.to(tl.int8))
+        v, row, wanted, scales_ptr + 2 * K + head, values_ptr, value_scales_ptr,
+        VALUE_NUMBER, VALUE_PER_ROW, DV, BLOCK_DV,
+    )  # fmt: skip
+    _remember_decision(ring_evict_ptr + ring, column, previous, seen, evict, SHIFT)
     tl.store(ring_slot_ptr + ring + column, tl.where(fits, slot, -1))
     tl.store(live_ptr + index, tl.where(reuse | (slot >= pages * PAGE), live, live + 1))
     tl.store(seen_ptr + index, seen + 1)
@@ -258,30 +237,14 @@ def _pack_kernel(
     row = page.to(tl.int64) * PAGE + slot % PAGE
     k = load_rows(k_ptr, at, wanted, KEY_NUMBER, DK, BLOCK_DK)
     store_rows(
-        k,
-        row,
-        wanted,
-        scales_ptr + head,
-        keys_ptr,
-        key_scales_ptr,
-        KEY_NUMBER,
-        KEY_PER_ROW,
-        DK,
-        BLOCK_DK,
-    )
+        k, row, wanted, scales_ptr + head, keys_ptr, key_scales_ptr,
+        KEY_NUMBER, KEY_PER_ROW, DK, BLOCK_DK,
+    )  # fmt: skip
     v = load_rows(v_ptr, at, wanted, VALUE_NUMBER, DV, BLOCK_DV)
     store_rows(
-        v,
-        row,
-        wanted,
-        scales_ptr + 2 * K + head,
-        values_ptr,
-        value_scales_ptr,
-        VALUE_NUMBER,
-        VALUE_PER_ROW,
-        DV,
-        BLOCK_DV,
-    )
+        v, row, wanted, scales_ptr + 2 * K + head, values_ptr, value_scales_ptr,
+        VALUE_NUMBER, VALUE_PER_ROW, DV, BLOCK_DV,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -297,12 +260,14 @@ def _move_kernel(
     value_scales_ptr,
     RING: tl.constexpr,
     PAGE: tl.constexpr,
-    KEY_CODES: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    KEY_SCALES: tl.constexpr,
-    VALUE_CODES: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    VALUE_SCALES: tl.constexpr,
+    KEY_NUMBER: tl.constexpr,
+    KEY_PER_ROW: tl.constexpr,
+    DK: tl.constexpr,
+    BLOCK_DK: tl.constexpr,
+    VALUE_NUMBER: tl.constexpr,
+    VALUE_PER_ROW: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
 ):
     """One program moves the rows of one list, as they are stored; no target is also a source."""
     index = tl.program_id(0)
@@ -313,12 +278,11 @@ def _move_kernel(
         target = tl.load(targets_ptr + index * RING + i)
         old = one + tl.load(table + source // PAGE).to(tl.int64) * PAGE + source % PAGE
         new = one + tl.load(table + target // PAGE).to(tl.int64) * PAGE + target % PAGE
-        copy_rows(keys_ptr, old, keys_ptr, new, KEY_CODES, BLOCK_K)
-        copy_rows(values_ptr, old, values_ptr, new, VALUE_CODES, BLOCK_V)
-        if KEY_SCALES > 0:
-            copy_rows(key_scales_ptr, old, key_scales_ptr, new, KEY_SCALES, BLOCK_K)
-        if VALUE_SCALES > 0:
-            copy_rows(value_scales_ptr, old, value_scales_ptr, new, VALUE_SCALES, BLOCK_V)
+        copy_pair(
+            old, keys_ptr, values_ptr, key_scales_ptr, value_scales_ptr,
+            new, keys_ptr, values_ptr, key_scales_ptr, value_scales_ptr,
+            KEY_NUMBER, KEY_PER_ROW, DK, BLOCK_DK, VALUE_NUMBER, VALUE_PER_ROW, DV, BLOCK_DV,
+        )  # fmt: skip
 
 
 def append_token(
@@ -464,22 +428,11 @@ def _row_constants(layouts: tuple[RowLayout, RowLayout]) -> dict[str, Any]:
     return found
 
 
-def _stored_widths(layouts: tuple[RowLayout, RowLayout]) -> dict[str, int]:
-    """Elements of codes and of scales of a stored row."""
-    keys, values = layouts
-    return {
-        "KEY_CODES": keys.codes,
-        "KEY_SCALES": 0 if keys.scales is None else keys.scales[0],
-        "VALUE_CODES": values.codes,
-        "VALUE_SCALES": 0 if values.scales is None else values.scales[0],
-    }
-
-
 def _append_constants(
     layouts: tuple[RowLayout, RowLayout], heads: int, window: int, shift: int, logged: int
 ) -> dict[str, Any]:
     found = {"K": heads, "RING": window + 1, "SHIFT": shift, "PAGE": PAGE, "LOGGED": logged}
-    return found | _row_constants(layouts) | _stored_widths(layouts)
+    return found | _row_constants(layouts)
 
 
 def _pack_constants(layouts: tuple[RowLayout, RowLayout], heads: int) -> dict[str, Any]:
@@ -489,14 +442,7 @@ def _pack_constants(layouts: tuple[RowLayout, RowLayout], heads: int) -> dict[st
 
 
 def _move_constants(layouts: tuple[RowLayout, RowLayout], ring: int) -> dict[str, Any]:
-    widths = _stored_widths(layouts)
-    return {
-        "RING": ring,
-        "PAGE": PAGE,
-        "BLOCK_K": triton.next_power_of_2(widths["KEY_CODES"]),
-        "BLOCK_V": triton.next_power_of_2(widths["VALUE_CODES"]),
-        **widths,
-    }
+    return {"RING": ring, "PAGE": PAGE} | _row_constants(layouts)
 
 
 def variants() -> list[Variant]:

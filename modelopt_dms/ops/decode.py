@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One query token per sequence on paged lists of any lengths: Triton kernels. Knows nothing about eviction.
+"""One query token per sequence on paged lists of any lengths: Triton kernels.
 
 What they compute stands in `ops.decode_reference`. A tile is TILE slots of one list. The tiles of all lists, one list
 after the other, are dealt in equal runs to a fixed number of programs, which find their run from the lengths on the
@@ -143,10 +143,42 @@ def _power_of_two(x):
 
 
 @triton.jit
+def _scaled_queries(
+    q, rows, ok, gain, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, KEY: tl.constexpr, DOT: tl.constexpr
+):  # fmt: skip
+    """Both parts of query rows [., ROWS] in DOT, and the gain [ROWS] of scores with what they were divided by."""
+    q_a = _queries(q, rows, ok, code_order(0, A, KEY), D)
+    q_b = q_a
+    if B > 0:
+        q_b = _queries(q, rows, ok, code_order(A, B, KEY), D)
+    if KEY != "plain":
+        # DOT may be float16 where q is bfloat16: powers of two keep q in range, exactly.
+        largest = tl.max(tl.abs(q_a), 0)
+        if B > 0:
+            largest = tl.maximum(largest, tl.max(tl.abs(q_b), 0))
+        power, inverse = _power_of_two(largest)
+        gain *= power
+        q_a *= inverse[None, :]
+        if B > 0:
+            q_b *= inverse[None, :]
+    return q_a.to(DOT), q_b.to(DOT), gain
+
+
+@triton.jit
 def _store(out, acc, rows, ok, dims, DV: tl.constexpr):
     """Write acc [dims, ROWS] to rows of DV numbers."""
     mask = (dims < DV)[:, None] & ok[None, :]
     tl.store(out + rows[None, :] * DV + dims[:, None], acc.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _store_parts(
+    out, acc_a, acc_b, share, rows, ok, DV: tl.constexpr, VA: tl.constexpr, VB: tl.constexpr, VALUE: tl.constexpr
+):  # fmt: skip
+    """Write both parts, [VA, ROWS] and [VB, ROWS], times a share [ROWS], to rows of DV numbers."""
+    _store(out, acc_a * share[None, :], rows, ok, code_order(0, VA, VALUE), DV)
+    if VB > 0:
+        _store(out, acc_b * share[None, :], rows, ok, code_order(VA, VB, VALUE), DV)
 
 
 @triton.jit(do_not_specialize=["items", "pages"])
@@ -192,29 +224,15 @@ def _decode(
         first_row = lane.to(tl.int64) * GROUP + block
         own = table + lane.to(tl.int64) * pages
         page = tl.load(own + tile * TILE // PAGE)
-        q_a = _queries(q + first_row * D, rows, ok_rows, code_order(0, A, KEY), D)
-        if B > 0:
-            q_b = _queries(q + first_row * D, rows, ok_rows, code_order(A, B, KEY), D)
         gain = tl.full([ROWS], SCORE_GAIN, tl.float32) * tl.load(scales + HEADS + head)
-        if KEY != "plain":
-            # DOT may be float16 where q is bfloat16: powers of two keep q in range, exactly.
-            largest = tl.max(tl.abs(q_a), 0)
-            if B > 0:
-                largest = tl.maximum(largest, tl.max(tl.abs(q_b), 0))
-            power, inverse = _power_of_two(largest)
-            gain *= power
-            q_a *= inverse[None, :]
-            if B > 0:
-                q_b *= inverse[None, :]
-        q_a = q_a.to(DOT)
-        if B > 0:
-            q_b = q_b.to(DOT)
+        q_a, q_b, gain = _scaled_queries(
+            q + first_row * D, rows, ok_rows, gain, D, A, B, KEY, DOT
+        )
 
         top = tl.full([ROWS], float("-inf"), tl.float32)
         weight = tl.zeros([TILE, ROWS], tl.float32)
         acc_a = tl.zeros([VA, ROWS], tl.float32)
-        if VB > 0:
-            acc_b = tl.zeros([VB, ROWS], tl.float32)
+        acc_b = tl.zeros([VB if VB > 0 else 16, ROWS], tl.float32)
         for t in range(tile, stop):
             # The next page's id is on its way while this page's rows are.
             following = tl.load(own + tl.minimum(t + 1, stop - 1) * TILE // PAGE)
@@ -255,33 +273,15 @@ def _decode(
         total = tl.sum(weight, 0)
         lse = top + tl.log2(total)
         share = OUT_GAIN * tl.load(scales + 3 * HEADS + head) / total
-        dims_a = code_order(0, VA, VALUE)
         if tile == 0 and stop == tiles:
             if sinks is not None:
                 sink = tl.load(sinks + head * GROUP + block + rows, mask=ok_rows, other=0.0)
                 share *= _sink_share(lse, sink)
-            _store(out + first_row * DV, acc_a * share[None, :], rows, ok_rows, dims_a, DV)
-            if VB > 0:
-                _store(
-                    out + first_row * DV,
-                    acc_b * share[None, :],
-                    rows,
-                    ok_rows,
-                    code_order(VA, VB, VALUE),
-                    DV,
-                )
+            _store_parts(out + first_row * DV, acc_a, acc_b, share, rows, ok_rows, DV, VA, VB, VALUE)
         else:
             place = (2 * program + (tile == 0).to(tl.int32)) * STORED
-            _store(partial + place * DV, acc_a * share[None, :], rows, ok_rows, dims_a, DV)
-            if VB > 0:
-                _store(
-                    partial + place * DV,
-                    acc_b * share[None, :],
-                    rows,
-                    ok_rows,
-                    code_order(VA, VB, VALUE),
-                    DV,
-                )
+            to = partial + place * DV
+            _store_parts(to, acc_a, acc_b, share, rows, ok_rows, DV, VA, VB, VALUE)
             tl.store(partial_lse + place + rows, lse, mask=ok_rows)
         if tile == 0:
             tl.store(spans + 2 * item, program)
@@ -355,7 +355,7 @@ def decode_attention(
     *,
     programs: int | None = None,
 ) -> Tensor:
-    """As `decode_reference.decode_attention`, on the device and without asking the host.
+    """As `decode_reference.decode_attention`, on the device and without synchronizing with the host.
 
     Args:
         q: queries [B, H, D], one a sequence.
