@@ -225,9 +225,7 @@ def _decode(
         own = table + lane.to(tl.int64) * pages
         page = tl.load(own + tile * TILE // PAGE)
         gain = tl.full([ROWS], SCORE_GAIN, tl.float32) * tl.load(scales + HEADS + head)
-        q_a, q_b, gain = _scaled_queries(
-            q + first_row * D, rows, ok_rows, gain, D, A, B, KEY, DOT
-        )
+        q_a, q_b, gain = _scaled_queries(q + first_row * D, rows, ok_rows, gain, D, A, B, KEY, DOT)
 
         top = tl.full([ROWS], float("-inf"), tl.float32)
         weight = tl.zeros([TILE, ROWS], tl.float32)
@@ -277,7 +275,9 @@ def _decode(
             if sinks is not None:
                 sink = tl.load(sinks + head * GROUP + block + rows, mask=ok_rows, other=0.0)
                 share *= _sink_share(lse, sink)
-            _store_parts(out + first_row * DV, acc_a, acc_b, share, rows, ok_rows, DV, VA, VB, VALUE)
+            _store_parts(
+                out + first_row * DV, acc_a, acc_b, share, rows, ok_rows, DV, VA, VB, VALUE
+            )
         else:
             place = (2 * program + (tile == 0).to(tl.int32)) * STORED
             to = partial + place * DV

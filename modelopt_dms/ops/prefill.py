@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention among T tokens under the delayed-eviction mask, forward and backward, in Triton. Knows no cache.
+"""Attention among T tokens under the delayed-eviction mask, forward and backward, in Triton.
 
 The meaning is `ops.reference.prefill_attention`. Keys fall into blocks that are older than the window for a whole block
 of queries (one addition a score), within it, or on a border (everything is checked); only the last are few.
@@ -11,16 +11,16 @@ import triton.language as tl
 from torch import Tensor
 
 from modelopt_dms.ops.prefill_blocks import (
-    FLOOR,
     Tile,
     attend_own,
     dot_type,
     head_constants,
-    load_rows,
+    load_parts,
+    no_keys,
     own_starts,
     padded,
     scoring_constants,
-    store_rows,
+    store_parts,
     with_sink,
 )
 from modelopt_dms.ops.prefill_reference import log2_bias
@@ -81,14 +81,8 @@ def _forward_kernel(
     k += kv * T * D
     v += kv * T * DV
     queries = m0 + tl.arange(0, M)
-    q1 = load_rows(q, m0, T, M, D, 0, D1, True, DOT)
-    q2 = q1
-    if D2 > 0:
-        q2 = load_rows(q, m0, T, M, D, D1, D2, True, DOT)
-    acc1 = tl.zeros([M, V1], tl.float32)
-    acc2 = tl.zeros([M, V2 if V2 > 0 else 16], tl.float32)
-    total = tl.zeros([M], tl.float32)
-    top = tl.full([M], FLOOR, tl.float32)
+    q1, q2 = load_parts(q, m0, T, M, D, D1, D2, DOT)
+    acc1, acc2, total, top = no_keys(M, V1, V2)
     acc1, acc2, total, top = attend_own(
         acc1, acc2, total, top, q1, q2, k, v, bias + kv * padded(T), starts + batch * T, m0, T, window,
         SCALE, SOFTCAP, D, DV, D1, D2, V1, V2, M, N, HAS_STARTS, DOT,
@@ -97,9 +91,7 @@ def _forward_kernel(
         sink = tl.load(sinks + index % H).to(tl.float32)
         acc1, acc2, total, top = with_sink(acc1, acc2, total, top, sink, V2)
     out += index.to(tl.int64) * T * DV
-    store_rows(out, m0, T, acc1 / total[:, None], M, DV, 0, V1)
-    if V2 > 0:
-        store_rows(out, m0, T, acc2 / total[:, None], M, DV, V1, V2)
+    store_parts(out, m0, T, acc1 / total[:, None], acc2 / total[:, None], M, DV, V1, V2)
     tl.store(lse + index.to(tl.int64) * T + queries, top + tl.log2(total), mask=queries < T)
 
 

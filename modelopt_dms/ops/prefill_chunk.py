@@ -22,13 +22,15 @@ from modelopt_dms.ops.prefill_blocks import (
     attend_own,
     dot_type,
     head_constants,
+    load_parts,
     load_rows,
+    no_keys,
     own_starts,
     padded,
     scored,
     scoring_constants,
     softmax_step,
-    store_rows,
+    store_parts,
     with_sink,
 )
 from modelopt_dms.ops.prefill_reference import log2_bias
@@ -59,6 +61,24 @@ def _block_scales(
         return load_rows(at, 0, PAGE, PAGE, D // 16, OFFSET // 16, WIDTH // 16, False, tl.uint8)
     else:
         return page
+
+
+@triton.jit
+def _scales_of_page(
+    scales,
+    page,
+    PAGE: tl.constexpr,
+    NUMBER: tl.constexpr,
+    D: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+):
+    """`_block_scales` of both parts of rows; the second is the first if D2 is 0."""
+    first = _block_scales(scales, page, PAGE, NUMBER, D, 0, D1)
+    second = first
+    if D2 > 0:
+        second = _block_scales(scales, page, PAGE, NUMBER, D, D1, D2)
+    return first, second
 
 
 @triton.jit
@@ -103,6 +123,25 @@ def _row_factor(scales, page, PAGE: tl.constexpr, inside):
     at = scales + page.to(tl.int64) * PAGE + tl.arange(0, PAGE)
     scale = tl.load(at, mask=inside, other=1.0)
     return tl.where(inside, 1.0 / scale, 0.0)
+
+
+@triton.jit
+def _page_scores(
+    q1, q2, keys, scales, scale1, scale2, factor, page, here,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, PAGE: tl.constexpr, NUMBER: tl.constexpr, PER_ROW: tl.constexpr,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """Scores [M, PAGE] of queries, in two parts, on the keys of a page; scale1 and scale2 are their `_block_scales`."""
+    k1 = _page_rows(keys, scale1, page, PAGE, NUMBER, D, 0, D1, DOT)
+    products = tl.dot(q1, tl.trans(k1), input_precision="ieee")
+    if D2 > 0:
+        k2 = _page_rows(keys, scale2, page, PAGE, NUMBER, D, D1, D2, DOT)
+        products = tl.dot(q2, tl.trans(k2), products, input_precision="ieee")
+    if PER_ROW:
+        row_factor = _row_factor(scales, page, PAGE, here)
+        return scored(products, row_factor[None, :], SCALE, SOFTCAP)
+    else:
+        return scored(products, factor, SCALE, SOFTCAP)
 
 
 @triton.jit(do_not_specialize=["T", "window", "P", "E"])
@@ -159,14 +198,8 @@ def _chunk_kernel(
     kv = (index // G).to(tl.int64)  # = batch * K + KV head
     q += index.to(tl.int64) * T * D
     queries = m0 + tl.arange(0, M)
-    q1 = load_rows(q, m0, T, M, D, 0, D1, True, DOT)
-    q2 = q1
-    if D2 > 0:
-        q2 = load_rows(q, m0, T, M, D, D1, D2, True, DOT)
-    acc1 = tl.zeros([M, V1], tl.float32)
-    acc2 = tl.zeros([M, V2 if V2 > 0 else 16], tl.float32)
-    total = tl.zeros([M], tl.float32)
-    top = tl.full([M], FLOOR, tl.float32)
+    q1, q2 = load_parts(q, m0, T, M, D, D1, D2, DOT)
+    acc1, acc2, total, top = no_keys(M, V1, V2)
 
     length = tl.load(live + kv)
     pages = tl.minimum(tl.cdiv(length, PAGE), P)
@@ -188,27 +221,15 @@ def _chunk_kernel(
     last = rows
     if HAS_EXPIRY:
         last = tl.load(expiry + rows)
-    k_scale1 = _block_scales(key_scales, page, PAGE, KEY_NUMBER, D, 0, D1)
-    v_scale1 = _block_scales(value_scales, page, PAGE, VALUE_NUMBER, DV, 0, V1)
-    k_scale2 = k_scale1
-    if D2 > 0:
-        k_scale2 = _block_scales(key_scales, page, PAGE, KEY_NUMBER, D, D1, D2)
-    v_scale2 = v_scale1
-    if V2 > 0:
-        v_scale2 = _block_scales(value_scales, page, PAGE, VALUE_NUMBER, DV, V1, V2)
+    k_scale1, k_scale2 = _scales_of_page(key_scales, page, PAGE, KEY_NUMBER, D, D1, D2)
+    v_scale1, v_scale2 = _scales_of_page(value_scales, page, PAGE, VALUE_NUMBER, DV, V1, V2)
     for place in tl.range(0, pages):
         following = tl.load(table + tl.minimum(place + 1, P - 1))
         here = rows < length - place * PAGE
-        k1 = _page_rows(keys, k_scale1, page, PAGE, KEY_NUMBER, D, 0, D1, DOT)
-        products = tl.dot(q1, tl.trans(k1), input_precision="ieee")
-        if D2 > 0:
-            k2 = _page_rows(keys, k_scale2, page, PAGE, KEY_NUMBER, D, D1, D2, DOT)
-            products = tl.dot(q2, tl.trans(k2), products, input_precision="ieee")
-        if KEY_PER_ROW:
-            factor = _row_factor(key_scales, page, PAGE, here)
-            scores = scored(products, factor[None, :], SCALE, SOFTCAP)
-        else:
-            scores = scored(products, key_factor, SCALE, SOFTCAP)
+        scores = _page_scores(
+            q1, q2, keys, key_scales, k_scale1, k_scale2, key_factor, page, here,
+            SCALE, SOFTCAP, PAGE, KEY_NUMBER, KEY_PER_ROW, D, D1, D2, DOT,
+        )  # fmt: skip
         if HAS_EXPIRY:
             last = tl.where(here, last, -1)
             scores = tl.where(positions[:, None] <= last[None, :], scores, float("-inf"))
@@ -226,12 +247,8 @@ def _chunk_kernel(
             v2 = _page_rows(values, v_scale2, page, PAGE, VALUE_NUMBER, DV, V1, V2, DOT)
             acc2 = tl.dot(weights, v2, acc2 * shrink[:, None], input_precision="ieee")
         page = following
-        k_scale1 = _block_scales(key_scales, page, PAGE, KEY_NUMBER, D, 0, D1)
-        v_scale1 = _block_scales(value_scales, page, PAGE, VALUE_NUMBER, DV, 0, V1)
-        if D2 > 0:
-            k_scale2 = _block_scales(key_scales, page, PAGE, KEY_NUMBER, D, D1, D2)
-        if V2 > 0:
-            v_scale2 = _block_scales(value_scales, page, PAGE, VALUE_NUMBER, DV, V1, V2)
+        k_scale1, k_scale2 = _scales_of_page(key_scales, page, PAGE, KEY_NUMBER, D, D1, D2)
+        v_scale1, v_scale2 = _scales_of_page(value_scales, page, PAGE, VALUE_NUMBER, DV, V1, V2)
     if VALUE_NUMBER != "plain":
         acc1 *= value_factor
         if V2 > 0:
@@ -252,9 +269,7 @@ def _chunk_kernel(
         sink = tl.load(sinks + index % H).to(tl.float32)
         acc1, acc2, total, top = with_sink(acc1, acc2, total, top, sink, V2)
     out += index.to(tl.int64) * T * DV
-    store_rows(out, m0, T, acc1 / total[:, None], M, DV, 0, V1)
-    if V2 > 0:
-        store_rows(out, m0, T, acc2 / total[:, None], M, DV, V1, V2)
+    store_parts(out, m0, T, acc1 / total[:, None], acc2 / total[:, None], M, DV, V1, V2)
 
 
 def attend_chunk(
