@@ -2,7 +2,7 @@
 """Taking tokens into paged lists with Triton; what it means stands in `ops.append_reference`.
 
 `append_token` is one launch: decision, ring, slot, page and encoded rows. `pack` finds its slots with PyTorch on the
-device and stores the rows with one kernel. Neither asks the host. Knows nothing about attention.
+device and stores the rows with one kernel. Neither synchronizes with the host.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from modelopt_dms.ops.append_reference import Plan, claim, commit, plan_pack
+from modelopt_dms.ops.append_reference import Plan, allocate_pages, plan_pack, update_metadata
 from modelopt_dms.ops.encoding import copy_pair, load_rows, store_rows
 from modelopt_dms.ops.gating import Decided, GateInput, LinearGate
 from modelopt_dms.ops.paged import PAGE, LayerLists, LayerShape, PagePool, RowLayout
@@ -328,11 +328,11 @@ def pack(
     k: Tensor, v: Tensor, evict: Tensor, valid: Tensor | None, pool: PagePool, lists: LayerLists
 ) -> None:
     """As `append_reference.pack`."""
-    place(plan_pack(evict, valid, lists), k, v, pool, lists)
+    apply_plan(plan_pack(evict, valid, lists), k, v, pool, lists)
 
 
-def place(plan: Plan, k: Tensor, v: Tensor, pool: PagePool, lists: LayerLists) -> None:
-    """As `append_reference.place`."""
+def apply_plan(plan: Plan, k: Tensor, v: Tensor, pool: PagePool, lists: LayerLists) -> None:
+    """As `append_reference.apply_plan`."""
     layouts = (pool.key_layout, pool.value_layout)
     stored = (pool.keys, pool.values, pool.key_scales, pool.value_scales)
     pages = lists.table.shape[2]
@@ -348,7 +348,7 @@ def place(plan: Plan, k: Tensor, v: Tensor, pool: PagePool, lists: LayerLists) -
             *stored,
             **_move_constants(layouts, lists.ring),
         )
-    claim(plan, pool, lists)
+    allocate_pages(plan, pool, lists)
     T = plan.slots.shape[2]
     constants = _pack_constants(layouts, lists.heads)
     _pack_kernel[(triton.cdiv(T, constants["ROWS"]), number)](
@@ -361,7 +361,7 @@ def place(plan: Plan, k: Tensor, v: Tensor, pool: PagePool, lists: LayerLists) -
         *stored,
         **constants,
     )
-    commit(plan, lists)
+    update_metadata(plan, lists)
 
 
 def _as_stored(k: Tensor, v: Tensor, pool: PagePool) -> list[Tensor]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triton device functions that turn stored codes into numbers: FP8 e4m3, int8, and e2m1 with block scales (NVFP4).
 
-The opposite of `ops.encoding`. Knows nothing about pages, lists or attention. Codes come as 32-bit words, four or eight
+The opposite of `ops.encoding`. Codes come as 32-bit words, four or eight
 a word, and leave in another order: first the first code of every word, then the second of every word, and so on
 (`code_order`). So two words at a time become pairs of 16-bit numbers, without handling single bytes. Every code becomes
 its number exactly, but for a power of two (`number_factor`) that is multiplied into scores or outputs instead.

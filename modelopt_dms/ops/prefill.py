@@ -24,7 +24,7 @@ from modelopt_dms.ops.prefill_blocks import (
     with_sink,
 )
 from modelopt_dms.ops.prefill_reference import log2_bias
-from modelopt_dms.ops.reference import Scoring
+from modelopt_dms.ops.reference import Prompt, Scoring
 from modelopt_dms.ops.variants import Variant
 
 
@@ -96,17 +96,19 @@ def _forward_kernel(
 
 
 def prefill_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keep_logprob: Tensor,
-    window: int,
-    starts: Tensor | None,
-    scoring: Scoring,
-    tile: Tile | None = None,
+    prompt: Prompt, starts: Tensor | None, scoring: Scoring, tile: Tile | None = None
 ) -> tuple[Tensor, Tensor]:
-    """As `library.prefill_attention`: output [B, H, T, Dv], and log2-sum-exp2 [B, H, T] for the backward pass."""
-    q, k, v, bias = (x.contiguous() for x in (q, k, v, log2_bias(keep_logprob)))
+    """As `reference.prefill_attention`: output [B, H, T, Dv], and log2-sum-exp2 [B, H, T] for the backward pass.
+
+    Args:
+        prompt: whose mask is not read.
+        starts: the first position [B, T] int32 that each query may see: the start of its document; of padding, its own
+            position. None: 0 for all.
+        scoring: scale, softcap and sinks.
+        tile: block sizes, None for our choice.
+    """
+    q, k, v = (x.contiguous() for x in (prompt.q, prompt.k, prompt.v))
+    bias = log2_bias(prompt.keep_logprob)
     B, H, T, D = q.shape
     K, DV = k.shape[1], v.shape[-1]
     tile = tile or forward_tile(D, DV, q.dtype)
@@ -121,7 +123,7 @@ def prefill_forward(
         bias if starts is None else starts,
         bias if sinks is None else sinks.float().contiguous(),
         T,
-        min(window, T),
+        min(prompt.window, T),
         out,
         lse,
         **scoring_constants(scoring),

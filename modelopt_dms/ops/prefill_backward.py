@@ -33,7 +33,7 @@ from modelopt_dms.ops.prefill_blocks import (
     uncapped,
 )
 from modelopt_dms.ops.prefill_reference import log2_bias
-from modelopt_dms.ops.reference import Scoring
+from modelopt_dms.ops.reference import Prompt, Scoring
 from modelopt_dms.ops.variants import Variant
 
 DELTA_ROWS = 32
@@ -407,46 +407,76 @@ def _last_readers(starts: Tensor, T: int, keys: int) -> Tensor:
 
 def prefill_backward(
     gradient: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keep_logprob: Tensor,
-    window: int,
-    starts: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    prompt: Prompt,
+    starts: Tensor | None,
     scoring: Scoring,
     tiles: tuple[Tile, Tile] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `ops.library.prefill_attention`.
+    """Gradients of `prefill.prefill_forward`.
 
     Args:
         gradient: of the output [B, H, T, Dv].
-        q: queries [B, H, T, D].
-        k: keys [B, K, T, D].
-        v: values [B, K, T, Dv].
-        keep_logprob: log(1 - alpha) [B, K, T] float32.
-        window: tokens a marked key stays readable.
-        starts: first visible positions [B, T], or None.
         out: output [B, H, T, Dv].
         lse: log2-sum-exp2 [B, H, T] float32, sinks included.
+        prompt: whose mask is not read.
+        starts: first visible positions [B, T], or None.
         scoring: scale and softcap.
         tiles: block sizes of the kernels over keys and over queries, None for our choice.
 
     Returns:
         Gradients of q, k, v and keep_logprob, in their shapes and dtypes.
     """
-    q, k, v, keep_logprob, gradient, out = (
-        x.contiguous() for x in (q, k, v, keep_logprob, gradient, out)
-    )
+    q, k, v, gradient, out = (x.contiguous() for x in (prompt.q, prompt.k, prompt.v, gradient, out))
     B, H, T, D = q.shape
     K, DV = k.shape[1], v.shape[-1]
     by_key, by_query = tiles or (key_tile(D, DV, q.dtype), query_tile(D, DV, q.dtype))
     starts = own_starts(starts)
-    ends = None if starts is None else _last_readers(starts, T, by_key.keys)
-    dq, dk, dv, dbias = (torch.empty_like(x) for x in (q, k, v, keep_logprob))
-    window, length = min(window, T), padded_length(T)
-    delta, padded_lse = torch.empty(2, B, H, length, dtype=torch.float32, device=q.device)
+    bias = log2_bias(prompt.keep_logprob)
+    inputs: dict[str, Any] = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "bias": bias,
+        "starts": bias if starts is None else starts,
+    }
+    inputs |= {"gradient": gradient, "T": T, "window": min(prompt.window, T)}
+    inputs |= _padded_rows(gradient, out, lse)
+    constants = {
+        **scoring_constants(scoring),
+        **head_constants(D, DV),
+        "G": H // K,
+        "HAS_STARTS": starts is not None,
+        "DOT": dot_type(q.dtype),
+    }
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    dbias = torch.empty_like(prompt.keep_logprob, memory_format=torch.contiguous_format)
+    ends = bias if starts is None else _last_readers(starts, T, by_key.keys)
+    for with_k, with_v in key_passes(D, DV):
+        _key_kernel[(triton.cdiv(T, by_key.keys), B * K)](
+            **inputs,
+            ends=ends,
+            dk=dk,
+            dv=dv,
+            dbias=dbias,
+            **constants,
+            K=K,
+            WITH_K=with_k,
+            WITH_V=with_v,
+            **_launch_options(by_key),
+        )
+    _query_kernel[(triton.cdiv(T, by_query.queries), B * H)](
+        **inputs, dq=dq, **constants, H=H, **_launch_options(by_query)
+    )
+    return dq, dk, dv, dbias
+
+
+def _padded_rows(gradient: Tensor, out: Tensor, lse: Tensor) -> dict[str, Tensor]:
+    """What the kernels read of every query, padded: the log-sum-exp, and the product of output and gradient."""
+    B, H, T, DV = out.shape
+    length = padded_length(T)
+    delta, padded_lse = torch.empty(2, B, H, length, dtype=torch.float32, device=out.device)
     _delta_kernel[(length // DELTA_ROWS, B * H)](
         out,
         gradient,
@@ -458,52 +488,11 @@ def prefill_backward(
         WIDTH=triton.next_power_of_2(DV),
         R=DELTA_ROWS,
     )
-    bias = log2_bias(keep_logprob)
-    inputs = (q, k, v, bias, bias if starts is None else starts)
-    constants = {
-        **scoring_constants(scoring),
-        **head_constants(D, DV),
-        "G": H // K,
-        "HAS_STARTS": starts is not None,
-        "DOT": dot_type(q.dtype),
-    }
-    for with_k, with_v in key_passes(D, DV):
-        _key_kernel[(triton.cdiv(T, by_key.keys), B * K)](
-            *inputs,
-            bias if ends is None else ends,
-            gradient,
-            padded_lse,
-            delta,
-            T,
-            window,
-            dk,
-            dv,
-            dbias,
-            **constants,
-            K=K,
-            M=by_key.queries,
-            N=by_key.keys,
-            WITH_K=with_k,
-            WITH_V=with_v,
-            num_warps=by_key.warps,
-            num_stages=by_key.stages,
-        )
-    _query_kernel[(triton.cdiv(T, by_query.queries), B * H)](
-        *inputs,
-        gradient,
-        padded_lse,
-        delta,
-        T,
-        window,
-        dq,
-        **constants,
-        H=H,
-        M=by_query.queries,
-        N=by_query.keys,
-        num_warps=by_query.warps,
-        num_stages=by_query.stages,
-    )
-    return dq, dk, dv, dbias
+    return {"lse": padded_lse, "delta": delta}
+
+
+def _launch_options(tile: Tile) -> dict[str, int]:
+    return {"M": tile.queries, "N": tile.keys, "num_warps": tile.warps, "num_stages": tile.stages}
 
 
 def key_passes(D: int, DV: int) -> list[tuple[bool, bool]]:

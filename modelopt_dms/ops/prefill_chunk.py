@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention of a chunk of a prompt onto a paged cache, in Triton: one program first reads pages, then the chunk itself.
 
-The meaning is `ops.prefill_reference.attend_chunk`. Forward only. Asks the host nothing: lengths are read on the
-device.
+The meaning is `ops.prefill_reference.attend_chunk`. Forward only. Lengths are read on the device, without
+synchronizing with the host.
 """
 
 from dataclasses import replace
@@ -33,7 +33,7 @@ from modelopt_dms.ops.prefill_blocks import (
     store_parts,
     with_sink,
 )
-from modelopt_dms.ops.prefill_reference import log2_bias
+from modelopt_dms.ops.prefill_reference import Chunk, log2_bias
 from modelopt_dms.ops.reference import Scoring
 from modelopt_dms.ops.variants import Variant, pointer
 
@@ -273,29 +273,20 @@ def _chunk_kernel(
 
 
 def attend_chunk(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    evict: Tensor,
-    starts: Tensor | None,
-    first: Tensor,
-    expiry: Tensor | None,
+    chunk: Chunk,
     pool: PagePool,
     lists: LayerLists,
     scoring: Scoring,
     tile: Tile | None = None,
 ) -> Tensor:
-    """Attention of T new tokens over a layer's lists and over themselves; see `ops.prefill_reference.attend_chunk`.
-
-    Shapes: q [B, H, T, D], k [B, K, T, D], v [B, K, T, Dv], evict [B, K, T] bool, starts [B, T], first [B], expiry
-    [B, K, S] int32 -> [B, H, T, Dv].
-    """
-    q, k, v, first = (x.contiguous() for x in (q, k, v, first.to(torch.int32)))
-    bias = log2_bias(torch.where(evict, float("-inf"), 0.0))
+    """As `prefill_reference.attend_chunk`: output [B, H, T, Dv]; `tile` is our choice where it is None."""
+    q, k, v = (x.contiguous() for x in (chunk.q, chunk.k, chunk.v))
+    first, expiry = chunk.first.to(torch.int32).contiguous(), chunk.expiry
+    bias = log2_bias(torch.where(chunk.evict, float("-inf"), 0.0))
     B, H, T, D = q.shape
     K, DV = k.shape[1], v.shape[-1]
     tile = tile or chunk_tile(D, DV, q.dtype)
-    starts, sinks = own_starts(starts), scoring.sinks
+    starts, sinks = own_starts(chunk.starts), scoring.sinks
     if expiry is not None:  # the kernel reads whole pages of it
         expiry = F.pad(expiry, (0, -expiry.shape[2] % PAGE)).contiguous()
     out = torch.empty(B, H, T, DV, dtype=v.dtype, device=q.device)
