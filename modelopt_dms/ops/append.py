@@ -346,7 +346,7 @@ def apply_plan(plan: Plan, k: Tensor, v: Tensor, pool: PagePool, lists: LayerLis
             lists.table,
             pages,
             *stored,
-            **_move_constants(layouts, lists.ring),
+            **move_constants(layouts, lists.ring),
         )
     allocate_pages(plan, pool, lists)
     T = plan.slots.shape[2]
@@ -441,55 +441,25 @@ def _pack_constants(layouts: tuple[RowLayout, RowLayout], heads: int) -> dict[st
     return {"K": heads, "PAGE": PAGE, "ROWS": rows} | found
 
 
-def _move_constants(layouts: tuple[RowLayout, RowLayout], ring: int) -> dict[str, Any]:
+def move_constants(layouts: tuple[RowLayout, RowLayout], ring: int) -> dict[str, Any]:
+    """Constexprs of `_move_kernel`."""
     return {"RING": ring, "PAGE": PAGE} | _row_constants(layouts)
-
-
-def variants() -> list[Variant]:
-    """What is compiled for Hopper: 8 KV heads, a window of 256, decisions that govern their own token."""
-
-    def both(keys: RowLayout, values: RowLayout | None = None, heads: int = 8) -> LayerShape:
-        return LayerShape(keys, values or keys, heads, 1)
-
-    bf16 = torch.bfloat16
-    formats = {
-        "bf16": both(RowLayout("plain", 128, bf16)),
-        "fp8": both(RowLayout("fp8", 128, torch.uint8)),
-        "fp8_rows": both(RowLayout("fp8", 128, torch.uint8, True)),
-        "int8": both(RowLayout("int8", 128, torch.uint8)),
-        "nvfp4": both(RowLayout("nvfp4", 128, torch.uint8)),
-    }
-    narrow = both(RowLayout("plain", 64, bf16))
-    latent = both(RowLayout("plain", 512, bf16), RowLayout("plain", 64, bf16), 1)
-    found = [_append_variant(f"append_{name}", x, 4096) for name, x in formats.items()]
-    found += [
-        _append_variant("append_bf16_decided", formats["bf16"], 0),
-        _append_variant("append_bf16_logged", formats["bf16"], 4096, logged=256),
-        _append_variant("append_bf16_d64", narrow, 2048),
-        _append_variant("append_bf16_latent", latent, 2048),
-    ]
-    found += [_pack_variant(f"pack_{name}", x) for name, x in formats.items()]
-    found += [
-        _pack_variant("pack_bf16_d64", narrow),
-        _pack_variant("pack_bf16_latent", latent),
-        _move_variant("move_nvfp4", formats["nvfp4"]),
-    ]
-    return found
 
 
 def engine_append(shape: LayerShape) -> Variant:
     """`append_token` for an engine: of decided tokens, and the host gives pages."""
-    return _append_variant("engine_append", shape, 0, takes_pages=False)
+    return append_variant("engine_append", shape, 0, takes_pages=False)
 
 
 def engine_pack(shape: LayerShape) -> Variant:
     """`pack` for an engine: rows to slots that are known."""
-    return _pack_variant("engine_pack", shape)
+    return pack_variant("engine_pack", shape)
 
 
-def _append_variant(
+def append_variant(
     name: str, shape: LayerShape, features: int, *, logged: int = 0, takes_pages: bool = True
 ) -> Variant:
+    """`_append_kernel` with a linear gate of so many features, 0 for decided tokens."""
     layouts = (shape.keys, shape.values)
     model = pointer(shape.dtype)
     types = {"k_ptr": model, "v_ptr": model, "active_ptr": "*u8", "scales_ptr": "*fp32"}
@@ -500,32 +470,26 @@ def _append_variant(
         types["evict_ptr"] = "*u8"
     if takes_pages:
         types |= {"free_ptr": "*i32", "counters_ptr": "*i32"}
-    types |= {"pages": "i32"} | _stored_types(layouts)
+    types |= {"pages": "i32"} | stored_types(layouts)
     types |= {f"{x}_ptr": "*i32" for x in ("table", "live", "seen", "ring_slot")}
     types["ring_evict_ptr"] = "*u8"
     if logged:
-        types |= {f"log_{x}": kind for x, kind in _stored_types(layouts).items()}
+        types |= {f"log_{x}": kind for x, kind in stored_types(layouts).items()}
         types |= {"log_expired_ptr": "*i32", "log_marked_ptr": "*u8", "log_live_ptr": "*i32"}
     constants = _append_constants(layouts, shape.heads, shape.window, shape.shift, logged)
     constants |= _linear_constants(features, False, False, 100.0, 5.0, 0)
-    return _variant(name, _append_kernel, types, constants, 4 if features else 1)
+    return variant(name, _append_kernel, types, constants, 4 if features else 1)
 
 
-def _pack_variant(name: str, shape: LayerShape) -> Variant:
+def pack_variant(name: str, shape: LayerShape) -> Variant:
+    """`_pack_kernel`."""
     layouts, model = (shape.keys, shape.values), pointer(shape.dtype)
     types = {"k_ptr": model, "v_ptr": model, "slots_ptr": "*i32", "table_ptr": "*i32"}
-    types |= {"scales_ptr": "*fp32", "tokens": "i32", "pages": "i32"} | _stored_types(layouts)
-    return _variant(name, _pack_kernel, types, _pack_constants(layouts, shape.heads), 4)
+    types |= {"scales_ptr": "*fp32", "tokens": "i32", "pages": "i32"} | stored_types(layouts)
+    return variant(name, _pack_kernel, types, _pack_constants(layouts, shape.heads), 4)
 
 
-def _move_variant(name: str, shape: LayerShape) -> Variant:
-    layouts = (shape.keys, shape.values)
-    types = {f"{x}_ptr": "*i32" for x in ("sources", "targets", "count", "table")}
-    types |= {"pages": "i32"} | _stored_types(layouts)
-    return _variant(name, _move_kernel, types, _move_constants(layouts, shape.window + 1), 4)
-
-
-def _stored_types(layouts: tuple[RowLayout, RowLayout]) -> dict[str, str]:
+def stored_types(layouts: tuple[RowLayout, RowLayout]) -> dict[str, str]:
     """Triton types of the pool's tensors; those that do not exist are left out."""
     found = {}
     for name, scales, layout in zip(
@@ -537,7 +501,7 @@ def _stored_types(layouts: tuple[RowLayout, RowLayout]) -> dict[str, str]:
     return found
 
 
-def _variant(
+def variant(
     name: str, kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int
 ) -> Variant:
     """A variant in which pointers without a type are None."""

@@ -7,8 +7,10 @@ a word, and leave in another order: first the first code of every word, then the
 its number exactly, but for a power of two (`number_factor`) that is multiplied into scores or outputs instead.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from modelopt_dms.ops.paged import Number
 
@@ -25,6 +27,11 @@ def number_factor(number: Number, dot: tl.dtype) -> float:
 def word_codes(number: str) -> int:
     """Codes that an element holds: a word of 32 bits, or a plain number."""
     return {"plain": 1, "fp8": 4, "int8": 4, "nvfp4": 8}[number]
+
+
+def as_words(codes: Tensor) -> Tensor:
+    """Codes as kernels read them: bytes four at a time."""
+    return codes.view(torch.int32) if codes.dtype == torch.uint8 else codes
 
 
 @triton.jit

@@ -25,7 +25,6 @@ from modelopt_dms.ops.prefill_blocks import (
 )
 from modelopt_dms.ops.prefill_reference import log2_bias
 from modelopt_dms.ops.reference import Prompt, Scoring
-from modelopt_dms.ops.variants import Variant
 
 
 def forward_tile(D: int, DV: int, dtype: torch.dtype) -> Tile:
@@ -139,35 +138,3 @@ def prefill_forward(
         num_stages=tile.stages,
     )
     return out, lse
-
-
-def variants() -> list[Variant]:
-    """What we ship for sm_90a."""
-    shapes = [(64, 64, 4), (96, 96, 4), (128, 128, 4), (256, 256, 2), (192, 128, 1)]
-    return [_variant(D, DV, G, False) for D, DV, G in shapes] + [_variant(128, 128, 4, True)]
-
-
-def _variant(D: int, DV: int, G: int, full: bool) -> Variant:
-    """The forward kernel for these shapes; `full` has documents, softcap and sinks."""
-    tile = forward_tile(D, DV, torch.bfloat16)
-    pointers = {name: "*bf16" for name in ("q", "k", "v", "out")}
-    pointers |= {name: "*fp32" for name in ("bias", "sinks", "lse")}
-    constants = {
-        **scoring_constants(Scoring(D**-0.5, 50.0 if full else None)),
-        **head_constants(D, DV),
-        "H": 8 * G,
-        "G": G,
-        "M": tile.queries,
-        "N": tile.keys,
-        "HAS_STARTS": full,
-        "HAS_SINKS": full,
-        "DOT": tl.bfloat16,
-    }
-    return Variant(
-        f"prefill_d{D}_{DV}" + ("_full" if full else ""),
-        _forward_kernel,
-        {**pointers, "starts": "*i32", "T": "i32", "window": "i32"},
-        constants,
-        tile.warps,
-        tile.stages,
-    )

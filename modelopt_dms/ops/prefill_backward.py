@@ -34,7 +34,6 @@ from modelopt_dms.ops.prefill_blocks import (
 )
 from modelopt_dms.ops.prefill_reference import log2_bias
 from modelopt_dms.ops.reference import Prompt, Scoring
-from modelopt_dms.ops.variants import Variant
 
 DELTA_ROWS = 32
 # Above this many columns of dk and dv together, a program cannot hold both: two launches, one for each.
@@ -498,38 +497,3 @@ def _launch_options(tile: Tile) -> dict[str, int]:
 def key_passes(D: int, DV: int) -> list[tuple[bool, bool]]:
     """Launches of the kernel over blocks of keys: whether each computes dk, and whether dv."""
     return [(True, True)] if D + DV <= HELD_COLUMNS else [(True, False), (False, True)]
-
-
-def variants() -> list[Variant]:
-    """What we ship for sm_90a."""
-    found = []
-    for D, DV, G in [(64, 64, 4), (128, 128, 4), (256, 256, 2), (192, 128, 1)]:
-        found.append(
-            _variant(D, DV, G, _query_kernel, query_tile(D, DV, torch.bfloat16), "dq", {"H": 8 * G})
-        )
-        for with_k, with_v in key_passes(D, DV):
-            name = "d" + "k" * with_k + "v" * with_v
-            flags = {"K": 8, "WITH_K": with_k, "WITH_V": with_v}
-            tile = key_tile(D, DV, torch.bfloat16)
-            found.append(_variant(D, DV, G, _key_kernel, tile, name, flags))
-    return found
-
-
-def _variant(
-    D: int, DV: int, G: int, kernel: Any, tile: Tile, name: str, more: dict[str, Any]
-) -> Variant:
-    pointers = {x: "*bf16" for x in ("q", "k", "v", "gradient", "dq", "dk", "dv")}
-    pointers |= {x: "*fp32" for x in ("bias", "lse", "delta", "dbias")}
-    types = pointers | {"starts": "*i32", "ends": "*i32", "T": "i32", "window": "i32"}
-    constants = {
-        **scoring_constants(Scoring(D**-0.5)),
-        **head_constants(D, DV),
-        "G": G,
-        "M": tile.queries,
-        "N": tile.keys,
-        "HAS_STARTS": False,
-        "DOT": tl.bfloat16,
-        **more,
-    }
-    names = {x: kind for x, kind in types.items() if x in kernel.arg_names}
-    return Variant(f"prefill_{name}_d{D}_{DV}", kernel, names, constants, tile.warps, tile.stages)

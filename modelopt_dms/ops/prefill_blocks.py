@@ -40,11 +40,11 @@ class Tile:
     stages: int = 2
 
 
-def split(dim: int) -> tuple[int, int]:
-    """Widths D1 >= 16 and D2 (0 or >= 16) of the two tiles that hold D columns."""
+def split(dim: int, rest_least: int = 16) -> tuple[int, int]:
+    """Widths D1 >= 16 and D2 (0 or >= rest_least) of the two tiles that hold D columns."""
     first = max(16, 1 << (dim.bit_length() - 1))
     rest = dim - first
-    return first, max(16, triton.next_power_of_2(rest)) if rest > 0 else 0
+    return first, max(rest_least, triton.next_power_of_2(rest)) if rest > 0 else 0
 
 
 def head_constants(D: int, DV: int) -> dict[str, Any]:

@@ -13,7 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from modelopt_dms.ops.decoding import from_e2m1, from_e4m3, from_int8, number_factor, word_codes
+from modelopt_dms.ops.decoding import (
+    as_words,
+    from_e2m1,
+    from_e4m3,
+    from_int8,
+    number_factor,
+    word_codes,
+)
 from modelopt_dms.ops.paged import PAGE, LayerLists, LayerShape, PagePool, RowLayout
 from modelopt_dms.ops.prefill_blocks import (
     FLOOR,
@@ -299,8 +306,8 @@ def attend_chunk(
         first if starts is None else starts,
         first,
         first if expiry is None else expiry,
-        _words(pool.keys),
-        _words(pool.values),
+        as_words(pool.keys),
+        as_words(pool.values),
         lists.scales if pool.key_scales is None else pool.key_scales,
         lists.scales if pool.value_scales is None else pool.value_scales,
         lists.scales,
@@ -330,11 +337,6 @@ def attend_chunk(
     return out
 
 
-def _words(codes: Tensor) -> Tensor:
-    """Codes as the kernel reads them: bytes four at a time."""
-    return codes.view(torch.int32) if codes.dtype == torch.uint8 else codes
-
-
 def page_constants(keys: RowLayout, values: RowLayout, dot: tl.dtype) -> dict[str, object]:
     """Constexprs of the formats of keys and values."""
     value_factor = number_factor(values.number, dot)
@@ -352,31 +354,12 @@ def page_constants(keys: RowLayout, values: RowLayout, dot: tl.dtype) -> dict[st
     }
 
 
-def variants() -> list[Variant]:
-    """What we ship for sm_90a."""
-
-    def shape(layout: RowLayout) -> LayerShape:
-        return LayerShape(layout, layout, 8, 4)
-
-    plain = RowLayout("plain", 128, torch.bfloat16)
-    fp8 = RowLayout("fp8", 128, torch.uint8)
-    nvfp4 = RowLayout("nvfp4", 128, torch.uint8)
-    fp8_rows = RowLayout("fp8", 128, torch.uint8, per_row=True)
-    simple, capped = Scoring(128**-0.5), Scoring(128**-0.5, 50.0, torch.zeros(32))
-    return [
-        _variant("prefill_chunk_bf16_d128", shape(plain), simple),
-        _variant("prefill_chunk_fp8_d128", shape(fp8), simple),
-        _variant("prefill_chunk_nvfp4_d128", shape(nvfp4), simple),
-        _variant("prefill_chunk_fp8_rows_full_d128", shape(fp8_rows), capped, documents=True),
-    ]
-
-
 def engine_chunk(shape: LayerShape, scoring: Scoring) -> Variant:
     """`attend_chunk` for an engine: of prompts that are padded; without pointers that it does not read."""
     # Larger blocks of rows this wide would spill.
     wide = max(shape.keys.dim, shape.values.dim) > 128
     tile = Tile(64, 32, 8, 2) if wide else None
-    made = _variant("engine_chunk", shape, scoring, documents=True, tile=tile)
+    made = chunk_variant("engine_chunk", shape, scoring, documents=True, tile=tile)
     unread = [x for x in ("key_scales", "value_scales") if _layout(shape, x).scales is None]
     unread += ["sinks"] if scoring.sinks is None else []
     types = {name: kind for name, kind in made.signature.items() if name not in unread}
@@ -389,7 +372,7 @@ def _layout(shape: LayerShape, name: str) -> RowLayout:
     return shape.keys if name.startswith("key") else shape.values
 
 
-def _variant(
+def chunk_variant(
     name: str,
     shape: LayerShape,
     scoring: Scoring,
