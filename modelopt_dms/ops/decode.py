@@ -145,13 +145,15 @@ def _power_of_two(x):
 
 @triton.jit
 def _scaled_queries(
-    q, rows, ok, gain, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr, KEY: tl.constexpr, DOT: tl.constexpr
+    q, rows, ok, scale, SCORE_GAIN: tl.constexpr, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+    KEY: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Both parts of query rows [., ROWS] in DOT, and the gain [ROWS] of scores with what they were divided by."""
+    """Both parts of query rows [., ROWS] in DOT, and the gain [ROWS] of their scores: scale, and what divided them."""
     q_a = _queries(q, rows, ok, code_order(0, A, KEY), D)
     q_b = q_a
     if B > 0:
         q_b = _queries(q, rows, ok, code_order(A, B, KEY), D)
+    gain = tl.full([rows.shape[0]], SCORE_GAIN, tl.float32) * tl.load(scale)
     if KEY != "plain":
         # DOT may be float16 where q is bfloat16: powers of two keep q in range, exactly.
         largest = tl.max(tl.abs(q_a), 0)
@@ -174,10 +176,10 @@ def _store(out, acc, rows, ok, dims, DV: tl.constexpr):
 
 @triton.jit
 def _store_parts(
-    out, acc_a, acc_b, share, rows, ok, DV: tl.constexpr, VA: tl.constexpr, VB: tl.constexpr, VALUE: tl.constexpr
+    out, acc_a, acc_b, share, rows, ok, dims_a, DV: tl.constexpr, VA: tl.constexpr, VB: tl.constexpr, VALUE: tl.constexpr
 ):  # fmt: skip
     """Write both parts, [VA, ROWS] and [VB, ROWS], times a share [ROWS], to rows of DV numbers."""
-    _store(out, acc_a * share[None, :], rows, ok, code_order(0, VA, VALUE), DV)
+    _store(out, acc_a * share[None, :], rows, ok, dims_a, DV)
     if VB > 0:
         _store(out, acc_b * share[None, :], rows, ok, code_order(VA, VB, VALUE), DV)
 
@@ -225,8 +227,9 @@ def _decode(
         first_row = lane.to(tl.int64) * GROUP + block
         own = table + lane.to(tl.int64) * pages
         page = tl.load(own + tile * TILE // PAGE)
-        gain = tl.full([ROWS], SCORE_GAIN, tl.float32) * tl.load(scales + HEADS + head)
-        q_a, q_b, gain = _scaled_queries(q + first_row * D, rows, ok_rows, gain, D, A, B, KEY, DOT)
+        q_a, q_b, gain = _scaled_queries(
+            q + first_row * D, rows, ok_rows, scales + HEADS + head, SCORE_GAIN, D, A, B, KEY, DOT
+        )
 
         top = tl.full([ROWS], float("-inf"), tl.float32)
         weight = tl.zeros([TILE, ROWS], tl.float32)
@@ -272,17 +275,18 @@ def _decode(
         total = tl.sum(weight, 0)
         lse = top + tl.log2(total)
         share = OUT_GAIN * tl.load(scales + 3 * HEADS + head) / total
+        dims_a = code_order(0, VA, VALUE)
         if tile == 0 and stop == tiles:
             if sinks is not None:
                 sink = tl.load(sinks + head * GROUP + block + rows, mask=ok_rows, other=0.0)
                 share *= _sink_share(lse, sink)
             _store_parts(
-                out + first_row * DV, acc_a, acc_b, share, rows, ok_rows, DV, VA, VB, VALUE
+                out + first_row * DV, acc_a, acc_b, share, rows, ok_rows, dims_a, DV, VA, VB, VALUE
             )
         else:
             place = (2 * program + (tile == 0).to(tl.int32)) * STORED
             to = partial + place * DV
-            _store_parts(to, acc_a, acc_b, share, rows, ok_rows, DV, VA, VB, VALUE)
+            _store_parts(to, acc_a, acc_b, share, rows, ok_rows, dims_a, DV, VA, VB, VALUE)
             tl.store(partial_lse + place + rows, lse, mask=ok_rows)
         if tile == 0:
             tl.store(spans + 2 * item, program)

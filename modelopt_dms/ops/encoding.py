@@ -162,26 +162,24 @@ def copy_rows(from_ptr, from_rows, to_ptr, to_rows, WIDTH: tl.constexpr, BLOCK: 
 
 
 @triton.jit
-def _copy_encoded(
-    from_codes,
-    from_scales,
-    from_rows,
-    to_codes,
-    to_scales,
-    to_rows,
-    NUMBER: tl.constexpr,
-    PER_ROW: tl.constexpr,
-    D: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Copy stored rows, with their scales where they have any."""
+def _copy_codes(
+    from_ptr, from_rows, to_ptr, to_rows, NUMBER: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """Copy the codes of rows."""
+    PACKED: tl.constexpr = 2 if NUMBER == "nvfp4" else 1
+    copy_rows(from_ptr, from_rows, to_ptr, to_rows, D // PACKED, BLOCK_D // PACKED)
+
+
+@triton.jit
+def _copy_scales(
+    from_ptr, from_rows, to_ptr, to_rows,
+    NUMBER: tl.constexpr, PER_ROW: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Copy the scales of rows, where they have any."""
     if NUMBER == "nvfp4":
-        copy_rows(from_codes, from_rows, to_codes, to_rows, D // 2, BLOCK_D // 2)
-        copy_rows(from_scales, from_rows, to_scales, to_rows, D // 16, BLOCK_D // 2)
-    else:
-        copy_rows(from_codes, from_rows, to_codes, to_rows, D, BLOCK_D)
-        if PER_ROW:
-            copy_rows(from_scales, from_rows, to_scales, to_rows, 1, BLOCK_D)
+        copy_rows(from_ptr, from_rows, to_ptr, to_rows, D // 16, BLOCK_D // 2)
+    elif PER_ROW:
+        copy_rows(from_ptr, from_rows, to_ptr, to_rows, 1, BLOCK_D)
 
 
 @triton.jit
@@ -206,11 +204,11 @@ def copy_pair(
     BLOCK_DV: tl.constexpr,
 ):
     """Copy stored key rows and value rows as they are."""
-    _copy_encoded(
-        from_keys, from_key_scales, from_rows, to_keys, to_key_scales, to_rows,
-        KEY_NUMBER, KEY_PER_ROW, DK, BLOCK_DK,
-    )  # fmt: skip
-    _copy_encoded(
-        from_values, from_value_scales, from_rows, to_values, to_value_scales, to_rows,
-        VALUE_NUMBER, VALUE_PER_ROW, DV, BLOCK_DV,
+    _copy_codes(from_keys, from_rows, to_keys, to_rows, KEY_NUMBER, DK, BLOCK_DK)
+    _copy_codes(from_values, from_rows, to_values, to_rows, VALUE_NUMBER, DV, BLOCK_DV)
+    _copy_scales(
+        from_key_scales, from_rows, to_key_scales, to_rows, KEY_NUMBER, KEY_PER_ROW, DK, BLOCK_DK
+    )
+    _copy_scales(
+        from_value_scales, from_rows, to_value_scales, to_rows, VALUE_NUMBER, VALUE_PER_ROW, DV, BLOCK_DV
     )  # fmt: skip
