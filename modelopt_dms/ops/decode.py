@@ -176,9 +176,10 @@ def _store(out, acc, rows, ok, dims, DV: tl.constexpr):
 
 @triton.jit
 def _store_parts(
-    out, acc_a, acc_b, share, rows, ok, dims_a, DV: tl.constexpr, VA: tl.constexpr, VB: tl.constexpr, VALUE: tl.constexpr
+    out, acc_a, acc_b, share, rows, ok, dims_a,
+    DV: tl.constexpr, VA: tl.constexpr, VB: tl.constexpr, VALUE: tl.constexpr,
 ):  # fmt: skip
-    """Write both parts, [VA, ROWS] and [VB, ROWS], times a share [ROWS], to rows of DV numbers."""
+    """Write both parts, [VA, ROWS] (of dims_a) and [VB, ROWS], times a share [ROWS], to rows of DV numbers."""
     _store(out, acc_a * share[None, :], rows, ok, dims_a, DV)
     if VB > 0:
         _store(out, acc_b * share[None, :], rows, ok, code_order(VA, VB, VALUE), DV)
