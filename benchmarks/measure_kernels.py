@@ -42,8 +42,9 @@ from timing import copy_bandwidth, graphed, passes, single
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from modelopt_dms.ops import door, reference
+from modelopt_dms.ops import dispatch, reference
 from modelopt_dms.ops.paged import PAGE, LayerLists, PagePool
+from modelopt_dms.ops.prefill_reference import Chunk
 
 Row = dict[str, Any]
 # Distinct bytes that one pass over all layers reads: several times the 60 MB of an H200's L2.
@@ -164,7 +165,9 @@ def ours(impl: str) -> Callable[[Paged], peers.Layer]:
 
     def make(case: Paged) -> peers.Layer:
         pool, scoring = case.pool, case.heads.scoring
-        return lambda i: door.decode_attention(case.q[i], pool, case.layers[i], scoring, impl=impl)
+        return lambda i: dispatch.decode_attention(
+            case.q[i], pool, case.layers[i], scoring, impl=impl
+        )
 
     return make
 
@@ -244,7 +247,7 @@ def _append_row(bench: Bench, name: str) -> Row:
 
     def one_pass() -> None:
         for lists, gate in zip(states, gates, strict=True):
-            door.append_token(k, v, gate, pool, lists, impl=bench.impl)
+            dispatch.append_token(k, v, gate, pool, lists, impl=bench.impl)
 
     row = _timed(bench, row, lambda: graphed(one_pass, bench.device) / layers, None)
     pool.check("this benchmark made its pool too small")
@@ -260,7 +263,7 @@ def _append_error(bench: Bench, heads: Heads, name: str) -> float:
         torch.manual_seed(1)
         pool, (lists,) = _filled(bench, name, 2, 2 * bench.plan.window, 8, 1)
         for t in range(k.shape[2]):
-            door.append_token(k[:, :, t], -k[:, :, t], gate, pool, lists, impl=impl)
+            dispatch.append_token(k[:, :, t], -k[:, :, t], gate, pool, lists, impl=impl)
         return pool, lists
 
     return _difference(feed, heads, bench.impl)
@@ -276,7 +279,7 @@ def _difference(
     shape = (a.batch, heads.kv * heads.group, heads.dim)
     q = torch.randn(shape, device=a.live.device)
     out_a, out_b = (
-        door.decode_attention(q, pool, lists, heads.scoring, impl="reference")
+        dispatch.decode_attention(q, pool, lists, heads.scoring, impl="reference")
         for pool, lists in ((pool_a, a), (pool_b, b))
     )
     return relative_error(out_a, out_b)
@@ -295,7 +298,7 @@ def _filled(
         lists = empty_lists(batch, width, heads, name, bench.plan.window, device)
         k, v = (random_rows(batch, tokens, heads, bench.dtype, device) for _ in range(2))
         evict = random_eviction(batch, tokens, heads, 0.5, device)
-        door.pack(k, v, evict, None, pool, lists, impl="reference")
+        dispatch.pack(k, v, evict, None, pool, lists, impl="reference")
         states.append(lists)
     return pool, states
 
@@ -320,7 +323,7 @@ def _pack_row(bench: Bench, name: str) -> Row:
 
     def work() -> float:
         return graphed(
-            lambda: door.pack(k, v, evict, None, pool, lists, impl=bench.impl), bench.device
+            lambda: dispatch.pack(k, v, evict, None, pool, lists, impl=bench.impl), bench.device
         )
 
     row = _timed(bench, row, work, read + written)
@@ -341,7 +344,7 @@ def _pack_error(bench: Bench, heads: Heads, name: str) -> float:
     def feed(impl: str) -> tuple[PagePool, LayerLists]:
         torch.manual_seed(1)
         pool, (lists,) = _filled(bench, name, 2, T, T, 1)
-        door.pack(*_chunk(bench, 2, T), None, pool, lists, impl=impl)
+        dispatch.pack(*_chunk(bench, 2, T), None, pool, lists, impl=impl)
         return pool, lists
 
     return _difference(feed, heads, bench.impl)
@@ -367,6 +370,10 @@ class Prompt:
         """Leaves that collect gradients."""
         return Prompt(*(x.detach().requires_grad_() for x in self.tensors))
 
+    def masked(self, window: int) -> reference.Prompt:
+        """As attention takes it."""
+        return reference.Prompt(*self.tensors, window)
+
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """All four."""
@@ -378,7 +385,7 @@ def prefill_rows(bench: Bench) -> Iterator[Row]:
     heads, window = bench.plan.heads, bench.plan.window
 
     def dms(x: Prompt) -> Tensor:
-        return door.prefill_attention(*x.tensors, window, None, heads.scoring, impl=bench.impl)
+        return dispatch.prefill_attention(x.masked(window), heads.scoring, impl=bench.impl)
 
     todo = [("prefill", T) for T in bench.plan.prompts] + [("train", T) for T in bench.plan.trained]
     for op, T in todo:
@@ -460,10 +467,10 @@ def _prefill_errors(bench: Bench) -> Iterator[float]:
 
     def results(x: Prompt, attend: Callable[..., Tensor]) -> list[Tensor]:
         x = x.learning()
-        out = attend(*x.tensors, window, None, heads.scoring)
+        out = attend(x.masked(window), heads.scoring)
         return [out, *torch.autograd.grad(out, x.tensors, direction.to(out.dtype))]
 
-    got = results(x, partial(door.prefill_attention, impl=bench.impl))
+    got = results(x, partial(dispatch.prefill_attention, impl=bench.impl))
     wanted = results(exact, reference.prefill_attention)
     return map(relative_error, got, wanted)
 
@@ -512,20 +519,11 @@ class Reader:
             part = slice(start, start + self.chunk)
             q, k, v = (t[:, :, part] for t in (self.x.q, self.x.k, self.x.v))
             evict = self.evict[..., part]
-            out = door.attend_chunk(
-                q,
-                k,
-                v,
-                evict,
-                None,
-                self.lists.seen[:, 0].contiguous(),
-                expiry(self.lists, start) if start else None,
-                self.pool,
-                self.lists,
-                self.heads.scoring,
-                impl=impl,
-            )
-            door.pack(k, v, evict, None, self.pool, self.lists, impl=impl)
+            first = self.lists.seen[:, 0].contiguous()
+            ends = expiry(self.lists, start) if start else None
+            new = Chunk(q, k, v, evict, first, expiry=ends)
+            out = dispatch.attend_chunk(new, self.pool, self.lists, self.heads.scoring, impl=impl)
+            dispatch.pack(k, v, evict, None, self.pool, self.lists, impl=impl)
         return out
 
 

@@ -15,9 +15,10 @@ from modelopt_dms import handover
 from modelopt_dms.cache import DMSLayer, LayerStep
 from modelopt_dms.masks import read_mask
 from modelopt_dms.ops import (
+    Prompt,
     Scoring,
     decode_attention,
-    door,
+    dispatch,
     merge_partials,
     partial_attention,
     past_bias,
@@ -94,13 +95,14 @@ def dms_attention(
         MaskError: a mask that DMS would read as another.
     """
     gate = getattr(module, "dms_gate", None)
+    given = {"dropout": dropout, "scaling": scaling, **kwargs}
     if gate is None:
         if not hasattr(module, "dms_ran"):
             raise AttentionError(
                 f"{layer_name(module)} runs attn_implementation='dms', but its model has no gates: it was made from "
                 "the config of a DMS model, or set to it; use modelopt_dms.load, or another attn_implementation"
             )
-        return _as_before(module, query, key, value, attention_mask, dropout, scaling, kwargs)
+        return _as_before(module, query, key, value, attention_mask, given)
     _check_arguments(module, dropout, kwargs)
     softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
     scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, sinks)
@@ -113,7 +115,7 @@ def dms_attention(
                 f"{layer_name(module)} was run past its hooks, so nothing has decided about its tokens; call the "
                 "module, not its forward()"
             )
-        return _as_before(module, query, key, value, attention_mask, dropout, scaling, kwargs)
+        return _as_before(module, query, key, value, attention_mask, given)
     if step.used:
         raise AttentionError(f"{layer_name(module)} computes attention more than once a forward")
     step.used = True
@@ -155,18 +157,15 @@ def _as_before(
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
-    dropout: float,
-    scaling: float | None,
-    kwargs: dict[str, Any],
+    given: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
     """What the layer ran before its model was converted, on masks made for SDPA."""
-    given = {"dropout": dropout, "scaling": scaling, **kwargs}
     if getattr(module, "dms_ran", "sdpa") == "sdpa":
         return sdpa_attention_forward(module, query, key, value, mask, **given)
-    causal = kwargs.get("is_causal")
+    causal = given.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     mask = additive(mask, query.dtype, query.device, query.shape[2], key.shape[2], causal)
-    if scaling is None:
+    if given["scaling"] is None:
         given["scaling"] = query.shape[-1] ** -0.5
     return _eager_function(module)(module, query, key, value, mask, **given)
 
@@ -218,8 +217,8 @@ def _evicting(
         assert step.log_keep is not None
         mask, _ = read_mask(layer_name(module), attention_mask, tokens, 0, None, None)
         log_keep = step.log_keep.expand(-1, key.shape[1], -1)
-        window = module.dms_gate.window
-        return door.prefill_attention(query, key, value, log_keep, window, mask, scoring)
+        prompt = Prompt(query, key, value, log_keep, module.dms_gate.window, mask)
+        return dispatch.prefill_attention(prompt, scoring)
     attend = getattr(layer.slots, "attend", None)
     if attend is not None:
         return attend(step, query, key, value, scoring)  # a graph is being exported
@@ -261,11 +260,12 @@ def _cached_attention(
         held = [expand(*layer.rows(i)) for i in range(layer.slots.lists)]
         return decode_attention(q, [x for x, _ in held], [x for _, x in held], scoring)
     log_keep = step.log_keep.expand(-1, k.shape[1], -1)
+    prompt = Prompt(q, k, v, log_keep, layer.slots.window, mask)
     if not layer.slots.seen:
         layer.append(evict, valid)
-        return prefill_attention(q, k, v, log_keep, layer.slots.window, mask, scoring)
+        return prefill_attention(prompt, scoring)
     layer.slots.decide_previous(evict[..., 0])
-    new = prefill_partial(q, k, v, log_keep, layer.slots.window, mask, scoring)
+    new = prefill_partial(prompt, scoring)
     past = _attend_past(layer, q, expand, scoring)
     layer.append(evict, valid)
     return with_sinks(*merge_partials(*new, *past), scoring.sinks)

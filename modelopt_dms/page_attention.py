@@ -12,14 +12,16 @@ from torch import Tensor, nn
 
 from modelopt_dms.cache import LayerStep
 from modelopt_dms.ops import (
+    Prompt,
     Scoring,
-    door,
+    dispatch,
     merge_partials,
     partial_attention,
     prefill_partial,
     shift_decisions,
     with_sinks,
 )
+from modelopt_dms.ops.prefill_reference import Chunk
 from modelopt_dms.paging import PagedSlots
 
 # Tokens of a prompt that attend to each other in full; what they evict is gone for the next chunk.
@@ -57,7 +59,7 @@ def attend_pages(
     slots.append_token(k[:, :, 0], v[:, :, 0], step.undecided, valid)
     if latent:
         return _absorbed(module, q[:, :, 0], slots, scoring)[:, :, None]
-    out = door.decode_attention(q[:, :, 0], slots.pool, slots.state, scoring, impl=slots.impl)
+    out = dispatch.decode_attention(q[:, :, 0], slots.pool, slots.state, scoring, impl=slots.impl)
     return out[:, :, None]
 
 
@@ -85,21 +87,16 @@ def _attend_chunks(
         new_k, new_v = (x[:, :, part] for x in incoming)
         slots.prepare(new_k, new_v)
         slots.decide_previous(decisions[..., 0])
-        outs.append(
-            door.attend_chunk(
-                q[:, :, part],
-                k[:, :, part],
-                v[:, :, part],
-                shift_decisions(decisions, slots.shift),
-                None if starts is None else starts[:, part] - start,
-                slots.state.seen[:, 0].contiguous(),
-                slots.expiry(slots.seen) if slots.seen else None,
-                slots.pool,
-                slots.state,
-                scoring,
-                impl=slots.impl,
-            )
+        chunk = Chunk(
+            q[:, :, part],
+            k[:, :, part],
+            v[:, :, part],
+            shift_decisions(decisions, slots.shift),
+            slots.state.seen[:, 0].contiguous(),
+            None if starts is None else starts[:, part] - start,
+            slots.expiry(slots.seen) if slots.seen else None,
         )
+        outs.append(dispatch.attend_chunk(chunk, slots.pool, slots.state, scoring, impl=slots.impl))
         slots.append(new_k, new_v, decisions, None if valid is None else valid[:, part])
     return torch.cat(outs, dim=2)
 
@@ -108,7 +105,7 @@ def _starts(mask: Tensor | None, batch: int, tokens: int) -> Tensor | None:
     """First of the new tokens [B, T] that each of them sees; -1 where it sees older ones, too. None: it sees all."""
     if mask is None:
         return None
-    starts = door.starts_of(mask[..., -tokens:], batch)
+    starts = dispatch.starts_of(mask[..., -tokens:], batch)
     sees_older = mask[:, 0, :, :-tokens].any(-1)
     return torch.where(sees_older, -1, starts)  # type: ignore[arg-type]
 
@@ -143,12 +140,11 @@ def _attend_latents(
     incoming = step.layer.take_incoming()
     slots.prepare(*incoming)
     slots.decide_previous(step.evict[..., 0])
+    prompt = Prompt(q, k, v, log_keep, slots.window, mask)
     if not slots.seen:
-        out = door.prefill_attention(
-            q, k, v, log_keep, slots.window, mask, scoring, impl=slots.impl
-        )
+        out = dispatch.prefill_attention(prompt, scoring, impl=slots.impl)
     else:
-        new = prefill_partial(q, k, v, log_keep, slots.window, mask, scoring)
+        new = prefill_partial(prompt, scoring)
         past = _past_latents(module, q, slots, scoring)
         out = with_sinks(*merge_partials(*new, *past), scoring.sinks)
     slots.append(*incoming, step.evict, valid)
@@ -179,7 +175,7 @@ def _absorbed(module: Any, q: Tensor, slots: PagedSlots, scoring: Scoring) -> Te
     weight = weight.unflatten(0, (q.shape[1], -1))  # [H * (nope + Dv), C] -> [H, nope + Dv, C]
     latent = torch.einsum("bhn,hnc->bhc", q[..., :nope], weight[:, :nope])
     query = torch.cat([latent, q[..., nope:]], dim=-1)
-    out = door.decode_latent(query, slots.pool, slots.state, scoring, impl=slots.impl)
+    out = dispatch.decode_latent(query, slots.pool, slots.state, scoring, impl=slots.impl)
     return torch.einsum("bhc,hvc->bhv", out, weight[:, nope:])
 
 

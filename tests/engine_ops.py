@@ -13,7 +13,7 @@ from modelopt_dms.ops import append_reference, decode_reference, prefill_referen
 from modelopt_dms.ops.gating import Decided
 from modelopt_dms.ops.paged import PAGE, LayerLists, LayerShape, PagePool
 from modelopt_dms.ops.prefill_blocks import own_starts
-from modelopt_dms.ops.prefill_reference import log2_bias
+from modelopt_dms.ops.prefill_reference import Chunk, log2_bias
 from modelopt_dms.ops.reference import Scoring
 from modelopt_dms.ops.rows import write_rows
 
@@ -159,13 +159,7 @@ def check_attention(
     }
     out = layer.run(run, "DmsPrefillAttention", given)["out"]
     expected = prefill_reference.attend_chunk(
-        q,
-        k,
-        v,
-        evict,
-        starts,
-        first,
-        expiry,
+        Chunk(q, k, v, evict, first, starts, expiry),
         layer.pool,
         layer.lists,
         Scoring(shape.keys.dim**-0.5),
@@ -179,7 +173,7 @@ def check_attention(
 
 
 def check_write(run: Run, shape: LayerShape, device: torch.device, tokens: int) -> None:
-    """DmsPrefillWrite stores what `place` stores: to the bit."""
+    """DmsPrefillWrite stores what `apply_plan` stores: to the bit."""
     ours, theirs = (Layer(shape, [[30, 7], [0, 0]], device) for _ in range(2))
     B, K, T = 2, 2, tokens
     k, v = ours.random(B, K, T, shape.keys.dim), ours.random(B, K, T, shape.values.dim)
@@ -187,6 +181,6 @@ def check_write(run: Run, shape: LayerShape, device: torch.device, tokens: int) 
     plan = append_reference.plan_pack(evict, None, ours.lists)
     assert -1 in plan.slots.unique() and int(plan.slots.max()) > PAGE
     ours.run(run, "DmsPrefillWrite", {"k": k, "v": v, "slots": plan.slots.contiguous()})
-    append_reference.place(plan, k, v, theirs.pool, theirs.lists)
+    append_reference.apply_plan(plan, k, v, theirs.pool, theirs.lists)
     assert torch.equal(ours.pool.keys[1:], theirs.pool.keys[1:])
     assert torch.equal(ours.pool.values[1:], theirs.pool.values[1:])

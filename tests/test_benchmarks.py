@@ -50,12 +50,12 @@ def test_every_kernel_and_format_is_measured_and_right(load, tmp_path: Path) -> 
 
 def test_a_wrong_kernel_is_not_timed(load, tmp_path: Path, monkeypatch) -> None:
     measure = load("measure_kernels")
-    right = measure.door.pack
+    right = measure.dispatch.pack
 
     def wrong(k, v, *rest, impl="auto"):
         return right(k if impl == "reference" else 1.1 * k, v, *rest, impl="reference")
 
-    monkeypatch.setattr(measure.door, "pack", wrong)
+    monkeypatch.setattr(measure.dispatch, "pack", wrong)
     output = tmp_path / "kernels.json"
     with pytest.raises(SystemExit) as stopped:
         measure.main(["--quick", "--parts", "pack", "--output", str(output)])

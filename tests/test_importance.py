@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelopt_dms.ops import Scoring, importance, output_change
+from modelopt_dms.ops import ResidualStream, Scoring, importance, output_change
 
 
 def evicted_one_by_one(q, k, v, maps, residual, lengths, window, scoring):
@@ -61,7 +61,9 @@ def test_importance_is_the_change_of_the_output_when_a_key_is_evicted(
     scoring = Scoring(0.35, softcap, torch.randn(H, generator=generator) if sinks else None)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(importance, "SCORES", {"cpu": at_a_time})
-        found = output_change(q, k, v, maps.mT @ maps, residual, lengths, window, scoring)
+        found = output_change(
+            q, k, v, ResidualStream(maps.mT @ maps, residual), lengths, window, scoring
+        )
     expected = evicted_one_by_one(q, k, v, maps, residual, lengths, window, scoring)
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-3)
 
@@ -82,8 +84,7 @@ def test_memory_does_not_grow_with_the_square_of_the_length(monkeypatch):
         q,
         k,
         v,
-        torch.eye(4).expand(4, -1, -1),
-        torch.ones(1, 512),
+        ResidualStream(torch.eye(4).expand(4, -1, -1), torch.ones(1, 512)),
         torch.tensor([512]),
         16,
         Scoring(0.5),

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-PAGE = Path(__file__).parent.parent / "docs" / "kernels.md"
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "kernels.md"
 # Backward kernels hold two accumulators; what they may spill is stated here.
 MAY_SPILL = {"prefill_dkv_d128_128": 72, "prefill_dkv_d192_128": 64}
 
@@ -27,7 +28,7 @@ def made() -> dict[str, list[str]]:
     # Kernels are interpreted in this process; another one compiles them.
     clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     found = subprocess.run(
-        [sys.executable, "-m", "modelopt_dms.ops.table"],
+        [sys.executable, ROOT / "tools" / "kernel_table.py"],
         env=clean,
         capture_output=True,
         text=True,

@@ -12,16 +12,16 @@ from torch import Tensor
 
 from modelopt_dms.kv_quant import Fp8, Int8, Nvfp4, RowFormat
 from modelopt_dms.ops import (
-    library,
+    dispatch,
     prefill,
     prefill_backward,
     prefill_chunk,
     prefill_reference,
-    reference,
 )
 from modelopt_dms.ops.paged import PAGE, LayerLists, PagePool, RowLayout
 from modelopt_dms.ops.prefill_blocks import Tile, split
-from modelopt_dms.ops.reference import Scoring
+from modelopt_dms.ops.prefill_reference import Chunk
+from modelopt_dms.ops.reference import Prompt, Scoring
 from modelopt_dms.ops.rows import read_rows, write_rows
 
 NEVER = 2**31 - 1  # no position comes after it
@@ -66,14 +66,16 @@ def _mask(starts: Tensor) -> Tensor:
 def _outputs_and_gradients(kernel: bool, inputs, window, starts, scoring) -> list[Tensor]:
     inputs = [x.clone() if kernel else x.double() for x in inputs]
     inputs = [x.requires_grad_() for x in inputs]
-    if kernel:
-        out = library.prefill_attention(*inputs, window, starts, scoring)
-    else:
-        mask = None if starts is None else _mask(starts)
-        out = reference.prefill_attention(*inputs, window, mask, scoring)
+    mask = None if starts is None else _mask(starts)
+    impl = "triton" if kernel else "reference"
+    out = dispatch.prefill_attention(Prompt(*inputs, window, mask), scoring, impl=impl)
     torch.manual_seed(0)
     out.backward(torch.randn(out.shape).to(out.dtype))
     return [out.detach(), *(x.grad for x in inputs)]
+
+
+def _attend(q, k, v, keep_logprob, window, scoring) -> Tensor:
+    return dispatch.prefill_attention(Prompt(q, k, v, keep_logprob, window), scoring, impl="triton")
 
 
 def _agree(inputs, window, starts, scoring) -> None:
@@ -110,7 +112,7 @@ def test_sinks_take_their_share_of_the_weights():
 def test_sinks_that_want_a_gradient_are_refused():
     sinks = torch.zeros(1, requires_grad=True)
     with pytest.raises(ValueError, match="gradient of sinks"):
-        library.prefill_attention(*_inputs(T=3), 4, None, Scoring(0.25, sinks=sinks))
+        _attend(*_inputs(T=3), 4, Scoring(0.25, sinks=sinks))
 
 
 def test_documents_and_padding_do_not_see_each_other():
@@ -154,7 +156,7 @@ def test_keep_logprob_has_the_slope_that_its_gradient_says():
     weight = torch.randn(1, 1, 36, 16)
 
     def loss(x: Tensor) -> Tensor:
-        return (library.prefill_attention(q, k, v, x, 5, None, Scoring(0.25)) * weight).sum()
+        return (_attend(q, k, v, x, 5, Scoring(0.25)) * weight).sum()
 
     x = keep_logprob.clone().requires_grad_()
     loss(x).backward()
@@ -225,8 +227,10 @@ def _chunk(lists: LayerLists, dims: tuple[int, int], G: int, T: int) -> list[Ten
     return [*(torch.randn(B, h, T, d) for h, d in heads), torch.rand(B, K, T) < 0.5]
 
 
-def _one_by_one(q, k, v, evict, starts, first, expiry, pool, lists, scoring) -> Tensor:
+def _one_by_one(chunk: Chunk, pool, lists, scoring) -> Tensor:
     """Attention of a chunk in float64, a query and a head at a time, by the words of the definition."""
+    q, k, v, evict = chunk.q, chunk.k, chunk.v, chunk.evict
+    first, starts, expiry = chunk.first, chunk.starts, chunk.expiry
     B, H, T, _ = q.shape
     G = H // k.shape[1]
     past = read_rows(pool, lists, _slots(lists), torch.float64)
@@ -259,12 +263,13 @@ def _one_by_one(q, k, v, evict, starts, first, expiry, pool, lists, scoring) -> 
 
 
 def _chunk_agrees(chunk, starts, first, expiry, pool, lists, scoring) -> None:
-    more = (starts, torch.tensor(first, dtype=torch.int32), expiry, pool, lists, scoring)
-    expected = _one_by_one(*chunk, *more)
-    ours = prefill_chunk.attend_chunk(*chunk, *more)
+    bounds = (torch.tensor(first, dtype=torch.int32), starts, expiry)
+    more = (pool, lists, scoring)
+    expected = _one_by_one(Chunk(*chunk, *bounds), *more)
+    ours = prefill_chunk.attend_chunk(Chunk(*chunk, *bounds), *more)
     torch.testing.assert_close(ours.double(), expected, atol=3e-6, rtol=1e-5)
     floats = [x.double() for x in chunk[:3]]
-    meaning = prefill_reference.attend_chunk(*floats, chunk[3], *more)
+    meaning = prefill_reference.attend_chunk(Chunk(*floats, chunk[3], *bounds), *more)
     torch.testing.assert_close(meaning, expected, atol=1e-9, rtol=1e-9)
 
 
@@ -311,12 +316,12 @@ def test_a_chunk_that_starts_documents_does_not_read_what_was_before():
 
 def test_page_ids_change_no_bit():
     dims = (16, 16)
-    more = (None, torch.tensor([70]), None)
+    first = torch.tensor([70])
     outs = []
     for pages in ((3, 1), (2, 3), (1, 2)):
         pool, lists = _lists([[70]], dims, pages=pages)
         chunk = _chunk(lists, dims, 1, 10)
-        outs.append(prefill_chunk.attend_chunk(*chunk, *more, pool, lists, Scoring(0.25)))
+        outs.append(prefill_chunk.attend_chunk(Chunk(*chunk, first), pool, lists, Scoring(0.25)))
     assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
 
 
@@ -325,17 +330,15 @@ def test_a_prompt_in_chunks_equals_the_whole_prompt():
     q, k, v, _ = _inputs(T=T, K=2, G=2)
     evict = torch.rand(1, 2, T) < 0.5
     keep_logprob = torch.zeros(evict.shape).masked_fill(evict, -math.inf)
-    whole = library.prefill_attention(q, k, v, keep_logprob, window, None, Scoring(0.25))
+    whole = _attend(q, k, v, keep_logprob, window, Scoring(0.25))
 
     pool, lists = _lists([[0, 0]], (16, 16), pages=(3, 1, 2, 4))
     outs = []
     expiry = None
     for start, end in ((0, border), (border, T)):
         parts = [x[:, :, start:end] for x in (q, k, v, evict)]
-        first = torch.tensor([start])
-        outs.append(
-            prefill_chunk.attend_chunk(*parts, None, first, expiry, pool, lists, Scoring(0.25))
-        )
+        chunk = Chunk(*parts, torch.tensor([start]), expiry=expiry)
+        outs.append(prefill_chunk.attend_chunk(chunk, pool, lists, Scoring(0.25)))
         # The survivors of the first chunk; those that are marked expire in the second.
         expiry = torch.full((1, 2, 2 * PAGE), NEVER, dtype=torch.int32)
         for head in range(2):

@@ -12,15 +12,16 @@ from torch.library import opcheck
 
 import modelopt_dms as dms
 from modelopt_dms.cache import kv_stats
-from modelopt_dms.ops import door, library
+from modelopt_dms.ops import dispatch, library
 from modelopt_dms.ops.gating import Decided, LinearGate
 from modelopt_dms.ops.paged import PAGE, LayerLists, PagePool, RowLayout
-from modelopt_dms.ops.reference import Scoring
+from modelopt_dms.ops.reference import Prompt, Scoring
 
 B, K, G, D, T = 2, 2, 2, 16, 5
 SCORING = Scoring(D**-0.5)
 # What an op promises: its schema, its fake kernel, and its gradient's registration.
 PROMISES = ("test_schema", "test_faketensor", "test_autograd_registration")
+KERNELS = library.kernel_function
 
 
 def filled(name: str = "plain") -> tuple[PagePool, LayerLists]:
@@ -30,15 +31,15 @@ def filled(name: str = "plain") -> tuple[PagePool, LayerLists]:
     pool = PagePool.make(9, *layouts, torch.device("cpu"))
     lists = LayerLists.make(B, K, 2, 3, 0, torch.ones(B, dtype=torch.bool), formats)
     evict = torch.rand(B, K, T) < 0.5
-    door.pack(torch.randn(B, K, T, D), torch.randn(B, K, T, D), evict, None, pool, lists)
+    dispatch.pack(torch.randn(B, K, T, D), torch.randn(B, K, T, D), evict, None, pool, lists)
     return pool, lists
 
 
-def arguments(name: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments of an op by its name."""
+def arguments(name: str, rows: str = "plain") -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of an op by its name, on rows of a format."""
     torch.manual_seed(0)
-    pool, lists = filled()
-    state, scored = library._state(pool, lists), library._scored(SCORING)
+    pool, lists = filled(rows)
+    state, scored = library.state(pool, lists), library.scored(SCORING)
     q, k, v = (torch.randn(B, n, T, D) for n in (K * G, K, K))
     evict = torch.rand(B, K, T) < 0.5
     keep = torch.randn(B, K, T)
@@ -63,12 +64,33 @@ def test_an_op_keeps_what_its_schema_promises(name: str) -> None:
     opcheck(op, args, kwargs, test_utils=PROMISES)
 
 
+@pytest.mark.parametrize("rows", ["plain", "fp8 rows", "mixed"])
+@pytest.mark.parametrize("name", ["decode", "append_token", "pack", "attend_chunk"])
+def test_on_a_cpu_without_triton_an_op_is_its_reference(
+    name: str, rows: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    op, found = getattr(torch.ops.modelopt_dms, name), []
+    for interpreted in (True, False):
+        args, kwargs = arguments(name, rows)
+        monkeypatch.setattr(library, "interpreting", lambda x=interpreted: x)
+        monkeypatch.setattr(library, "kernel_function", KERNELS if interpreted else None)
+        out = op(*args, **kwargs)
+        changed = [kwargs[x].clone() for x in ("live", "seen", "ring_slot", "ring_evict", "table")]
+        found.append([*changed, *([] if out is None else [out])])
+    for x, y in zip(*found, strict=True):
+        torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-4)
+
+
 def test_training_attention_compiles_whole_with_its_gradient() -> None:
     args, _ = arguments("prefill")
     tensors = args[:4]
 
     def loss(q: Tensor, k: Tensor, v: Tensor, keep: Tensor) -> Tensor:
-        return library.prefill_attention(q, k, v, keep, 1, None, SCORING).square().sum()
+        return (
+            dispatch.prefill_attention(Prompt(q, k, v, keep, 1), SCORING, impl="triton")
+            .square()
+            .sum()
+        )
 
     expected = torch.autograd.grad(loss(*tensors), tensors)
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
@@ -82,8 +104,8 @@ def test_a_decode_step_exports_with_its_ops() -> None:
 
     class Step(torch.nn.Module):
         def forward(self, q: Tensor, k: Tensor, v: Tensor, evict: Tensor) -> Tensor:
-            library.append_token(k, v, Decided(evict), pool, lists)
-            return library.decode_attention(q, pool, lists, SCORING)
+            dispatch.append_token(k, v, Decided(evict), pool, lists, impl="triton")
+            return dispatch.decode_attention(q, pool, lists, SCORING, impl="triton")
 
     q, k, v = torch.randn(B, K * G, D), torch.randn(B, K, D), torch.randn(B, K, D)
     program = torch.export.export(Step(), (q, k, v, torch.zeros(B, K, dtype=torch.bool)))
@@ -111,24 +133,24 @@ def test_a_model_decodes_under_torch_compile_without_a_graph_break() -> None:
 
 
 def test_kernels_are_refused_where_they_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(door, "_interpreting", lambda: False)
+    monkeypatch.setattr(library, "interpreting", lambda: False)
     with pytest.raises(ValueError, match="impl='triton' needs a CUDA device, got 'cpu'"):
-        door.choose("triton", torch.device("cpu"))
-    monkeypatch.setattr(door, "_has_triton", lambda: False)
+        dispatch.choose("triton", torch.device("cpu"))
+    monkeypatch.setattr(library, "has_triton", lambda: False)
     with pytest.raises(ValueError, match="needs Triton"):
-        door.choose("triton", torch.device("cuda"))
-    assert door.choose("auto", torch.device("cpu")) == "reference"
+        dispatch.choose("triton", torch.device("cuda"))
+    assert dispatch.choose("auto", torch.device("cpu")) == "reference"
 
 
 def test_masks_that_kernels_do_not_know_are_refused() -> None:
     causal = torch.ones(6, 6).tril().bool()[None, None]
-    assert door.starts_of(causal, 2).tolist() == [[0] * 6] * 2
+    assert dispatch.starts_of(causal, 2).tolist() == [[0] * 6] * 2
     documents = causal.clone()
     documents[..., 3:, :3] = False
-    assert door.starts_of(documents, 1).tolist() == [[0, 0, 0, 3, 3, 3]]
+    assert dispatch.starts_of(documents, 1).tolist() == [[0, 0, 0, 3, 3, 3]]
     documents[..., 5, 4] = False
     with pytest.raises(ValueError, match="use impl='reference'"):
-        door.starts_of(documents, 1)
+        dispatch.starts_of(documents, 1)
 
 
 def test_a_linear_gate_and_decisions_append_the_same() -> None:
@@ -147,7 +169,7 @@ def test_a_linear_gate_and_decisions_append_the_same() -> None:
     for given in (gate, Decided(gate.decide(K))):
         torch.manual_seed(2)
         pool, lists = filled()
-        library.append_token(*rows, given, pool, lists)
+        dispatch.append_token(*rows, given, pool, lists, impl="triton")
         held.append(lists)
     for name in ("live", "seen", "ring_slot", "ring_evict", "table"):
         assert torch.equal(getattr(held[0], name), getattr(held[1], name))

@@ -11,7 +11,7 @@ from modelopt_dms.kv_quant import Fp8
 from modelopt_dms.ops import append_reference, decode_reference, prefill_reference
 from modelopt_dms.ops.gating import Decided
 from modelopt_dms.ops.paged import PAGE
-from modelopt_dms.ops.prefill_reference import expiry, log2_bias
+from modelopt_dms.ops.prefill_reference import Chunk, expiry, log2_bias
 from modelopt_dms.ops.reference import Scoring, shift_decisions
 
 B, K, G, D = 2, 2, 3, 16
@@ -131,7 +131,7 @@ def test_a_chunk_reads_lists_and_itself(name: str, window: int, shift: int, padd
     given |= {"expiry": until, **layer.tensors()}
     found = run("DmsPrefillAttention", given, **facts)["out"]
     expected = prefill_reference.attend_chunk(
-        q, k, v, governed, starts, first, until, layer.pool, layer.lists, Scoring(0.5)
+        Chunk(q, k, v, governed, first, starts, until), layer.pool, layer.lists, Scoring(0.5)
     )
     torch.testing.assert_close(found, expected)
 
@@ -144,7 +144,7 @@ def test_a_chunk_is_written_to_its_slots(name: str) -> None:
     plan = append_reference.plan_pack(torch.rand(B, K, T) < 0.5, None, layer.lists)
     given = {"k": k, "v": v, "slots": plan.slots, **layer.tensors()}
     found = run("DmsPrefillWrite", given, **numbers(layer.formats))
-    append_reference.place(plan, k, v, layer.pool, layer.lists)
+    append_reference.apply_plan(plan, k, v, layer.pool, layer.lists)
     expected = layer.tensors()
     assert all(same(found[f"new_{x}"], expected[x]) for x in ("keys", "values"))
 

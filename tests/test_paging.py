@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from paged_oracle import FORMATS, Formats, held, pending, stored
 from torch import Tensor
 
-from modelopt_dms.ops import door
+from modelopt_dms.ops import dispatch
 from modelopt_dms.ops.gating import Decided
 from modelopt_dms.ops.paged import PAGE, OutOfPagesError
 from modelopt_dms.pages import SlotLists
@@ -312,7 +312,7 @@ def test_a_captured_graphs_tokens_are_counted() -> None:
     append(slots, 3, 0.0)
     k, v, evict = tokens(2, 1, 0.0, 1)
     gate = Decided(evict[..., 0])
-    door.append_token(k[:, :, 0], v[:, :, 0], gate, slots.pool, slots.state)
+    dispatch.append_token(k[:, :, 0], v[:, :, 0], gate, slots.pool, slots.state)
     slots.advance(1)
     assert slots.seen == 4
     assert slots.usage.settled().tokens.tolist() == [4, 4]

@@ -14,6 +14,7 @@ from torch import Tensor
 from modelopt_dms.convert import dms_modules
 from modelopt_dms.gate import set_relaxation
 from modelopt_dms.ops import (
+    Prompt,
     Scoring,
     assign_slots,
     decode_attention,
@@ -41,6 +42,11 @@ class Case:
     window: int
     mask: Tensor | None
     scoring: Scoring
+
+    @property
+    def prompt(self) -> Prompt:
+        """What attends."""
+        return Prompt(self.q, self.k, self.v, self.log_keep, self.window, self.mask)
 
 
 @st.composite
@@ -125,17 +131,13 @@ def assert_equal_on_tokens(case: Case, out: Tensor, expected: Tensor, atol: floa
 
 @given(cases())
 def test_prefill_under_hard_decisions_equals_the_formula(case: Case) -> None:
-    out = prefill_attention(
-        case.q, case.k, case.v, case.log_keep, case.window, case.mask, case.scoring
-    )
+    out = prefill_attention(case.prompt, case.scoring)
     assert_equal_on_tokens(case, out, formula(case), 2e-6)
 
 
 @given(cases(soft=True))
 def test_prefill_under_soft_decisions_equals_the_formula(case: Case) -> None:
-    out = prefill_attention(
-        case.q, case.k, case.v, case.log_keep, case.window, case.mask, case.scoring
-    )
+    out = prefill_attention(case.prompt, case.scoring)
     assert_equal_on_tokens(case, out, formula(case), 2e-6)
 
 
@@ -143,9 +145,8 @@ def test_prefill_under_soft_decisions_equals_the_formula(case: Case) -> None:
 def test_the_block_size_changes_nothing(case: Case, rows: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference, "QUERY_ROWS", rows)
-        arguments = (case.q, case.k, case.v, case.log_keep, case.window, case.mask, case.scoring)
-        out = prefill_attention(*arguments)
-        partial = with_sinks(*prefill_partial(*arguments), case.scoring.sinks)
+        out = prefill_attention(case.prompt, case.scoring)
+        partial = with_sinks(*prefill_partial(case.prompt, case.scoring), case.scoring.sinks)
     expected = formula(case)
     assert_equal_on_tokens(case, out, expected, 2e-6)
     assert_equal_on_tokens(case, partial, expected, 2e-6)
@@ -155,18 +156,14 @@ def test_the_block_size_changes_nothing(case: Case, rows: int) -> None:
 def test_without_decisions_prefill_is_plain_attention(case: Case) -> None:
     case.log_keep.zero_()
     expected = formula(case)
-    out = prefill_attention(
-        case.q, case.k, case.v, case.log_keep, case.window, case.mask, case.scoring
-    )
+    out = prefill_attention(case.prompt, case.scoring)
     assert_equal_on_tokens(case, out, expected, 2e-6)
 
 
 @given(cases())
 def test_float64_in_is_float64_all_the_way(case: Case) -> None:
     case.q, case.k, case.v = case.q.double(), case.k.double(), case.v.double()
-    out = prefill_attention(
-        case.q, case.k, case.v, case.log_keep, case.window, case.mask, case.scoring
-    )
+    out = prefill_attention(case.prompt, case.scoring)
     tolerance = 1e-12 if case.scoring.sinks is None else 1e-6
     assert_equal_on_tokens(case, out, formula(case), tolerance)
 
@@ -180,7 +177,7 @@ def test_gradients_equal_float64_autograd_of_the_formula(case: Case, rows: int) 
         # With several blocks, the backward pass makes their scores anew.
         patch.setattr(reference, "QUERY_ROWS", rows)
         patch.setattr(reference, "KEPT_BLOCKS", 1)
-        out = prefill_attention(*single, case.window, case.mask, case.scoring)
+        out = prefill_attention(Prompt(*single, case.window, case.mask), case.scoring)
         weights = torch.randn_like(out) * seen
         (out * weights).sum().backward()
     double = [x.double().requires_grad_() for x in inputs]
@@ -204,7 +201,7 @@ def test_what_training_keeps_does_not_grow_with_the_square_of_the_length() -> No
         log_keep = torch.full((1, 2, length), -1.0, requires_grad=True)
         sizes.clear()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            prefill_attention(q, k, v, log_keep, 8, None, Scoring(0.5))
+            prefill_attention(Prompt(q, k, v, log_keep, 8), Scoring(0.5))
         assert sum(sizes.values()) < 200 * length * 4, length
 
 
@@ -212,7 +209,7 @@ def test_a_fully_closed_gate_gives_finite_gradients() -> None:
     q, k, v = (torch.randn(1, 2, 8, 4) for _ in range(3))
     z = torch.full((1, 2, 8), 1e4, requires_grad=True)
     log_keep = torch.nn.functional.logsigmoid(-z)
-    out = prefill_attention(q, k, v, log_keep, 2, None, Scoring(0.5))
+    out = prefill_attention(Prompt(q, k, v, log_keep, 2), Scoring(0.5))
     out.square().sum().backward()
     assert bool(out.isfinite().all())
     assert z.grad is not None
@@ -226,7 +223,7 @@ def test_a_sequence_cut_in_two_merges_to_the_whole(case: Case, at: int) -> None:
     K = case.k.shape[1]
     at = at % T
     tail = (x[:, :, at:] for x in (case.q, case.k, case.v, case.log_keep))
-    new = prefill_partial(*tail, case.window, None, case.scoring)
+    new = prefill_partial(Prompt(*tail, case.window), case.scoring)
     queries = torch.arange(at, T)
     parts = []
     for b in range(B):

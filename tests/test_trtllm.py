@@ -301,7 +301,7 @@ def test_the_kernels_compute_what_the_reference_does(
     ids = tokens(1, 20, seed=6)
     want = logits(model, ids)[0]
     row = ids[0].tolist()
-    monkeypatch.setattr("modelopt_dms.ops.door.choose", lambda impl, device: "triton")
+    monkeypatch.setattr("modelopt_dms.ops.dispatch.choose", lambda impl, device: "triton")
     with monkeypatch.context() as patch:
         patch.setattr("modelopt_dms.exporters.trtllm.ops.CHUNK", 8)
         whole, part = server.step([(2, 0, row[:18]), (0, 0, row[:9])])

@@ -17,7 +17,7 @@ from modelopt_dms.config import CalibrateConfig
 from modelopt_dms.convert import dms_modules
 from modelopt_dms.data.packing import Samples
 from modelopt_dms.gate import EvictionGate, eviction_off
-from modelopt_dms.ops import output_change, shift_decisions
+from modelopt_dms.ops import ResidualStream, output_change, shift_decisions
 from modelopt_dms.train.head import input_device
 
 # The importance is a sum of squares that spans many decades: its root, a norm, is nearer to what a
@@ -47,9 +47,11 @@ class _Observer:
         q, k, v, scoring = self.attended
         gate, window = self.gate, self.gate.window
         stream = output if isinstance(output, Tensor) else output[0]  # [B, T, C]
-        residual = stream.float().square().sum(-1).to(q.device)
-        gram = head_grams(self.module, q.shape[1], v.shape[-1])
-        importance = output_change(q, k, v, gram, residual, self.lengths, window, scoring)
+        residual = ResidualStream(
+            head_grams(self.module, q.shape[1], v.shape[-1]),
+            stream.float().square().sum(-1).to(q.device),
+        )
+        importance = output_change(q, k, v, residual, self.lengths, window, scoring)
         if importance.shape[1] != gate.threshold.numel():  # one decision for all heads
             importance = importance.sum(1, keepdim=True)
         targets = importance.pow(POWER).transpose(1, 2)  # [B, R, T] -> [B, T, R]

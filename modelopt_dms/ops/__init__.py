@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mathematics of DMS on plain tensors. Knows neither transformers nor modelopt."""
+"""The mathematics of DMS on plain tensors."""
 
-from modelopt_dms.ops.importance import output_change
+from modelopt_dms.ops.importance import ResidualStream, output_change
 from modelopt_dms.ops.reference import (
+    Prompt,
     Scoring,
     assign_slots,
     decode_attention,
@@ -16,6 +17,8 @@ from modelopt_dms.ops.reference import (
 )
 
 __all__ = [
+    "Prompt",
+    "ResidualStream",
     "Scoring",
     "assign_slots",
     "decode_attention",

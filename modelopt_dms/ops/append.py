@@ -2,7 +2,7 @@
 """Taking tokens into paged lists with Triton; what it means stands in `ops.append_reference`.
 
 `append_token` is one launch: decision, ring, slot, page and encoded rows. `pack` finds its slots with PyTorch on the
-device and stores the rows with one kernel. Neither asks the host. Knows nothing about attention.
+device and stores the rows with one kernel. Neither synchronizes with the host.
 """
 
 from typing import Any
@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from modelopt_dms.ops.append_reference import Plan, claim, commit, plan_pack
-from modelopt_dms.ops.encoding import copy_rows, load_rows, store_rows
+from modelopt_dms.ops.append_reference import Plan, allocate_pages, plan_pack, update_metadata
+from modelopt_dms.ops.encoding import copy_pair, load_rows, store_rows
 from modelopt_dms.ops.gating import Decided, GateInput, LinearGate
 from modelopt_dms.ops.paged import PAGE, LayerLists, LayerShape, PagePool, RowLayout
 from modelopt_dms.ops.undo import UndoLog
@@ -50,6 +50,31 @@ def _decide(
         w = tl.load(weight_ptr + row * C + at, at < C, other=0.0)
         summed += x.to(tl.float32) * w
     return (SCALE * tl.sum(summed) - OFFSET > threshold) & (position >= PROTECT)
+
+
+@triton.jit
+def _take_page(free_ptr, counters_ptr, entry, page, fits):
+    """A free page, of which the table's entry is told; the same page where there is none or the table is full."""
+    if fits:
+        left = tl.atomic_add(counters_ptr, -1, sem="relaxed") - 1
+        tl.atomic_min(counters_ptr + 1, left, sem="relaxed")
+        page = tl.load(free_ptr + left, mask=left >= 0, other=0)
+        tl.store(entry, page)
+    else:
+        tl.atomic_min(counters_ptr + 1, -1, sem="relaxed")
+    return page
+
+
+@triton.jit
+def _remember_decision(ring_evict, column, previous, seen, evict, SHIFT: tl.constexpr):
+    """Write a decision to the ring: about the token in this column, or with SHIFT about the one before it."""
+    if SHIFT == 1:
+        if seen > 0:
+            tl.store(ring_evict + previous, evict.to(tl.int8))
+        # Nothing has decided about this token. The same thread stores both: with a window of 0, they are one place.
+        tl.store(ring_evict + column, 0)
+    else:
+        tl.store(ring_evict + column, evict.to(tl.int8))
 
 
 @triton.jit
@@ -91,14 +116,10 @@ def _append_kernel(
     KEY_PER_ROW: tl.constexpr,
     DK: tl.constexpr,
     BLOCK_DK: tl.constexpr,
-    KEY_CODES: tl.constexpr,
-    KEY_SCALES: tl.constexpr,
     VALUE_NUMBER: tl.constexpr,
     VALUE_PER_ROW: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_DV: tl.constexpr,
-    VALUE_CODES: tl.constexpr,
-    VALUE_SCALES: tl.constexpr,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ONE_ROW: tl.constexpr,
@@ -130,20 +151,9 @@ def _append_kernel(
         evict = tl.load(evict_ptr + index).to(tl.int1)
     else:
         evict = _decide(
-            features_ptr,
-            weight_ptr,
-            threshold_ptr,
-            positions_ptr,
-            sequence,
-            head,
-            C,
-            BLOCK_C,
-            ONE_ROW,
-            ONE_POSITION,
-            SCALE,
-            OFFSET,
-            PROTECT,
-        )
+            features_ptr, weight_ptr, threshold_ptr, positions_ptr, sequence, head,
+            C, BLOCK_C, ONE_ROW, ONE_POSITION, SCALE, OFFSET, PROTECT,
+        )  # fmt: skip
     ring = index * RING
     column = seen % RING
     expired = tl.load(ring_slot_ptr + ring + column)
@@ -163,60 +173,29 @@ def _append_kernel(
 
     if free_ptr is not None:  # noqa: SIM102 (decided when compiled, the next when run)
         if (page == 0) & (slot % PAGE == 0):
-            if fits:
-                left = tl.atomic_add(counters_ptr, -1, sem="relaxed") - 1
-                tl.atomic_min(counters_ptr + 1, left, sem="relaxed")
-                page = tl.load(free_ptr + left, mask=left >= 0, other=0)
-                tl.store(entry, page)
-            else:
-                tl.atomic_min(counters_ptr + 1, -1, sem="relaxed")
+            page = _take_page(free_ptr, counters_ptr, entry, page, fits)
     row = one + page.to(tl.int64) * PAGE + slot % PAGE
     if LOGGED > 0:
         logged = (seen % LOGGED).to(tl.int64) * lists + index
-        copy_rows(keys_ptr, row, log_keys_ptr, one + logged, KEY_CODES, BLOCK_DK)
-        copy_rows(values_ptr, row, log_values_ptr, one + logged, VALUE_CODES, BLOCK_DV)
-        if KEY_SCALES > 0:
-            copy_rows(key_scales_ptr, row, log_key_scales_ptr, one + logged, KEY_SCALES, BLOCK_DK)
-        if VALUE_SCALES > 0:
-            copy_rows(
-                value_scales_ptr, row, log_value_scales_ptr, one + logged, VALUE_SCALES, BLOCK_DV
-            )
+        copy_pair(
+            row, keys_ptr, values_ptr, key_scales_ptr, value_scales_ptr,
+            one + logged, log_keys_ptr, log_values_ptr, log_key_scales_ptr, log_value_scales_ptr,
+            KEY_NUMBER, KEY_PER_ROW, DK, BLOCK_DK, VALUE_NUMBER, VALUE_PER_ROW, DV, BLOCK_DV,
+        )  # fmt: skip
         tl.store(log_expired_ptr + logged, expired)
         tl.store(log_marked_ptr + logged, marked.to(tl.int8))
         tl.store(log_live_ptr + logged, live)
         # The row that was logged is overwritten next, by other threads.
         tl.debug_barrier()
     store_rows(
-        k,
-        row,
-        wanted,
-        scales_ptr + head,
-        keys_ptr,
-        key_scales_ptr,
-        KEY_NUMBER,
-        KEY_PER_ROW,
-        DK,
-        BLOCK_DK,
-    )
+        k, row, wanted, scales_ptr + head, keys_ptr, key_scales_ptr,
+        KEY_NUMBER, KEY_PER_ROW, DK, BLOCK_DK,
+    )  # fmt: skip
     store_rows(
-        v,
-        row,
-        wanted,
-        scales_ptr + 2 * K + head,
-        values_ptr,
-        value_scales_ptr,
-        VALUE_NUMBER,
-        VALUE_PER_ROW,
-        DV,
-        BLOCK_DV,
-    )
-    if SHIFT == 1:
-        if seen > 0:
-            tl.store(ring_evict_ptr + ring + previous, evict.to(tl.int8))
-        # Nobody has decided about this token. The same thread stores both: with a window of 0, they are one place.
-        tl.store(ring_evict_ptr + ring + column, 0)
-    else:
-        tl.store(ring_evict_ptr + ring + column, evict.to(tl.int8))
+        v, row, wanted, scales_ptr + 2 * K + head, values_ptr, value_scales_ptr,
+        VALUE_NUMBER, VALUE_PER_ROW, DV, BLOCK_DV,
+    )  # fmt: skip
+    _remember_decision(ring_evict_ptr + ring, column, previous, seen, evict, SHIFT)
     tl.store(ring_slot_ptr + ring + column, tl.where(fits, slot, -1))
     tl.store(live_ptr + index, tl.where(reuse | (slot >= pages * PAGE), live, live + 1))
     tl.store(seen_ptr + index, seen + 1)
@@ -258,30 +237,14 @@ def _pack_kernel(
     row = page.to(tl.int64) * PAGE + slot % PAGE
     k = load_rows(k_ptr, at, wanted, KEY_NUMBER, DK, BLOCK_DK)
     store_rows(
-        k,
-        row,
-        wanted,
-        scales_ptr + head,
-        keys_ptr,
-        key_scales_ptr,
-        KEY_NUMBER,
-        KEY_PER_ROW,
-        DK,
-        BLOCK_DK,
-    )
+        k, row, wanted, scales_ptr + head, keys_ptr, key_scales_ptr,
+        KEY_NUMBER, KEY_PER_ROW, DK, BLOCK_DK,
+    )  # fmt: skip
     v = load_rows(v_ptr, at, wanted, VALUE_NUMBER, DV, BLOCK_DV)
     store_rows(
-        v,
-        row,
-        wanted,
-        scales_ptr + 2 * K + head,
-        values_ptr,
-        value_scales_ptr,
-        VALUE_NUMBER,
-        VALUE_PER_ROW,
-        DV,
-        BLOCK_DV,
-    )
+        v, row, wanted, scales_ptr + 2 * K + head, values_ptr, value_scales_ptr,
+        VALUE_NUMBER, VALUE_PER_ROW, DV, BLOCK_DV,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -297,12 +260,14 @@ def _move_kernel(
     value_scales_ptr,
     RING: tl.constexpr,
     PAGE: tl.constexpr,
-    KEY_CODES: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    KEY_SCALES: tl.constexpr,
-    VALUE_CODES: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    VALUE_SCALES: tl.constexpr,
+    KEY_NUMBER: tl.constexpr,
+    KEY_PER_ROW: tl.constexpr,
+    DK: tl.constexpr,
+    BLOCK_DK: tl.constexpr,
+    VALUE_NUMBER: tl.constexpr,
+    VALUE_PER_ROW: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
 ):
     """One program moves the rows of one list, as they are stored; no target is also a source."""
     index = tl.program_id(0)
@@ -313,12 +278,11 @@ def _move_kernel(
         target = tl.load(targets_ptr + index * RING + i)
         old = one + tl.load(table + source // PAGE).to(tl.int64) * PAGE + source % PAGE
         new = one + tl.load(table + target // PAGE).to(tl.int64) * PAGE + target % PAGE
-        copy_rows(keys_ptr, old, keys_ptr, new, KEY_CODES, BLOCK_K)
-        copy_rows(values_ptr, old, values_ptr, new, VALUE_CODES, BLOCK_V)
-        if KEY_SCALES > 0:
-            copy_rows(key_scales_ptr, old, key_scales_ptr, new, KEY_SCALES, BLOCK_K)
-        if VALUE_SCALES > 0:
-            copy_rows(value_scales_ptr, old, value_scales_ptr, new, VALUE_SCALES, BLOCK_V)
+        copy_pair(
+            old, keys_ptr, values_ptr, key_scales_ptr, value_scales_ptr,
+            new, keys_ptr, values_ptr, key_scales_ptr, value_scales_ptr,
+            KEY_NUMBER, KEY_PER_ROW, DK, BLOCK_DK, VALUE_NUMBER, VALUE_PER_ROW, DV, BLOCK_DV,
+        )  # fmt: skip
 
 
 def append_token(
@@ -364,11 +328,11 @@ def pack(
     k: Tensor, v: Tensor, evict: Tensor, valid: Tensor | None, pool: PagePool, lists: LayerLists
 ) -> None:
     """As `append_reference.pack`."""
-    place(plan_pack(evict, valid, lists), k, v, pool, lists)
+    apply_plan(plan_pack(evict, valid, lists), k, v, pool, lists)
 
 
-def place(plan: Plan, k: Tensor, v: Tensor, pool: PagePool, lists: LayerLists) -> None:
-    """As `append_reference.place`."""
+def apply_plan(plan: Plan, k: Tensor, v: Tensor, pool: PagePool, lists: LayerLists) -> None:
+    """As `append_reference.apply_plan`."""
     layouts = (pool.key_layout, pool.value_layout)
     stored = (pool.keys, pool.values, pool.key_scales, pool.value_scales)
     pages = lists.table.shape[2]
@@ -382,9 +346,9 @@ def place(plan: Plan, k: Tensor, v: Tensor, pool: PagePool, lists: LayerLists) -
             lists.table,
             pages,
             *stored,
-            **_move_constants(layouts, lists.ring),
+            **move_constants(layouts, lists.ring),
         )
-    claim(plan, pool, lists)
+    allocate_pages(plan, pool, lists)
     T = plan.slots.shape[2]
     constants = _pack_constants(layouts, lists.heads)
     _pack_kernel[(triton.cdiv(T, constants["ROWS"]), number)](
@@ -397,7 +361,7 @@ def place(plan: Plan, k: Tensor, v: Tensor, pool: PagePool, lists: LayerLists) -
         *stored,
         **constants,
     )
-    commit(plan, lists)
+    update_metadata(plan, lists)
 
 
 def _as_stored(k: Tensor, v: Tensor, pool: PagePool) -> list[Tensor]:
@@ -464,22 +428,11 @@ def _row_constants(layouts: tuple[RowLayout, RowLayout]) -> dict[str, Any]:
     return found
 
 
-def _stored_widths(layouts: tuple[RowLayout, RowLayout]) -> dict[str, int]:
-    """Elements of codes and of scales of a stored row."""
-    keys, values = layouts
-    return {
-        "KEY_CODES": keys.codes,
-        "KEY_SCALES": 0 if keys.scales is None else keys.scales[0],
-        "VALUE_CODES": values.codes,
-        "VALUE_SCALES": 0 if values.scales is None else values.scales[0],
-    }
-
-
 def _append_constants(
     layouts: tuple[RowLayout, RowLayout], heads: int, window: int, shift: int, logged: int
 ) -> dict[str, Any]:
     found = {"K": heads, "RING": window + 1, "SHIFT": shift, "PAGE": PAGE, "LOGGED": logged}
-    return found | _row_constants(layouts) | _stored_widths(layouts)
+    return found | _row_constants(layouts)
 
 
 def _pack_constants(layouts: tuple[RowLayout, RowLayout], heads: int) -> dict[str, Any]:
@@ -488,62 +441,25 @@ def _pack_constants(layouts: tuple[RowLayout, RowLayout], heads: int) -> dict[st
     return {"K": heads, "PAGE": PAGE, "ROWS": rows} | found
 
 
-def _move_constants(layouts: tuple[RowLayout, RowLayout], ring: int) -> dict[str, Any]:
-    widths = _stored_widths(layouts)
-    return {
-        "RING": ring,
-        "PAGE": PAGE,
-        "BLOCK_K": triton.next_power_of_2(widths["KEY_CODES"]),
-        "BLOCK_V": triton.next_power_of_2(widths["VALUE_CODES"]),
-        **widths,
-    }
-
-
-def variants() -> list[Variant]:
-    """What is compiled for Hopper: 8 KV heads, a window of 256, decisions that govern their own token."""
-
-    def both(keys: RowLayout, values: RowLayout | None = None, heads: int = 8) -> LayerShape:
-        return LayerShape(keys, values or keys, heads, 1)
-
-    bf16 = torch.bfloat16
-    formats = {
-        "bf16": both(RowLayout("plain", 128, bf16)),
-        "fp8": both(RowLayout("fp8", 128, torch.uint8)),
-        "fp8_rows": both(RowLayout("fp8", 128, torch.uint8, True)),
-        "int8": both(RowLayout("int8", 128, torch.uint8)),
-        "nvfp4": both(RowLayout("nvfp4", 128, torch.uint8)),
-    }
-    narrow = both(RowLayout("plain", 64, bf16))
-    latent = both(RowLayout("plain", 512, bf16), RowLayout("plain", 64, bf16), 1)
-    found = [_append_variant(f"append_{name}", x, 4096) for name, x in formats.items()]
-    found += [
-        _append_variant("append_bf16_decided", formats["bf16"], 0),
-        _append_variant("append_bf16_logged", formats["bf16"], 4096, logged=256),
-        _append_variant("append_bf16_d64", narrow, 2048),
-        _append_variant("append_bf16_latent", latent, 2048),
-    ]
-    found += [_pack_variant(f"pack_{name}", x) for name, x in formats.items()]
-    found += [
-        _pack_variant("pack_bf16_d64", narrow),
-        _pack_variant("pack_bf16_latent", latent),
-        _move_variant("move_nvfp4", formats["nvfp4"]),
-    ]
-    return found
+def move_constants(layouts: tuple[RowLayout, RowLayout], ring: int) -> dict[str, Any]:
+    """Constexprs of `_move_kernel`."""
+    return {"RING": ring, "PAGE": PAGE} | _row_constants(layouts)
 
 
 def engine_append(shape: LayerShape) -> Variant:
     """`append_token` for an engine: of decided tokens, and the host gives pages."""
-    return _append_variant("engine_append", shape, 0, takes_pages=False)
+    return append_variant("engine_append", shape, 0, takes_pages=False)
 
 
 def engine_pack(shape: LayerShape) -> Variant:
     """`pack` for an engine: rows to slots that are known."""
-    return _pack_variant("engine_pack", shape)
+    return pack_variant("engine_pack", shape)
 
 
-def _append_variant(
+def append_variant(
     name: str, shape: LayerShape, features: int, *, logged: int = 0, takes_pages: bool = True
 ) -> Variant:
+    """`_append_kernel` with a linear gate of so many features, 0 for decided tokens."""
     layouts = (shape.keys, shape.values)
     model = pointer(shape.dtype)
     types = {"k_ptr": model, "v_ptr": model, "active_ptr": "*u8", "scales_ptr": "*fp32"}
@@ -554,32 +470,26 @@ def _append_variant(
         types["evict_ptr"] = "*u8"
     if takes_pages:
         types |= {"free_ptr": "*i32", "counters_ptr": "*i32"}
-    types |= {"pages": "i32"} | _stored_types(layouts)
+    types |= {"pages": "i32"} | stored_types(layouts)
     types |= {f"{x}_ptr": "*i32" for x in ("table", "live", "seen", "ring_slot")}
     types["ring_evict_ptr"] = "*u8"
     if logged:
-        types |= {f"log_{x}": kind for x, kind in _stored_types(layouts).items()}
+        types |= {f"log_{x}": kind for x, kind in stored_types(layouts).items()}
         types |= {"log_expired_ptr": "*i32", "log_marked_ptr": "*u8", "log_live_ptr": "*i32"}
     constants = _append_constants(layouts, shape.heads, shape.window, shape.shift, logged)
     constants |= _linear_constants(features, False, False, 100.0, 5.0, 0)
-    return _variant(name, _append_kernel, types, constants, 4 if features else 1)
+    return variant(name, _append_kernel, types, constants, 4 if features else 1)
 
 
-def _pack_variant(name: str, shape: LayerShape) -> Variant:
+def pack_variant(name: str, shape: LayerShape) -> Variant:
+    """`_pack_kernel`."""
     layouts, model = (shape.keys, shape.values), pointer(shape.dtype)
     types = {"k_ptr": model, "v_ptr": model, "slots_ptr": "*i32", "table_ptr": "*i32"}
-    types |= {"scales_ptr": "*fp32", "tokens": "i32", "pages": "i32"} | _stored_types(layouts)
-    return _variant(name, _pack_kernel, types, _pack_constants(layouts, shape.heads), 4)
+    types |= {"scales_ptr": "*fp32", "tokens": "i32", "pages": "i32"} | stored_types(layouts)
+    return variant(name, _pack_kernel, types, _pack_constants(layouts, shape.heads), 4)
 
 
-def _move_variant(name: str, shape: LayerShape) -> Variant:
-    layouts = (shape.keys, shape.values)
-    types = {f"{x}_ptr": "*i32" for x in ("sources", "targets", "count", "table")}
-    types |= {"pages": "i32"} | _stored_types(layouts)
-    return _variant(name, _move_kernel, types, _move_constants(layouts, shape.window + 1), 4)
-
-
-def _stored_types(layouts: tuple[RowLayout, RowLayout]) -> dict[str, str]:
+def stored_types(layouts: tuple[RowLayout, RowLayout]) -> dict[str, str]:
     """Triton types of the pool's tensors; those that do not exist are left out."""
     found = {}
     for name, scales, layout in zip(
@@ -591,7 +501,7 @@ def _stored_types(layouts: tuple[RowLayout, RowLayout]) -> dict[str, str]:
     return found
 
 
-def _variant(
+def variant(
     name: str, kernel: Any, types: dict[str, str], constants: dict[str, Any], warps: int
 ) -> Variant:
     """A variant in which pointers without a type are None."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Taking tokens into paged lists, in plain PyTorch over all lists at once and without asking the host.
+"""Taking tokens into paged lists, in plain PyTorch over all lists at once and without synchronizing with the host.
 
 What the kernels of `ops.append` mean, and where `pack` finds its slots for them too. As `pages.SlotLists` does,
 list by list.
@@ -46,7 +46,7 @@ def append_token(
     expired = lists.ring_slot.gather(2, column)[..., 0]
     marked = lists.ring_evict.gather(2, column)[..., 0]
     slot, live = assign_slots(expired, marked, lists.live)
-    _claim_pages(pool, lists, torch.where(active & (slot % PAGE == 0), live, 0))
+    _allocate_for(pool, lists, torch.where(active & (slot % PAGE == 0), live, 0))
     limit = lists.table.shape[2] * PAGE
     slot = torch.where(active & (slot < limit), slot, -1)
     if log is not None:
@@ -161,19 +161,19 @@ def pack(
         pool: gives pages.
         lists: are changed.
     """
-    place(plan_pack(evict, valid, lists), k, v, pool, lists)
+    apply_plan(plan_pack(evict, valid, lists), k, v, pool, lists)
 
 
-def place(plan: Plan, k: Tensor, v: Tensor, pool: PagePool, lists: LayerLists) -> None:
+def apply_plan(plan: Plan, k: Tensor, v: Tensor, pool: PagePool, lists: LayerLists) -> None:
     """Carry out a plan for the rows k [B, K, T, Dk] and v [B, K, T, Dv]."""
     if plan.moves is not None:
         sources, targets = (lists.rows_of(x) for x in (plan.moves.sources, plan.moves.targets))
         for x in (pool.keys, pool.values, pool.key_scales, pool.value_scales):
             if x is not None:
                 x.flatten(0, 1)[targets] = x.flatten(0, 1)[sources]
-    claim(plan, pool, lists)
+    allocate_pages(plan, pool, lists)
     write_rows(pool, lists, plan.slots, k, v)
-    commit(plan, lists)
+    update_metadata(plan, lists)
 
 
 def spanned_pages(lists: LayerLists, live: Tensor) -> Tensor:
@@ -187,20 +187,20 @@ def wanted_pages(lists: LayerLists, live: Tensor) -> Tensor:
     return spanned_pages(lists, live) & (lists.table == NO_PAGE)
 
 
-def claim(plan: Plan, pool: PagePool, lists: LayerLists) -> None:
+def allocate_pages(plan: Plan, pool: PagePool, lists: LayerLists) -> None:
     """Take the pages that the rows of a plan need."""
-    _claim_pages(pool, lists, torch.where(lists.active[:, None], plan.live, 0))
+    _allocate_for(pool, lists, torch.where(lists.active[:, None], plan.live, 0))
 
 
-def commit(plan: Plan, lists: LayerLists) -> None:
-    """Make a plan what the lists say, in place."""
+def update_metadata(plan: Plan, lists: LayerLists) -> None:
+    """Write the lengths and rings of a plan to the lists, in place."""
     lists.live.copy_(plan.live.clamp(max=lists.table.shape[2] * PAGE))
     lists.ring_slot.copy_(plan.ring_slot)
     lists.ring_evict.copy_(plan.ring_evict)
     lists.seen += lists.active[:, None].to(torch.int32) * plan.slots.shape[2]
 
 
-def _claim_pages(pool: PagePool, lists: LayerLists, live: Tensor) -> None:
+def _allocate_for(pool: PagePool, lists: LayerLists, live: Tensor) -> None:
     """Take what lists of this length [B, K] lack."""
     wanted = wanted_pages(lists, live)
     pages = pool.take(wanted.flatten()).view_as(wanted)

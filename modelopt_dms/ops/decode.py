@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One query token per sequence on paged lists of any lengths: Triton kernels. Knows nothing about eviction.
+"""One query token per sequence on paged lists of any lengths: Triton kernels.
 
 What they compute stands in `ops.decode_reference`. A tile is TILE slots of one list. The tiles of all lists, one list
 after the other, are dealt in equal runs to a fixed number of programs, which find their run from the lengths on the
@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from modelopt_dms.ops.decoding import (
+    as_words,
     code_order,
     from_e2m1,
     from_e4m3,
@@ -29,6 +30,7 @@ from modelopt_dms.ops.decoding import (
     word_codes,
 )
 from modelopt_dms.ops.paged import MOST_ROWS, PAGE, LayerLists, LayerShape, PagePool, RowLayout
+from modelopt_dms.ops.prefill_blocks import TRITON_TYPES, split
 from modelopt_dms.ops.reference import Scoring
 from modelopt_dms.ops.variants import Variant, pointer
 
@@ -37,7 +39,6 @@ MIN_ROWS = 16  # as few as Triton gives to warpgroup tensor cores
 LISTS = 4096  # lengths that a program looks at together, at most
 PARTS = 16  # partial results that are joined at a time
 LATENT_TILE = 32  # 64 of DeepSeek's rows, in stages, would not fit in shared memory
-_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 @triton.jit
@@ -143,10 +144,45 @@ def _power_of_two(x):
 
 
 @triton.jit
+def _scaled_queries(
+    q, rows, ok, scale, SCORE_GAIN: tl.constexpr, D: tl.constexpr, A: tl.constexpr, B: tl.constexpr,
+    KEY: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """Both parts of query rows [., ROWS] in DOT, and the gain [ROWS] of their scores: scale, and what divided them."""
+    q_a = _queries(q, rows, ok, code_order(0, A, KEY), D)
+    q_b = q_a
+    if B > 0:
+        q_b = _queries(q, rows, ok, code_order(A, B, KEY), D)
+    gain = tl.full([rows.shape[0]], SCORE_GAIN, tl.float32) * tl.load(scale)
+    if KEY != "plain":
+        # DOT may be float16 where q is bfloat16: powers of two keep q in range, exactly.
+        largest = tl.max(tl.abs(q_a), 0)
+        if B > 0:
+            largest = tl.maximum(largest, tl.max(tl.abs(q_b), 0))
+        power, inverse = _power_of_two(largest)
+        gain *= power
+        q_a *= inverse[None, :]
+        if B > 0:
+            q_b *= inverse[None, :]
+    return q_a.to(DOT), q_b.to(DOT), gain
+
+
+@triton.jit
 def _store(out, acc, rows, ok, dims, DV: tl.constexpr):
     """Write acc [dims, ROWS] to rows of DV numbers."""
     mask = (dims < DV)[:, None] & ok[None, :]
     tl.store(out + rows[None, :] * DV + dims[:, None], acc.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _store_parts(
+    out, acc_a, acc_b, share, rows, ok, dims_a,
+    DV: tl.constexpr, VA: tl.constexpr, VB: tl.constexpr, VALUE: tl.constexpr,
+):  # fmt: skip
+    """Write both parts, [VA, ROWS] (of dims_a) and [VB, ROWS], times a share [ROWS], to rows of DV numbers."""
+    _store(out, acc_a * share[None, :], rows, ok, dims_a, DV)
+    if VB > 0:
+        _store(out, acc_b * share[None, :], rows, ok, code_order(VA, VB, VALUE), DV)
 
 
 @triton.jit(do_not_specialize=["items", "pages"])
@@ -192,29 +228,14 @@ def _decode(
         first_row = lane.to(tl.int64) * GROUP + block
         own = table + lane.to(tl.int64) * pages
         page = tl.load(own + tile * TILE // PAGE)
-        q_a = _queries(q + first_row * D, rows, ok_rows, code_order(0, A, KEY), D)
-        if B > 0:
-            q_b = _queries(q + first_row * D, rows, ok_rows, code_order(A, B, KEY), D)
-        gain = tl.full([ROWS], SCORE_GAIN, tl.float32) * tl.load(scales + HEADS + head)
-        if KEY != "plain":
-            # DOT may be float16 where q is bfloat16: powers of two keep q in range, exactly.
-            largest = tl.max(tl.abs(q_a), 0)
-            if B > 0:
-                largest = tl.maximum(largest, tl.max(tl.abs(q_b), 0))
-            power, inverse = _power_of_two(largest)
-            gain *= power
-            q_a *= inverse[None, :]
-            if B > 0:
-                q_b *= inverse[None, :]
-        q_a = q_a.to(DOT)
-        if B > 0:
-            q_b = q_b.to(DOT)
+        q_a, q_b, gain = _scaled_queries(
+            q + first_row * D, rows, ok_rows, scales + HEADS + head, SCORE_GAIN, D, A, B, KEY, DOT
+        )
 
         top = tl.full([ROWS], float("-inf"), tl.float32)
         weight = tl.zeros([TILE, ROWS], tl.float32)
         acc_a = tl.zeros([VA, ROWS], tl.float32)
-        if VB > 0:
-            acc_b = tl.zeros([VB, ROWS], tl.float32)
+        acc_b = tl.zeros([VB if VB > 0 else 16, ROWS], tl.float32)
         for t in range(tile, stop):
             # The next page's id is on its way while this page's rows are.
             following = tl.load(own + tl.minimum(t + 1, stop - 1) * TILE // PAGE)
@@ -260,28 +281,13 @@ def _decode(
             if sinks is not None:
                 sink = tl.load(sinks + head * GROUP + block + rows, mask=ok_rows, other=0.0)
                 share *= _sink_share(lse, sink)
-            _store(out + first_row * DV, acc_a * share[None, :], rows, ok_rows, dims_a, DV)
-            if VB > 0:
-                _store(
-                    out + first_row * DV,
-                    acc_b * share[None, :],
-                    rows,
-                    ok_rows,
-                    code_order(VA, VB, VALUE),
-                    DV,
-                )
+            _store_parts(
+                out + first_row * DV, acc_a, acc_b, share, rows, ok_rows, dims_a, DV, VA, VB, VALUE
+            )
         else:
             place = (2 * program + (tile == 0).to(tl.int32)) * STORED
-            _store(partial + place * DV, acc_a * share[None, :], rows, ok_rows, dims_a, DV)
-            if VB > 0:
-                _store(
-                    partial + place * DV,
-                    acc_b * share[None, :],
-                    rows,
-                    ok_rows,
-                    code_order(VA, VB, VALUE),
-                    DV,
-                )
+            to = partial + place * DV
+            _store_parts(to, acc_a, acc_b, share, rows, ok_rows, dims_a, DV, VA, VB, VALUE)
             tl.store(partial_lse + place + rows, lse, mask=ok_rows)
         if tile == 0:
             tl.store(spans + 2 * item, program)
@@ -355,7 +361,7 @@ def decode_attention(
     *,
     programs: int | None = None,
 ) -> Tensor:
-    """As `decode_reference.decode_attention`, on the device and without asking the host.
+    """As `decode_reference.decode_attention`, on the device and without synchronizing with the host.
 
     Args:
         q: queries [B, H, D], one a sequence.
@@ -401,7 +407,9 @@ def _launch(
     latent: bool,
 ) -> Tensor:
     q = q.contiguous()
-    dot = _dot(_DTYPES[q.dtype], pool.key_layout, pool.value_layout) if q.is_cuda else tl.float32
+    dot = (
+        _dot(TRITON_TYPES[q.dtype], pool.key_layout, pool.value_layout) if q.is_cuda else tl.float32
+    )
     heads, group = lists.heads, q.shape[1] // lists.heads
     shape = _shape(pool.key_layout, pool.value_layout, heads, group, scoring, dot, latent)
     rows, blocks, dv = shape["ROWS"], shape["BLOCKS"], shape["DV"]
@@ -415,7 +423,7 @@ def _launch(
     partial_lse = q.new_empty(programs, 2, stored, dtype=torch.float32)
     spans = q.new_empty(items, 2, dtype=torch.int32)
     _decode[(programs,)](
-        q, _words(pool.keys), pool.key_scales, _words(pool.values), pool.value_scales, lists.table, lists.live,
+        q, as_words(pool.keys), pool.key_scales, as_words(pool.values), pool.value_scales, lists.table, lists.live,
         lists.scales, scoring.sinks, items, lists.table.shape[2], out, partial, partial_lse, spans,
         **shape, LISTS=min(LISTS, triton.next_power_of_2(items)), **options,
     )  # fmt: skip
@@ -424,10 +432,6 @@ def _launch(
         HEADS=heads, GROUP=group, ROWS=rows, BLOCKS=blocks, DV=dv, WIDTH=triton.next_power_of_2(dv), PARTS=PARTS,
     )  # fmt: skip
     return out
-
-
-def _words(codes: Tensor) -> Tensor:
-    return codes.view(torch.int32) if codes.dtype == torch.uint8 else codes
 
 
 @functools.cache
@@ -452,7 +456,7 @@ def _shape(
         dim, dv = keys.dim + values.dim, keys.dim
     else:
         # Tensor cores take 64 rows of a transposed value part at a time, and 16 columns of a key part.
-        (a, b), (va, vb) = _parts(keys.dim, 16), _parts(values.dim, 64)
+        (a, b), (va, vb) = split(keys.dim), split(values.dim, 64)
         dim, dv = keys.dim, values.dim
     rows = _query_rows(group)
     gain = scoring.scale * number_factor(keys.number, dot) * LOG2E
@@ -497,19 +501,12 @@ def _dot(model: tl.dtype, keys: RowLayout, values: RowLayout) -> tl.dtype:
     return model
 
 
-def _parts(dim: int, rest_least: int) -> tuple[int, int]:
-    """Dims of a row's two parts, padded: the largest power of two, and the rest; 0 for none."""
-    first = 1 << dim.bit_length() - 1
-    rest = dim - first
-    return max(16, first), max(rest_least, triton.next_power_of_2(rest)) if rest else 0
-
-
 def _tuning(
     keys: RowLayout, values: RowLayout, rows: int, latent: bool
 ) -> tuple[dict[str, int], int]:
     """Warps and pipeline stages, and how many such programs a Hopper multiprocessor holds.
 
-    Read off what compilers make of `variants`: 227 KB of shared memory and 65536 registers.
+    Read off what compilers make of it (docs/kernels.md): 227 KB of shared memory and 65536 registers.
     """
     if latent:
         if rows <= 16:
@@ -522,50 +519,15 @@ def _tuning(
     return {"num_warps": 4, "num_stages": 4}, 3 if lean else 2
 
 
-def variants() -> list[Variant]:
-    """What we ship for sm_90a."""
-
-    def plain(dim: int) -> RowLayout:
-        return RowLayout("plain", dim, torch.bfloat16)
-
-    half = RowLayout("plain", 128, torch.float16)
-    fp8, nvfp4 = (RowLayout(number, 128, torch.uint8) for number in ("fp8", "nvfp4"))
-    int8 = RowLayout("int8", 128, torch.uint8, per_row=True)
-    simple = Scoring(128**-0.5)
-    capped = Scoring(256**-0.5, 50.0)
-    sinks = Scoring(64**-0.5, None, torch.zeros(64))
-    bf16 = LayerShape(plain(128), plain(128), 8, 4)
-    halves = LayerShape(half, half, 8, 4, torch.float16)
-    return [
-        _variant("decode_bf16_d128_g4", bf16, simple),
-        _variant("decode_fp16_d128_g4", halves, simple),
-        _variant("decode_fp8_d128_g4", LayerShape(fp8, fp8, 8, 4), simple),
-        _variant("decode_nvfp4_d128_g4", LayerShape(nvfp4, nvfp4, 8, 4), simple),
-        _variant("decode_fp8_nvfp4_d128_g16", LayerShape(fp8, nvfp4, 2, 16), simple),
-        _variant("decode_int8_rows_d128_g4", LayerShape(int8, int8, 8, 4), simple),
-        _variant("decode_bf16_fp8_d128_g4", LayerShape(plain(128), fp8, 8, 4), simple),
-        _variant("decode_bf16_d64_g8_sinks", LayerShape(plain(64), plain(64), 8, 8), sinks),
-        _variant("decode_bf16_d96_g1", LayerShape(plain(96), plain(96), 32, 1), simple),
-        _variant("decode_bf16_d256_g2_capped", LayerShape(plain(256), plain(256), 8, 2), capped),
-        _variant(
-            "decode_latent_h16", LayerShape(plain(512), plain(64), 1, 16), simple, latent=True
-        ),
-        _variant(
-            "decode_latent_h128", LayerShape(plain(512), plain(64), 1, 128), simple, latent=True
-        ),
-        _combine_variant("decode_combine_d128_g4", bf16),
-    ]
-
-
 def engine_decode(shape: LayerShape, scoring: Scoring, items: int) -> Variant:
     """`decode_attention` for an engine: the part before `engine_combine`, for at most about this many lists."""
     lists = min(LISTS, triton.next_power_of_2(max(1, items)))
-    return _variant("engine_decode", shape, scoring, lists=lists)
+    return decode_variant("engine_decode", shape, scoring, lists=lists)
 
 
 def engine_combine(shape: LayerShape) -> Variant:
     """The part that joins; what `engine_decode` had whole comes in a tensor of its own."""
-    return _combine_variant("engine_combine", shape, apart=True)
+    return combine_variant("engine_combine", shape, apart=True)
 
 
 def engine_programs(shape: LayerShape, multiprocessors: int) -> int:
@@ -574,7 +536,7 @@ def engine_programs(shape: LayerShape, multiprocessors: int) -> int:
     return _tuning(shape.keys, shape.values, rows, False)[1] * multiprocessors
 
 
-def _variant(
+def decode_variant(
     name: str, shape: LayerShape, scoring: Scoring, *, lists: int = 1024, latent: bool = False
 ) -> Variant:
     """`_decode`."""
@@ -596,7 +558,7 @@ def _variant(
         "partial_lse": "*fp32",
         "spans": "*i32",
     }
-    dot = _dot(_DTYPES[shape.dtype], keys, values)
+    dot = _dot(TRITON_TYPES[shape.dtype], keys, values)
     constants = _shape(keys, values, shape.heads, shape.group, scoring, dot, latent)
     options, _ = _tuning(keys, values, constants["ROWS"], latent)
     present = {name: kind for name, kind in signature.items() if kind is not None}
@@ -604,7 +566,7 @@ def _variant(
     return Variant(name, _decode, present, absent | constants | {"LISTS": lists}, **options)
 
 
-def _combine_variant(name: str, shape: LayerShape, *, apart: bool = False) -> Variant:
+def combine_variant(name: str, shape: LayerShape, *, apart: bool = False) -> Variant:
     """`_combine` without sinks; `apart`: what one program had whole is not in `out` yet."""
     rows, dv, model = _query_rows(shape.group), shape.values.dim, pointer(shape.dtype)
     types = {"partial": "*fp32", "partial_lse": "*fp32", "spans": "*i32", "live": "*i32"}

@@ -2,7 +2,7 @@
 """One query token per sequence on paged lists in plain PyTorch: what `ops.decode`'s kernels mean.
 
 Every live slot is read and no other: eviction has already overwritten what is gone. Works on lists padded to the
-longest that pages allow, and never asks the host.
+longest that pages allow, and never synchronizes with the host.
 """
 
 import torch

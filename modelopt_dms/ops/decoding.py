@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Triton device functions that turn stored codes into numbers: FP8 e4m3, int8, and e2m1 with block scales (NVFP4).
 
-The opposite of `ops.encoding`. Knows nothing about pages, lists or attention. Codes come as 32-bit words, four or eight
+The opposite of `ops.encoding`. Codes come as 32-bit words, four or eight
 a word, and leave in another order: first the first code of every word, then the second of every word, and so on
 (`code_order`). So two words at a time become pairs of 16-bit numbers, without handling single bytes. Every code becomes
 its number exactly, but for a power of two (`number_factor`) that is multiplied into scores or outputs instead.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from modelopt_dms.ops.paged import Number
 
@@ -25,6 +27,11 @@ def number_factor(number: Number, dot: tl.dtype) -> float:
 def word_codes(number: str) -> int:
     """Codes that an element holds: a word of 32 bits, or a plain number."""
     return {"plain": 1, "fp8": 4, "int8": 4, "nvfp4": 8}[number]
+
+
+def as_words(codes: Tensor) -> Tensor:
+    """Codes as kernels read them: bytes four at a time."""
+    return codes.view(torch.int32) if codes.dtype == torch.uint8 else codes
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 """Numbers to FP8, int8 and NVFP4 inside Triton kernels: bit for bit what `kv_quant` stores for finite numbers.
 
 Only float32 arithmetic that rounds correctly everywhere, and integers: Triton's interpreter converts float32 to e4m3
-wrongly, and its plain division on a GPU is approximate. Knows rows in memory, and neither pages nor lists.
+wrongly, and its plain division on a GPU is approximate.
 """
 
 import triton
@@ -159,3 +159,56 @@ def copy_rows(from_ptr, from_rows, to_ptr, to_rows, WIDTH: tl.constexpr, BLOCK: 
     at = tl.arange(0, BLOCK)[None, :]
     x = tl.load(from_ptr + from_rows[:, None] * WIDTH + at, at < WIDTH)
     tl.store(to_ptr + to_rows[:, None] * WIDTH + at, x, at < WIDTH)
+
+
+@triton.jit
+def _copy_codes(
+    from_ptr, from_rows, to_ptr, to_rows, NUMBER: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
+):  # fmt: skip
+    """Copy the codes of rows."""
+    PACKED: tl.constexpr = 2 if NUMBER == "nvfp4" else 1
+    copy_rows(from_ptr, from_rows, to_ptr, to_rows, D // PACKED, BLOCK_D // PACKED)
+
+
+@triton.jit
+def _copy_scales(
+    from_ptr, from_rows, to_ptr, to_rows,
+    NUMBER: tl.constexpr, PER_ROW: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Copy the scales of rows, where they have any."""
+    if NUMBER == "nvfp4":
+        copy_rows(from_ptr, from_rows, to_ptr, to_rows, D // 16, BLOCK_D // 2)
+    elif PER_ROW:
+        copy_rows(from_ptr, from_rows, to_ptr, to_rows, 1, BLOCK_D)
+
+
+@triton.jit
+def copy_pair(
+    from_rows,
+    from_keys,
+    from_values,
+    from_key_scales,
+    from_value_scales,
+    to_rows,
+    to_keys,
+    to_values,
+    to_key_scales,
+    to_value_scales,
+    KEY_NUMBER: tl.constexpr,
+    KEY_PER_ROW: tl.constexpr,
+    DK: tl.constexpr,
+    BLOCK_DK: tl.constexpr,
+    VALUE_NUMBER: tl.constexpr,
+    VALUE_PER_ROW: tl.constexpr,
+    DV: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """Copy stored key rows and value rows as they are."""
+    _copy_codes(from_keys, from_rows, to_keys, to_rows, KEY_NUMBER, DK, BLOCK_DK)
+    _copy_codes(from_values, from_rows, to_values, to_rows, VALUE_NUMBER, DV, BLOCK_DV)
+    _copy_scales(
+        from_key_scales, from_rows, to_key_scales, to_rows, KEY_NUMBER, KEY_PER_ROW, DK, BLOCK_DK
+    )
+    _copy_scales(
+        from_value_scales, from_rows, to_value_scales, to_rows, VALUE_NUMBER, VALUE_PER_ROW, DV, BLOCK_DV
+    )  # fmt: skip

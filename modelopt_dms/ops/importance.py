@@ -10,6 +10,8 @@ leaves it, that is comparable between heads and layers, and sums over queries, s
     importance_j = sum over heads and i > j + W of (a_ij / (1 - a_ij))^2 |P (v_j - o_i)|^2 / |r_i|^2
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -22,13 +24,25 @@ SCORES_ELSEWHERE = 1 << 24
 LEAST_REST = 0.05
 
 
+@dataclass(frozen=True)
+class ResidualStream:
+    """How a layer's output reaches the residual stream.
+
+    Attributes:
+        gram: P^T P [H, Dv, Dv] of every head's part P [C, Dv] of the output projection, float32.
+        squared_norm: of the stream after the layer [B, T], float32.
+    """
+
+    gram: Tensor
+    squared_norm: Tensor
+
+
 @torch.no_grad()
 def output_change(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    gram: Tensor,
-    residual: Tensor,
+    stream: ResidualStream,
     lengths: Tensor,
     window: int,
     scoring: Scoring,
@@ -41,8 +55,7 @@ def output_change(
         q: queries [B, H, T, D].
         k: keys [B, K, T, D].
         v: values [B, K, T, Dv].
-        gram: P^T P [H, Dv, Dv] of every head's part P [C, Dv] of the output projection, float32.
-        residual: squared norm [B, T] of the residual stream after the layer, float32.
+        stream: what the output is added to.
         lengths: tokens [B] of each sequence; what follows them counts for nothing.
         window: tokens a marked key stays readable.
         scoring: how scores become weights.
@@ -62,7 +75,8 @@ def output_change(
             group = slice(head * G, (head + 1) * G)
             sinks = None if scoring.sinks is None else scoring.sinks[group].float()
             values = v[b, head, :length].float()
-            projected = values @ gram[group]  # [G, S, Dv]
+            gram = stream.gram[group]
+            projected = values @ gram  # [G, S, Dv]
             squares = (projected * values).sum(-1)  # [G, S]
             for start in range(window + 1, length, rows):  # earlier queries are within the window
                 end = min(start + rows, length)
@@ -70,11 +84,11 @@ def output_change(
                     q[b, group, start:end], k[b, head, :end], positions[start:end], sinks, scoring
                 )
                 out = weights @ values[:end]  # [G, t, Dv]
-                own = ((out @ gram[group]) * out).sum(-1, keepdim=True)  # [G, t, 1]
+                own = ((out @ gram) * out).sum(-1, keepdim=True)  # [G, t, 1]
                 change = torch.baddbmm(
                     squares[:, None, :end] + own, out, projected[:, :end].mT, alpha=-2
                 )
-                change = change.clamp_(min=0).div_(residual[b, start:end, None])
+                change = change.clamp_(min=0).div_(stream.squared_norm[b, start:end, None])
                 weights = weights.div_((1 - weights).clamp_(min=LEAST_REST))
                 # Keys that no query of this block sees beyond the window.
                 seen = end - 1 - window

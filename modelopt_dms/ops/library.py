@@ -1,64 +1,115 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels as `torch.library` ops, so that torch.compile and torch.export pass through them. Imports Triton.
+"""One `torch.library` op per kernel, so that torch.compile and torch.export pass through it.
 
-An op takes tensors and numbers only: a pool and a layer's lists go in as their tensors, and come together again inside.
+On CUDA an op runs its Triton kernel; on a CPU its PyTorch reference, or the kernel where Triton interprets. It takes
+tensors and numbers only: a pool and a layer's lists go in as their tensors, and are put together inside.
 """
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache, lru_cache
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from modelopt_dms.ops import append, decode, prefill, prefill_backward, prefill_chunk
-from modelopt_dms.ops.gating import Decided, GateInput, LinearGate
+from modelopt_dms.kv_quant import Fp8, Int8, Nvfp4, RowFormat
+from modelopt_dms.ops import append_reference, decode_reference, prefill_reference
+from modelopt_dms.ops.gating import Decided, LinearGate
 from modelopt_dms.ops.paged import LayerLists, PagePool, RowLayout
-from modelopt_dms.ops.reference import Scoring
+from modelopt_dms.ops.prefill_reference import Chunk
+from modelopt_dms.ops.reference import Prompt, Scoring
 
 NAMESPACE = "modelopt_dms"
+FORMATS: dict[str, type[RowFormat]] = {x.name: x for x in (Fp8, Int8, Nvfp4)}
 # Tensors of a pool and of a layer's lists; taking in tokens changes those with True, and Optional ones may be missing.
 _POOL = {"keys": True, "values": True, "key_scales": True, "value_scales": True}
 _POOL |= {"free": False, "counters": True}
 _LISTS = {"table": True, "live": True, "seen": True, "ring_slot": True, "ring_evict": True}
 _LISTS |= {"active": False, "scales": False}
-_OPTIONAL = ("key_scales", "value_scales")
+_AMAX = ("key_amax", "value_amax")  # of calibrated formats, which only the reference reads
+_OPTIONAL = ("key_scales", "value_scales", *_AMAX)
 _SCORING = "float scale, float? softcap, Tensor? sinks"
+# An append's decisions, or what they are made from: the fields of `Decided` and of `LinearGate`.
+GATE = {"evict": "Tensor?", "features": "Tensor?", "weight": "Tensor?", "threshold": "Tensor?"}
+GATE |= {"positions": "Tensor?", "scale": "float?", "offset": "float?", "protect": "int?"}
+_PROMPT = (
+    "Tensor q, Tensor k, Tensor v, Tensor keep_logprob, Tensor? starts, Tensor? sinks, int window, "
+    "float scale, float? softcap"
+)
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is installed."""
+    return find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """Whether Triton interprets kernels in this process, so that they run without a GPU."""
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def kernel_function(name: str) -> Callable[..., Any]:
+    """A function that launches kernels, "module.function"; Triton is imported when the first one runs."""
+    module, function = name.split(".")
+    return getattr(import_module(f"{__package__}.{module}"), function)
+
+
+def _op(
+    schema: str,
+    kernel: str,
+    reference: Callable[..., Any] | None,
+    arguments: Callable[..., tuple[Any, ...]],
+    fake: Callable[..., Any],
+) -> Callable[..., Any]:
+    """Register an op, and return it.
+
+    Args:
+        schema: its name and what it takes.
+        kernel: what it runs on CUDA, and on a CPU where Triton interprets; see `kernel_function`.
+        reference: what it runs on a CPU otherwise, with the same arguments; None: nothing.
+        arguments: from what the schema says to what kernel and reference take.
+        fake: what shapes the results have.
+    """
+
+    def run_kernel(tensor: Tensor, /, *args: Any, **given: Any) -> Any:
+        # Triton launches on the current device, which need not be that of a model spread over several.
+        with torch.cuda.device_of(tensor):
+            return kernel_function(kernel)(*arguments(tensor, *args, **given))
+
+    def run_on_cpu(*args: Any, **given: Any) -> Any:
+        if reference is None or (has_triton() and interpreting()):
+            return run_kernel(*args, **given)
+        return reference(*arguments(*args, **given))
+
+    name = schema.split("(")[0]
+    qualified = f"{NAMESPACE}::{name}"
+    torch.library.define(qualified, schema.removeprefix(name))
+    torch.library.impl(qualified, "CUDA")(run_kernel)
+    torch.library.impl(qualified, "CPU")(run_on_cpu)
+    torch.library.register_fake(qualified)(fake)
+    return getattr(getattr(torch.ops, NAMESPACE), name)
 
 
 def _state_schema(changed: bool) -> str:
     """The part of an op's schema that is a pool and a layer's lists, and the layout of their rows."""
     parts = []
-    for index, (name, changes) in enumerate((_POOL | _LISTS).items()):
+    for index, (name, changes) in enumerate((_POOL | _LISTS | dict.fromkeys(_AMAX, False)).items()):
         alias = f"(a{index}!)" if changed and changes else ""
         parts.append(f"Tensor{alias}{'?' if name in _OPTIONAL else ''} {name}")
     return ", ".join([*parts, "str layout"])
 
 
-def _op(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Register an op, and return it."""
-    name = schema.split("(")[0]
-    qualified = f"{NAMESPACE}::{name}"
-
-    def run(tensor: Tensor, /, *args: Any, **kwargs: Any) -> Any:
-        # Triton launches on the current device, which need not be that of a model spread over several.
-        with torch.cuda.device_of(tensor):
-            return kernel(tensor, *args, **kwargs)
-
-    torch.library.define(qualified, schema.removeprefix(name))
-    torch.library.impl(qualified, "CompositeExplicitAutograd")(run)
-    torch.library.register_fake(qualified)(fake)
-    return getattr(getattr(torch.ops, NAMESPACE), name)
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    """What an op that only changes its arguments returns."""
-
-
-def _state(pool: PagePool, lists: LayerLists) -> dict[str, Any]:
+def state(pool: PagePool, lists: LayerLists) -> dict[str, Any]:
     """An op's arguments for a pool and a layer's lists."""
     tensors = {name: getattr(pool, name) for name in _POOL}
     tensors |= {name: getattr(lists, name) for name in _LISTS}
+    for name, form in zip(_AMAX, lists.formats, strict=True):
+        tensors[name] = None if form is None or pool.keys.is_cuda else form.amax
     rows = [
         f"{x.number}:{x.dim}:{str(x.dtype).removeprefix('torch.')}:{int(x.per_row)}"
         for x in (pool.key_layout, pool.value_layout)
@@ -66,17 +117,20 @@ def _state(pool: PagePool, lists: LayerLists) -> dict[str, Any]:
     return tensors | {"layout": f"{rows[0]}|{rows[1]}|{lists.window}|{lists.shift}"}
 
 
-def _together(given: dict[str, Any]) -> tuple[PagePool, LayerLists]:
-    """The pool and the lists that `_state` took apart."""
-    key_layout, value_layout, window, shift = _facts(given["layout"])
-    pool = PagePool(key_layout, value_layout, **{name: given[name] for name in _POOL})
-    # The kernels read layouts and scales; formats are the reference's.
+def _layer(given: dict[str, Any]) -> tuple[PagePool, LayerLists]:
+    """The pool and the lists that `state` took apart."""
+    keys, values, window, shift = _parsed(given["layout"])
+    pool = PagePool(keys, values, **{name: given[name] for name in _POOL})
+    formats = [
+        None if x.number == "plain" else FORMATS[x.number](given[amax])
+        for x, amax in zip((keys, values), _AMAX, strict=True)
+    ]
     held = {name: given[name] for name in _LISTS}
-    return pool, LayerLists(window, shift, **held, formats=(None, None))
+    return pool, LayerLists(window, shift, **held, formats=(formats[0], formats[1]))
 
 
 @lru_cache
-def _facts(layout: str) -> tuple[RowLayout, RowLayout, int, int]:
+def _parsed(layout: str) -> tuple[RowLayout, RowLayout, int, int]:
     keys, values, window, shift = layout.split("|")
     return _row_layout(keys), _row_layout(values), int(window), int(shift)
 
@@ -86,7 +140,8 @@ def _row_layout(text: str) -> RowLayout:
     return RowLayout(number, int(dim), getattr(torch, dtype), bool(int(per_row)))  # type: ignore[arg-type]
 
 
-def _scored(scoring: Scoring) -> dict[str, Any]:
+def scored(scoring: Scoring) -> dict[str, Any]:
+    """An op's arguments for how scores become weights."""
     return {"scale": scoring.scale, "softcap": scoring.softcap, "sinks": scoring.sinks}
 
 
@@ -94,152 +149,45 @@ def _scoring(given: dict[str, Any]) -> Scoring:
     return Scoring(given["scale"], given["softcap"], given["sinks"])
 
 
-def _run_decode(q: Tensor, **given: Any) -> Tensor:
-    return decode.decode_attention(q, *_together(given), _scoring(given))
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """What an op that only changes its arguments returns."""
+
+
+def _append_arguments(k: Tensor, v: Tensor, **given: Any) -> tuple[Any, ...]:
+    if given["evict"] is not None:
+        return k, v, Decided(given["evict"]), *_layer(given)
+    gate = LinearGate(**{name: given[name] for name in GATE if name != "evict"})
+    return k, v, gate, *_layer(given)
+
+
+def _pack_arguments(*tensors: Tensor | None, **given: Any) -> tuple[Any, ...]:
+    return *tensors, *_layer(given)
+
+
+def _decode_arguments(q: Tensor, **given: Any) -> tuple[Any, ...]:
+    return q, *_layer(given), _scoring(given)
 
 
 def _like_values(q: Tensor, **given: Any) -> Tensor:
-    return q.new_empty(*q.shape[:2], _facts(given["layout"])[1].dim)
-
-
-_decode = _op(
-    f"decode(Tensor q, *, {_state_schema(False)}, {_SCORING}) -> Tensor", _run_decode, _like_values
-)
-
-
-def decode_attention(q: Tensor, pool: PagePool, lists: LayerLists, scoring: Scoring) -> Tensor:
-    """See `decode.decode_attention`."""
-    return _decode(q, **_state(pool, lists), **_scored(scoring))
-
-
-def _run_latent(q: Tensor, **given: Any) -> Tensor:
-    return decode.decode_latent(q, *_together(given), _scoring(given))
+    return q.new_empty(*q.shape[:2], _parsed(given["layout"])[1].dim)
 
 
 def _like_latents(q: Tensor, **given: Any) -> Tensor:
-    return q.new_empty(*q.shape[:2], _facts(given["layout"])[0].dim)
+    return q.new_empty(*q.shape[:2], _parsed(given["layout"])[0].dim)
 
 
-_decode_latent = _op(
-    f"decode_latent(Tensor q, *, {_state_schema(False)}, {_SCORING}) -> Tensor",
-    _run_latent,
-    _like_latents,
-)
-
-
-def decode_latent(q: Tensor, pool: PagePool, lists: LayerLists, scoring: Scoring) -> Tensor:
-    """See `decode.decode_latent`."""
-    return _decode_latent(q, **_state(pool, lists), **_scored(scoring))
-
-
-# An append's decisions, or what they are made from: the fields of `Decided` and of `LinearGate`.
-_GATE = {"evict": "Tensor?", "features": "Tensor?", "weight": "Tensor?", "threshold": "Tensor?"}
-_GATE |= {"positions": "Tensor?", "scale": "float?", "offset": "float?", "protect": "int?"}
-_LINEAR = tuple(name for name in _GATE if name != "evict")
-
-
-def _run_append(k: Tensor, v: Tensor, **given: Any) -> None:
-    gate: GateInput
-    if given["evict"] is not None:
-        gate = Decided(given["evict"])
-    else:
-        gate = LinearGate(**{name: given[name] for name in _LINEAR})
-    append.append_token(k, v, gate, *_together(given))
-
-
-_append_token = _op(
-    f"append_token(Tensor k, Tensor v, *, {_state_schema(True)}, "
-    f"{', '.join(f'{kind} {name}' for name, kind in _GATE.items())}) -> ()",
-    _run_append,
-    _nothing,
-)
-
-
-def append_token(k: Tensor, v: Tensor, gate: GateInput, pool: PagePool, lists: LayerLists) -> None:
-    """See `append.append_token`."""
-    given = {name: getattr(gate, name, None) for name in _GATE}
-    _append_token(k, v, **_state(pool, lists), **given)
-
-
-def _run_pack(k: Tensor, v: Tensor, evict: Tensor, valid: Tensor | None, **given: Any) -> None:
-    append.pack(k, v, evict, valid, *_together(given))
-
-
-_pack = _op(
-    f"pack(Tensor k, Tensor v, Tensor evict, Tensor? valid, *, {_state_schema(True)}) -> ()",
-    _run_pack,
-    _nothing,
-)
-
-
-def pack(
-    k: Tensor,
-    v: Tensor,
-    evict: Tensor,
-    valid: Tensor | None,
-    pool: PagePool,
-    lists: LayerLists,
-) -> None:
-    """See `append.pack`."""
-    _pack(k, v, evict, valid, **_state(pool, lists))
-
-
-def _run_chunk(q: Tensor, k: Tensor, v: Tensor, evict: Tensor, **given: Any) -> Tensor:
-    starts, first, expiry = (given[name] for name in ("starts", "first", "expiry"))
-    state = _together(given)
-    return prefill_chunk.attend_chunk(
-        q, k, v, evict, starts, first, expiry, *state, _scoring(given)
-    )
+def _chunk_arguments(*tensors: Tensor, **given: Any) -> tuple[Any, ...]:
+    chunk = Chunk(*tensors, **{name: given[name] for name in ("first", "starts", "expiry")})
+    return chunk, *_layer(given), _scoring(given)
 
 
 def _like_chunk(q: Tensor, k: Tensor, v: Tensor, *args: Any, **given: Any) -> Tensor:
     return q.new_empty(*q.shape[:3], v.shape[-1])
 
 
-_attend_chunk = _op(
-    "attend_chunk(Tensor q, Tensor k, Tensor v, Tensor evict, *, Tensor? starts, Tensor first, Tensor? expiry, "
-    f"{_state_schema(False)}, {_SCORING}) -> Tensor",
-    _run_chunk,
-    _like_chunk,
-)
-
-
-def attend_chunk(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    evict: Tensor,
-    starts: Tensor | None,
-    first: Tensor,
-    expiry: Tensor | None,
-    pool: PagePool,
-    lists: LayerLists,
-    scoring: Scoring,
-) -> Tensor:
-    """See `prefill_chunk.attend_chunk`."""
-    others = {"starts": starts, "first": first, "expiry": expiry}
-    return _attend_chunk(q, k, v, evict, **others, **_state(pool, lists), **_scored(scoring))
-
-
-_TRAINING = (
-    "Tensor q, Tensor k, Tensor v, Tensor keep_logprob, Tensor? starts, Tensor? sinks, int window, "
-    "float scale, float? softcap"
-)
-
-
-def _run_prefill(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keep_logprob: Tensor,
-    starts: Tensor | None,
-    sinks: Tensor | None,
-    window: int,
-    scale: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    scoring = Scoring(scale, softcap, sinks)
-    return prefill.prefill_forward(q, k, v, keep_logprob, window, starts, scoring)
+def _prompt_arguments(*args: Any) -> tuple[Any, ...]:
+    q, k, v, keep_logprob, starts, sinks, window, scale, softcap = args
+    return Prompt(q, k, v, keep_logprob, window), starts, Scoring(scale, softcap, sinks)
 
 
 def _like_prefill(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -247,36 +195,64 @@ def _like_prefill(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, 
     return v.new_empty(*q.shape[:3], v.shape[-1]), lse
 
 
-_prefill = _op(f"prefill({_TRAINING}) -> (Tensor, Tensor)", _run_prefill, _like_prefill)
-
-
-def _run_backward(
-    grad: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keep_logprob: Tensor,
-    starts: Tensor | None,
-    sinks: Tensor | None,
-    window: int,
-    scale: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    scoring = Scoring(scale, softcap, sinks)
-    return prefill_backward.prefill_backward(
-        grad, q, k, v, keep_logprob, window, starts, out, lse, scoring
-    )
+def _backward_arguments(grad: Tensor, out: Tensor, lse: Tensor, *args: Any) -> tuple[Any, ...]:
+    return grad, out, lse, *_prompt_arguments(*args)
 
 
 def _like_inputs(grad: Tensor, out: Tensor, lse: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(x) for x in inputs[:4])
 
 
-_backward = _op(
-    f"prefill_backward(Tensor grad, Tensor out, Tensor lse, {_TRAINING}) -> (Tensor, Tensor, Tensor, Tensor)",
-    _run_backward,
+append_token = _op(
+    f"append_token(Tensor k, Tensor v, *, {_state_schema(True)}, "
+    f"{', '.join(f'{kind} {name}' for name, kind in GATE.items())}) -> ()",
+    "append.append_token",
+    append_reference.append_token,
+    _append_arguments,
+    _nothing,
+)
+pack = _op(
+    f"pack(Tensor k, Tensor v, Tensor evict, Tensor? valid, *, {_state_schema(True)}) -> ()",
+    "append.pack",
+    append_reference.pack,
+    _pack_arguments,
+    _nothing,
+)
+decode = _op(
+    f"decode(Tensor q, *, {_state_schema(False)}, {_SCORING}) -> Tensor",
+    "decode.decode_attention",
+    decode_reference.decode_attention,
+    _decode_arguments,
+    _like_values,
+)
+decode_latent = _op(
+    f"decode_latent(Tensor q, *, {_state_schema(False)}, {_SCORING}) -> Tensor",
+    "decode.decode_latent",
+    decode_reference.decode_latent,
+    _decode_arguments,
+    _like_latents,
+)
+attend_chunk = _op(
+    "attend_chunk(Tensor q, Tensor k, Tensor v, Tensor evict, *, Tensor? starts, Tensor first, Tensor? expiry, "
+    f"{_state_schema(False)}, {_SCORING}) -> Tensor",
+    "prefill_chunk.attend_chunk",
+    prefill_reference.attend_chunk,
+    _chunk_arguments,
+    _like_chunk,
+)
+# The reference of training attention is differentiable as it is, and takes any mask: it is no op.
+prefill = _op(
+    f"prefill({_PROMPT}) -> (Tensor, Tensor)",
+    "prefill.prefill_forward",
+    None,
+    _prompt_arguments,
+    _like_prefill,
+)
+prefill_backward = _op(
+    f"prefill_backward(Tensor grad, Tensor out, Tensor lse, {_PROMPT}) -> (Tensor, Tensor, Tensor, Tensor)",
+    "prefill_backward.prefill_backward",
+    None,
+    _backward_arguments,
     _like_inputs,
 )
 
@@ -288,45 +264,10 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    found = _backward(grad, *ctx.saved_tensors, ctx.window, ctx.scale, ctx.softcap)
-    return (*found, *[None] * 5)
+    gradients = prefill_backward(grad, *ctx.saved_tensors, ctx.window, ctx.scale, ctx.softcap)
+    return (*gradients, *[None] * 5)
 
 
 torch.library.register_autograd(
     f"{NAMESPACE}::prefill", _differentiate, setup_context=_keep_for_backward
 )
-
-
-def prefill_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keep_logprob: Tensor,
-    window: int,
-    starts: Tensor | None,
-    scoring: Scoring,
-) -> Tensor:
-    """Attention among T tokens, differentiable in q, k, v and keep_logprob.
-
-    Args:
-        q: queries [B, H, T, D].
-        k: keys [B, K, T, D].
-        v: values [B, K, T, Dv].
-        keep_logprob: log(1 - alpha) [B, K, T] float32, of the token each value governs.
-        window: tokens a marked key stays readable.
-        starts: the first position [B, T] int32 that each query may see: the start of its document; of padding, its own
-            position. None: 0 for all.
-        scoring: scale, softcap and sinks.
-
-    Returns:
-        Output [B, H, T, Dv].
-
-    Raises:
-        ValueError: the sinks want a gradient, which is not computed.
-    """
-    if torch.is_grad_enabled() and scoring.sinks is not None and scoring.sinks.requires_grad:
-        raise ValueError(
-            "the prefill kernel has no gradient of sinks; freeze them or use impl='reference'"
-        )
-    scored = (scoring.scale, scoring.softcap)
-    return _prefill(q, k, v, keep_logprob, starts, scoring.sinks, window, *scored)[0]

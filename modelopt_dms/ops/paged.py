@@ -2,7 +2,8 @@
 """Where KV rows lie on a device: pages that all layers share, and for each layer the lists that own them. Tensors only.
 
 Every (sequence, KV head) of a layer is a list: slots 0..live-1, slot s in row s % PAGE of page table[b, k, s // PAGE].
-All bookkeeping is on the device and of fixed shape, so that a decode step neither asks the host nor changes an address.
+All bookkeeping is on the device and of fixed shape, so that a decode step neither synchronizes with the host nor
+changes an address.
 
 Shapes: N pages, B sequences, K KV heads, P pages a list can own, W delay window, R = W + 1.
 """

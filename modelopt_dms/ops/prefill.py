@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention among T tokens under the delayed-eviction mask, forward and backward, in Triton. Knows no cache.
+"""Attention among T tokens under the delayed-eviction mask, forward and backward, in Triton.
 
 The meaning is `ops.reference.prefill_attention`. Keys fall into blocks that are older than the window for a whole block
 of queries (one addition a score), within it, or on a border (everything is checked); only the last are few.
@@ -11,21 +11,20 @@ import triton.language as tl
 from torch import Tensor
 
 from modelopt_dms.ops.prefill_blocks import (
-    FLOOR,
     Tile,
     attend_own,
     dot_type,
     head_constants,
-    load_rows,
+    load_parts,
+    no_keys,
     own_starts,
     padded,
     scoring_constants,
-    store_rows,
+    store_parts,
     with_sink,
 )
 from modelopt_dms.ops.prefill_reference import log2_bias
-from modelopt_dms.ops.reference import Scoring
-from modelopt_dms.ops.variants import Variant
+from modelopt_dms.ops.reference import Prompt, Scoring
 
 
 def forward_tile(D: int, DV: int, dtype: torch.dtype) -> Tile:
@@ -81,14 +80,8 @@ def _forward_kernel(
     k += kv * T * D
     v += kv * T * DV
     queries = m0 + tl.arange(0, M)
-    q1 = load_rows(q, m0, T, M, D, 0, D1, True, DOT)
-    q2 = q1
-    if D2 > 0:
-        q2 = load_rows(q, m0, T, M, D, D1, D2, True, DOT)
-    acc1 = tl.zeros([M, V1], tl.float32)
-    acc2 = tl.zeros([M, V2 if V2 > 0 else 16], tl.float32)
-    total = tl.zeros([M], tl.float32)
-    top = tl.full([M], FLOOR, tl.float32)
+    q1, q2 = load_parts(q, m0, T, M, D, D1, D2, DOT)
+    acc1, acc2, total, top = no_keys(M, V1, V2)
     acc1, acc2, total, top = attend_own(
         acc1, acc2, total, top, q1, q2, k, v, bias + kv * padded(T), starts + batch * T, m0, T, window,
         SCALE, SOFTCAP, D, DV, D1, D2, V1, V2, M, N, HAS_STARTS, DOT,
@@ -97,24 +90,24 @@ def _forward_kernel(
         sink = tl.load(sinks + index % H).to(tl.float32)
         acc1, acc2, total, top = with_sink(acc1, acc2, total, top, sink, V2)
     out += index.to(tl.int64) * T * DV
-    store_rows(out, m0, T, acc1 / total[:, None], M, DV, 0, V1)
-    if V2 > 0:
-        store_rows(out, m0, T, acc2 / total[:, None], M, DV, V1, V2)
+    store_parts(out, m0, T, acc1 / total[:, None], acc2 / total[:, None], M, DV, V1, V2)
     tl.store(lse + index.to(tl.int64) * T + queries, top + tl.log2(total), mask=queries < T)
 
 
 def prefill_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keep_logprob: Tensor,
-    window: int,
-    starts: Tensor | None,
-    scoring: Scoring,
-    tile: Tile | None = None,
+    prompt: Prompt, starts: Tensor | None, scoring: Scoring, tile: Tile | None = None
 ) -> tuple[Tensor, Tensor]:
-    """As `library.prefill_attention`: output [B, H, T, Dv], and log2-sum-exp2 [B, H, T] for the backward pass."""
-    q, k, v, bias = (x.contiguous() for x in (q, k, v, log2_bias(keep_logprob)))
+    """As `reference.prefill_attention`: output [B, H, T, Dv], and log2-sum-exp2 [B, H, T] for the backward pass.
+
+    Args:
+        prompt: whose mask is not read.
+        starts: the first position [B, T] int32 that each query may see: the start of its document; of padding, its own
+            position. None: 0 for all.
+        scoring: scale, softcap and sinks.
+        tile: block sizes, None for our choice.
+    """
+    q, k, v = (x.contiguous() for x in (prompt.q, prompt.k, prompt.v))
+    bias = log2_bias(prompt.keep_logprob)
     B, H, T, D = q.shape
     K, DV = k.shape[1], v.shape[-1]
     tile = tile or forward_tile(D, DV, q.dtype)
@@ -129,7 +122,7 @@ def prefill_forward(
         bias if starts is None else starts,
         bias if sinks is None else sinks.float().contiguous(),
         T,
-        min(window, T),
+        min(prompt.window, T),
         out,
         lse,
         **scoring_constants(scoring),
@@ -145,35 +138,3 @@ def prefill_forward(
         num_stages=tile.stages,
     )
     return out, lse
-
-
-def variants() -> list[Variant]:
-    """What we ship for sm_90a."""
-    shapes = [(64, 64, 4), (96, 96, 4), (128, 128, 4), (256, 256, 2), (192, 128, 1)]
-    return [_variant(D, DV, G, False) for D, DV, G in shapes] + [_variant(128, 128, 4, True)]
-
-
-def _variant(D: int, DV: int, G: int, full: bool) -> Variant:
-    """The forward kernel for these shapes; `full` has documents, softcap and sinks."""
-    tile = forward_tile(D, DV, torch.bfloat16)
-    pointers = {name: "*bf16" for name in ("q", "k", "v", "out")}
-    pointers |= {name: "*fp32" for name in ("bias", "sinks", "lse")}
-    constants = {
-        **scoring_constants(Scoring(D**-0.5, 50.0 if full else None)),
-        **head_constants(D, DV),
-        "H": 8 * G,
-        "G": G,
-        "M": tile.queries,
-        "N": tile.keys,
-        "HAS_STARTS": full,
-        "HAS_SINKS": full,
-        "DOT": tl.bfloat16,
-    }
-    return Variant(
-        f"prefill_d{D}_{DV}" + ("_full" if full else ""),
-        _forward_kernel,
-        {**pointers, "starts": "*i32", "T": "i32", "window": "i32"},
-        constants,
-        tile.warps,
-        tile.stages,
-    )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients of attention among T tokens under the delayed-eviction mask, in Triton. Knows no cache.
+"""Gradients of attention among T tokens under the delayed-eviction mask, in Triton.
 
 Three kernels, no atomics: every gradient is summed by one program in one order, so two runs agree to the last bit.
 One goes over blocks of keys (dk, dv, and d keep_logprob as a column sum; the heads of a group in a loop), one over
@@ -21,17 +21,19 @@ from modelopt_dms.ops.prefill_blocks import (
     head_constants,
     key_ranges,
     load_numbers,
+    load_parts,
     load_rows,
     own_starts,
     padded,
+    phase_range,
+    query_starts,
     scored,
     scoring_constants,
-    store_rows,
+    store_parts,
     uncapped,
 )
 from modelopt_dms.ops.prefill_reference import log2_bias
-from modelopt_dms.ops.reference import Scoring
-from modelopt_dms.ops.variants import Variant
+from modelopt_dms.ops.reference import Prompt, Scoring
 
 DELTA_ROWS = 32
 # Above this many columns of dk and dv together, a program cannot hold both: two launches, one for each.
@@ -172,31 +174,20 @@ def _query_kernel(
     lse += index * padded(T)
     delta += index * padded(T)
     queries = m0 + tl.arange(0, M)
-    here = queries < T
-    q1 = load_rows(q, m0, T, M, D, 0, D1, True, DOT)
-    do1 = load_rows(gradient, m0, T, M, DV, 0, V1, True, DOT)
-    q2 = q1
-    if D2 > 0:
-        q2 = load_rows(q, m0, T, M, D, D1, D2, True, DOT)
-    do2 = do1
-    if V2 > 0:
-        do2 = load_rows(gradient, m0, T, M, DV, V1, V2, True, DOT)
+    q1, q2 = load_parts(q, m0, T, M, D, D1, D2, DOT)
+    do1, do2 = load_parts(gradient, m0, T, M, DV, V1, V2, DOT)
     lses = load_numbers(lse, m0, True, M)
     deltas = load_numbers(delta, m0, True, M)
-    start = queries
-    lowest = 0
-    highest = 0
-    if HAS_STARTS:
-        start = tl.load(starts + index // H * T + queries, mask=here, other=0)
-        lowest = tl.maximum(tl.min(tl.where(here, start, T), 0), 0)
-        highest = tl.max(start, 0)
-    a, b, c, d, e, f = key_ranges(m0, lowest, highest, T, window, M, N, HAS_STARTS)
+    start, lowest, highest = query_starts(starts + index // H * T, queries, T, HAS_STARTS)
+    masked_start, old_start, border_start, window_start, diagonal_start, end = key_ranges(
+        m0, lowest, highest, T, window, M, N, HAS_STARTS
+    )
     dq1 = tl.zeros([M, D1], tl.float32)
     dq2 = tl.zeros([M, D2 if D2 > 0 else 16], tl.float32)
     for phase in range(3):
-        low = tl.where(phase == 0, a, tl.where(phase == 1, c, e))
-        middle = tl.where(phase == 0, b, tl.where(phase == 1, d, f))
-        high = tl.where(phase == 0, c, tl.where(phase == 1, e, f))
+        low, middle, high = phase_range(
+            phase, masked_start, old_start, border_start, window_start, diagonal_start, end
+        )
         column = load_numbers(bias, low, True, N)
         for n0 in tl.range(low, middle, N):
             dq1, dq2, column = _query_block(
@@ -210,9 +201,7 @@ def _query_kernel(
                 dq1, dq2, column, q1, q2, do1, do2, lses, deltas, k, v, bias, n0, queries, start, T, window, old,
                 SCALE, SOFTCAP, D, DV, D1, D2, V1, V2, N, HAS_STARTS, False, DOT,
             )  # fmt: skip
-    store_rows(dq, m0, T, dq1 * SCALE, M, D, 0, D1)
-    if D2 > 0:
-        store_rows(dq, m0, T, dq2 * SCALE, M, D, D1, D2)
+    store_parts(dq, m0, T, dq1 * SCALE, dq2 * SCALE, M, D, D1, D2)
 
 
 @triton.jit
@@ -291,19 +280,20 @@ def _key_block(
 def _query_ranges(n0, end, whole, T, window, M: tl.constexpr, N: tl.constexpr):
     """Ranges of queries that read keys n0 .. n0 + N - 1, in whole blocks of M.
 
-    Checked from `a` to `b`: the diagonal. To `c`: all keys within the window. Checked to `d`: the window's border. To
-    `e`: all keys older than the window. Checked to `f`: documents or the sequence end. Queries from `end` on see none
-    of the keys; some query from `whole` on does not see them all.
+    From diagonal_start on, some key lies behind some query (checked). From window_start on, all keys are within the
+    window. From border_start on, some are older (checked). From old_start on, all are older. From masked_start to
+    masked_end, documents or the sequence end (checked). Queries from `end` on see none of the keys; some query from
+    `whole` on does not see them all.
     """
-    a = n0 // M * M
-    f = tl.cdiv(tl.minimum(end, T), M) * M
+    diagonal_start = n0 // M * M
+    masked_end = tl.cdiv(tl.minimum(end, T), M) * M
     whole = tl.minimum(whole, T) // M * M
-    b = tl.minimum(tl.cdiv(n0 + N - 1, M) * M, f)
+    window_start = tl.minimum(tl.cdiv(n0 + N - 1, M) * M, masked_end)
     # n0 + W - M + 1 is the last start of a block that lies wholly within the window of all keys.
-    c = tl.maximum(b, tl.minimum((n0 + window + 1) // M * M, whole))
-    d = tl.maximum(c, tl.minimum(tl.cdiv(n0 + N + window, M) * M, f))
-    e = tl.maximum(d, whole)
-    return a, b, c, d, e, f
+    border_start = tl.maximum(window_start, tl.minimum((n0 + window + 1) // M * M, whole))
+    old_start = tl.maximum(border_start, tl.minimum(tl.cdiv(n0 + N + window, M) * M, masked_end))
+    masked_start = tl.maximum(old_start, whole)
+    return diagonal_start, window_start, border_start, old_start, masked_start, masked_end
 
 
 @triton.jit(do_not_specialize=["T", "window"])
@@ -347,14 +337,8 @@ def _key_kernel(
     k += kv * T * D
     v += kv * T * DV
     keys = n0 + tl.arange(0, N)
-    k1 = load_rows(k, n0, T, N, D, 0, D1, True, DOT)
-    k2 = k1
-    if D2 > 0:
-        k2 = load_rows(k, n0, T, N, D, D1, D2, True, DOT)
-    v1 = load_rows(v, n0, T, N, DV, 0, V1, True, DOT)
-    v2 = v1
-    if V2 > 0:
-        v2 = load_rows(v, n0, T, N, DV, V1, V2, True, DOT)
+    k1, k2 = load_parts(k, n0, T, N, D, D1, D2, DOT)
+    v1, v2 = load_parts(v, n0, T, N, DV, V1, V2, DOT)
     column = load_numbers(bias + kv * padded(T), n0, True, N)
     end = T
     whole = T
@@ -362,7 +346,9 @@ def _key_kernel(
         ends += batch * 2 * tl.num_programs(0) + block
         end = tl.load(ends)
         whole = tl.load(ends + tl.num_programs(0))
-    a, b, c, d, e, f = _query_ranges(n0, end, whole, T, window, M, N)
+    diagonal_start, window_start, border_start, old_start, masked_start, masked_end = _query_ranges(
+        n0, end, whole, T, window, M, N
+    )
     dk1 = tl.zeros([N, D1], tl.float32)
     dk2 = tl.zeros([N, D2 if D2 > 0 else 16], tl.float32)
     dv1 = tl.zeros([N, V1], tl.float32)
@@ -371,9 +357,9 @@ def _key_kernel(
     for step in range(3 * G):
         phase = step % 3
         head = kv * G + step // 3
-        low = tl.where(phase == 0, a, tl.where(phase == 1, c, e))
-        middle = tl.where(phase == 0, b, tl.where(phase == 1, d, f))
-        high = tl.where(phase == 0, c, tl.where(phase == 1, e, f))
+        low, middle, high = phase_range(
+            phase, diagonal_start, window_start, border_start, old_start, masked_start, masked_end
+        )
         q_head = q + head * T * D
         gradient_head = gradient + head * T * DV
         lse_head = lse + head * padded(T)
@@ -396,15 +382,11 @@ def _key_kernel(
             )  # fmt: skip
     if WITH_K:
         dk += kv * T * D
-        store_rows(dk, n0, T, dk1 * SCALE, N, D, 0, D1)
-        if D2 > 0:
-            store_rows(dk, n0, T, dk2 * SCALE, N, D, D1, D2)
+        store_parts(dk, n0, T, dk1 * SCALE, dk2 * SCALE, N, D, D1, D2)
         tl.store(dbias + kv * T + keys, sums, mask=keys < T)
     if WITH_V:
         dv += kv * T * DV
-        store_rows(dv, n0, T, dv1, N, DV, 0, V1)
-        if V2 > 0:
-            store_rows(dv, n0, T, dv2, N, DV, V1, V2)
+        store_parts(dv, n0, T, dv1, dv2, N, DV, V1, V2)
 
 
 def _last_readers(starts: Tensor, T: int, keys: int) -> Tensor:
@@ -424,46 +406,76 @@ def _last_readers(starts: Tensor, T: int, keys: int) -> Tensor:
 
 def prefill_backward(
     gradient: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keep_logprob: Tensor,
-    window: int,
-    starts: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    prompt: Prompt,
+    starts: Tensor | None,
     scoring: Scoring,
     tiles: tuple[Tile, Tile] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `ops.library.prefill_attention`.
+    """Gradients of `prefill.prefill_forward`.
 
     Args:
         gradient: of the output [B, H, T, Dv].
-        q: queries [B, H, T, D].
-        k: keys [B, K, T, D].
-        v: values [B, K, T, Dv].
-        keep_logprob: log(1 - alpha) [B, K, T] float32.
-        window: tokens a marked key stays readable.
-        starts: first visible positions [B, T], or None.
         out: output [B, H, T, Dv].
         lse: log2-sum-exp2 [B, H, T] float32, sinks included.
+        prompt: whose mask is not read.
+        starts: first visible positions [B, T], or None.
         scoring: scale and softcap.
         tiles: block sizes of the kernels over keys and over queries, None for our choice.
 
     Returns:
         Gradients of q, k, v and keep_logprob, in their shapes and dtypes.
     """
-    q, k, v, keep_logprob, gradient, out = (
-        x.contiguous() for x in (q, k, v, keep_logprob, gradient, out)
-    )
+    q, k, v, gradient, out = (x.contiguous() for x in (prompt.q, prompt.k, prompt.v, gradient, out))
     B, H, T, D = q.shape
     K, DV = k.shape[1], v.shape[-1]
     by_key, by_query = tiles or (key_tile(D, DV, q.dtype), query_tile(D, DV, q.dtype))
     starts = own_starts(starts)
-    ends = None if starts is None else _last_readers(starts, T, by_key.keys)
-    dq, dk, dv, dbias = (torch.empty_like(x) for x in (q, k, v, keep_logprob))
-    window, length = min(window, T), padded_length(T)
-    delta, padded_lse = torch.empty(2, B, H, length, dtype=torch.float32, device=q.device)
+    bias = log2_bias(prompt.keep_logprob)
+    inputs: dict[str, Any] = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "bias": bias,
+        "starts": bias if starts is None else starts,
+    }
+    inputs |= {"gradient": gradient, "T": T, "window": min(prompt.window, T)}
+    inputs |= _padded_rows(gradient, out, lse)
+    constants = {
+        **scoring_constants(scoring),
+        **head_constants(D, DV),
+        "G": H // K,
+        "HAS_STARTS": starts is not None,
+        "DOT": dot_type(q.dtype),
+    }
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    dbias = torch.empty_like(prompt.keep_logprob, memory_format=torch.contiguous_format)
+    ends = bias if starts is None else _last_readers(starts, T, by_key.keys)
+    for with_k, with_v in key_passes(D, DV):
+        _key_kernel[(triton.cdiv(T, by_key.keys), B * K)](
+            **inputs,
+            ends=ends,
+            dk=dk,
+            dv=dv,
+            dbias=dbias,
+            **constants,
+            K=K,
+            WITH_K=with_k,
+            WITH_V=with_v,
+            **_launch_options(by_key),
+        )
+    _query_kernel[(triton.cdiv(T, by_query.queries), B * H)](
+        **inputs, dq=dq, **constants, H=H, **_launch_options(by_query)
+    )
+    return dq, dk, dv, dbias
+
+
+def _padded_rows(gradient: Tensor, out: Tensor, lse: Tensor) -> dict[str, Tensor]:
+    """What the kernels read of every query, padded: the log-sum-exp, and the product of output and gradient."""
+    B, H, T, DV = out.shape
+    length = padded_length(T)
+    delta, padded_lse = torch.empty(2, B, H, length, dtype=torch.float32, device=out.device)
     _delta_kernel[(length // DELTA_ROWS, B * H)](
         out,
         gradient,
@@ -475,89 +487,13 @@ def prefill_backward(
         WIDTH=triton.next_power_of_2(DV),
         R=DELTA_ROWS,
     )
-    bias = log2_bias(keep_logprob)
-    inputs = (q, k, v, bias, bias if starts is None else starts)
-    constants = {
-        **scoring_constants(scoring),
-        **head_constants(D, DV),
-        "G": H // K,
-        "HAS_STARTS": starts is not None,
-        "DOT": dot_type(q.dtype),
-    }
-    for with_k, with_v in key_passes(D, DV):
-        _key_kernel[(triton.cdiv(T, by_key.keys), B * K)](
-            *inputs,
-            bias if ends is None else ends,
-            gradient,
-            padded_lse,
-            delta,
-            T,
-            window,
-            dk,
-            dv,
-            dbias,
-            **constants,
-            K=K,
-            M=by_key.queries,
-            N=by_key.keys,
-            WITH_K=with_k,
-            WITH_V=with_v,
-            num_warps=by_key.warps,
-            num_stages=by_key.stages,
-        )
-    _query_kernel[(triton.cdiv(T, by_query.queries), B * H)](
-        *inputs,
-        gradient,
-        padded_lse,
-        delta,
-        T,
-        window,
-        dq,
-        **constants,
-        H=H,
-        M=by_query.queries,
-        N=by_query.keys,
-        num_warps=by_query.warps,
-        num_stages=by_query.stages,
-    )
-    return dq, dk, dv, dbias
+    return {"lse": padded_lse, "delta": delta}
+
+
+def _launch_options(tile: Tile) -> dict[str, int]:
+    return {"M": tile.queries, "N": tile.keys, "num_warps": tile.warps, "num_stages": tile.stages}
 
 
 def key_passes(D: int, DV: int) -> list[tuple[bool, bool]]:
     """Launches of the kernel over blocks of keys: whether each computes dk, and whether dv."""
     return [(True, True)] if D + DV <= HELD_COLUMNS else [(True, False), (False, True)]
-
-
-def variants() -> list[Variant]:
-    """What we ship for sm_90a."""
-    found = []
-    for D, DV, G in [(64, 64, 4), (128, 128, 4), (256, 256, 2), (192, 128, 1)]:
-        found.append(
-            _variant(D, DV, G, _query_kernel, query_tile(D, DV, torch.bfloat16), "dq", {"H": 8 * G})
-        )
-        for with_k, with_v in key_passes(D, DV):
-            name = "d" + "k" * with_k + "v" * with_v
-            flags = {"K": 8, "WITH_K": with_k, "WITH_V": with_v}
-            tile = key_tile(D, DV, torch.bfloat16)
-            found.append(_variant(D, DV, G, _key_kernel, tile, name, flags))
-    return found
-
-
-def _variant(
-    D: int, DV: int, G: int, kernel: Any, tile: Tile, name: str, more: dict[str, Any]
-) -> Variant:
-    pointers = {x: "*bf16" for x in ("q", "k", "v", "gradient", "dq", "dk", "dv")}
-    pointers |= {x: "*fp32" for x in ("bias", "lse", "delta", "dbias")}
-    types = pointers | {"starts": "*i32", "ends": "*i32", "T": "i32", "window": "i32"}
-    constants = {
-        **scoring_constants(Scoring(D**-0.5)),
-        **head_constants(D, DV),
-        "G": G,
-        "M": tile.queries,
-        "N": tile.keys,
-        "HAS_STARTS": False,
-        "DOT": tl.bfloat16,
-        **more,
-    }
-    names = {x: kind for x, kind in types.items() if x in kernel.arg_names}
-    return Variant(f"prefill_{name}_d{D}_{DV}", kernel, names, constants, tile.warps, tile.stages)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blocks of attention among T tokens under the delayed-eviction mask: what the prefill kernels share. Knows no page.
+"""Blocks of attention among T tokens under the delayed-eviction mask: what the prefill kernels share.
 
 Scores are in units of log 2 inside the kernels, so that exp2 is all they need. A head dim D is two powers of two,
 D1 + D2 (96 = 64 + 32; D2 is 0 for most): a tile has a power of two of columns, and 96 padded to 128 wastes a third.
@@ -40,11 +40,11 @@ class Tile:
     stages: int = 2
 
 
-def split(dim: int) -> tuple[int, int]:
-    """Widths D1 >= 16 and D2 (0 or >= 16) of the two tiles that hold D columns."""
+def split(dim: int, rest_least: int = 16) -> tuple[int, int]:
+    """Widths D1 >= 16 and D2 (0 or >= rest_least) of the two tiles that hold D columns."""
     first = max(16, 1 << (dim.bit_length() - 1))
     rest = dim - first
-    return first, max(16, triton.next_power_of_2(rest)) if rest > 0 else 0
+    return first, max(rest_least, triton.next_power_of_2(rest)) if rest > 0 else 0
 
 
 def head_constants(D: int, DV: int) -> dict[str, Any]:
@@ -167,27 +167,50 @@ def delayed(scores, queries, keys, bias, starts, window, HAS_STARTS: tl.constexp
 
 
 @triton.jit
+def query_starts(starts, queries, T, HAS_STARTS: tl.constexpr):
+    """The first key of each query, the lowest of them from 0 on, and the highest."""
+    start = queries
+    lowest = 0
+    highest = 0
+    if HAS_STARTS:
+        start = tl.load(starts + queries, mask=queries < T, other=0)
+        lowest = tl.maximum(tl.min(tl.where(queries < T, start, T), 0), 0)
+        highest = tl.max(start, 0)
+    return start, lowest, highest
+
+
+@triton.jit
 def key_ranges(
     m0, lowest, highest, T, window, M: tl.constexpr, N: tl.constexpr, HAS_STARTS: tl.constexpr
 ):
-    """Ranges of keys that queries m0 .. m0 + M - 1 read, in whole blocks of N.
+    """Ranges of keys that queries m0 .. m0 + M - 1 read, in whole blocks of N: where each starts, and the end.
 
-    Checked from `a` to `b`: some query starts within. To `c`: all keys older than the window for all queries. Checked
-    to `d`: the window's border. To `e`: all within the window. Checked to `f`: the diagonal.
+    From masked_start on, some query starts within (checked). From old_start on, all keys are older than the window of
+    all queries. From border_start on, some are older (checked). From window_start on, all are within it. From
+    diagonal_start to end, some lie behind some query (checked).
     """
-    f = tl.cdiv(tl.minimum(m0 + M, T), N) * N
+    end = tl.cdiv(tl.minimum(m0 + M, T), N) * N
     diagonal = (m0 + 1) // N * N
-    a = 0
-    b = 0
+    masked_start = 0
+    old_start = 0
     if HAS_STARTS:
-        a = lowest // N * N
-        b = tl.minimum(tl.cdiv(highest, N) * N, f)
-    c = tl.maximum(b, tl.maximum(m0 - window, 0) // N * N)
-    d = tl.maximum(c, tl.cdiv(tl.maximum(m0 + M - 1 - window, 0), N) * N)
+        masked_start = lowest // N * N
+        old_start = tl.minimum(tl.cdiv(highest, N) * N, end)
+    border_start = tl.maximum(old_start, tl.maximum(m0 - window, 0) // N * N)
+    window_start = tl.maximum(border_start, tl.cdiv(tl.maximum(m0 + M - 1 - window, 0), N) * N)
     # Where no block lies wholly within the window, the checks go on up to the diagonal, and it is all one range.
-    d = tl.minimum(d, tl.maximum(c, diagonal))
-    e = tl.maximum(d, diagonal)
-    return a, b, c, d, e, f
+    window_start = tl.minimum(window_start, tl.maximum(border_start, diagonal))
+    diagonal_start = tl.maximum(window_start, diagonal)
+    return masked_start, old_start, border_start, window_start, diagonal_start, end
+
+
+@triton.jit
+def phase_range(phase, first, second, third, fourth, fifth, end):
+    """Of three pairs of ranges, that of a phase: where the checked range starts, where the other one, where it ends."""
+    low = tl.where(phase == 0, first, tl.where(phase == 1, third, fifth))
+    middle = tl.where(phase == 0, second, tl.where(phase == 1, fourth, end))
+    high = tl.where(phase == 0, third, tl.where(phase == 1, fifth, end))
+    return low, middle, high
 
 
 @triton.jit
@@ -295,19 +318,15 @@ def attend_own(
 ):
     """Take in all of the T keys that queries m0 .. m0 + M - 1 see."""
     queries = m0 + tl.arange(0, M)
-    start = queries
-    lowest = 0
-    highest = 0
-    if HAS_STARTS:
-        start = tl.load(starts + queries, mask=queries < T, other=0)
-        lowest = tl.maximum(tl.min(tl.where(queries < T, start, T), 0), 0)
-        highest = tl.max(start, 0)
-    a, b, c, d, e, f = key_ranges(m0, lowest, highest, T, window, M, N, HAS_STARTS)
+    start, lowest, highest = query_starts(starts, queries, T, HAS_STARTS)
+    masked_start, old_start, border_start, window_start, diagonal_start, end = key_ranges(
+        m0, lowest, highest, T, window, M, N, HAS_STARTS
+    )
     # One outer loop, so that the code of a block exists twice and not five times.
     for phase in range(3):
-        low = tl.where(phase == 0, a, tl.where(phase == 1, c, e))
-        middle = tl.where(phase == 0, b, tl.where(phase == 1, d, f))
-        high = tl.where(phase == 0, c, tl.where(phase == 1, e, f))
+        low, middle, high = phase_range(
+            phase, masked_start, old_start, border_start, window_start, diagonal_start, end
+        )
         column = load_numbers(bias, low, True, N)
         for n0 in tl.range(low, middle, N):
             acc1, acc2, total, top, column = attend_block(
@@ -334,3 +353,48 @@ def with_sink(acc1, acc2, total, top, sink, V2: tl.constexpr):
     if V2 > 0:
         acc2 *= shrink[:, None]
     return acc1, acc2, total, new
+
+
+@triton.jit
+def load_parts(
+    base,
+    first,
+    count,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """Both parts of rows first.. of a matrix [count, D]; the second is the first if D2 is 0."""
+    x1 = load_rows(base, first, count, ROWS, D, 0, D1, True, DOT)
+    x2 = x1
+    if D2 > 0:
+        x2 = load_rows(base, first, count, ROWS, D, D1, D2, True, DOT)
+    return x1, x2
+
+
+@triton.jit
+def store_parts(
+    base,
+    first,
+    count,
+    x1,
+    x2,
+    ROWS: tl.constexpr,
+    D: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+):
+    """Store both parts of rows first.. of a matrix [count, D]; x2 is not read if D2 is 0."""
+    store_rows(base, first, count, x1, ROWS, D, 0, D1)
+    if D2 > 0:
+        store_rows(base, first, count, x2, ROWS, D, D1, D2)
+
+
+@triton.jit
+def no_keys(M: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr):
+    """Sums, total and maximum of M queries before any key."""
+    acc1 = tl.zeros([M, V1], tl.float32)
+    acc2 = tl.zeros([M, V2 if V2 > 0 else 16], tl.float32)
+    return acc1, acc2, tl.zeros([M], tl.float32), tl.full([M], FLOOR, tl.float32)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention of a chunk of a prompt onto a paged cache, in Triton: one program first reads pages, then the chunk itself.
 
-The meaning is `ops.prefill_reference.attend_chunk`. Forward only. Asks the host nothing: lengths are read on the
-device.
+The meaning is `ops.prefill_reference.attend_chunk`. Forward only. Lengths are read on the device, without
+synchronizing with the host.
 """
 
 from dataclasses import replace
@@ -13,7 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from modelopt_dms.ops.decoding import from_e2m1, from_e4m3, from_int8, number_factor, word_codes
+from modelopt_dms.ops.decoding import (
+    as_words,
+    from_e2m1,
+    from_e4m3,
+    from_int8,
+    number_factor,
+    word_codes,
+)
 from modelopt_dms.ops.paged import PAGE, LayerLists, LayerShape, PagePool, RowLayout
 from modelopt_dms.ops.prefill_blocks import (
     FLOOR,
@@ -22,16 +29,18 @@ from modelopt_dms.ops.prefill_blocks import (
     attend_own,
     dot_type,
     head_constants,
+    load_parts,
     load_rows,
+    no_keys,
     own_starts,
     padded,
     scored,
     scoring_constants,
     softmax_step,
-    store_rows,
+    store_parts,
     with_sink,
 )
-from modelopt_dms.ops.prefill_reference import log2_bias
+from modelopt_dms.ops.prefill_reference import Chunk, log2_bias
 from modelopt_dms.ops.reference import Scoring
 from modelopt_dms.ops.variants import Variant, pointer
 
@@ -59,6 +68,24 @@ def _block_scales(
         return load_rows(at, 0, PAGE, PAGE, D // 16, OFFSET // 16, WIDTH // 16, False, tl.uint8)
     else:
         return page
+
+
+@triton.jit
+def _scales_of_page(
+    scales,
+    page,
+    PAGE: tl.constexpr,
+    NUMBER: tl.constexpr,
+    D: tl.constexpr,
+    D1: tl.constexpr,
+    D2: tl.constexpr,
+):
+    """`_block_scales` of both parts of rows; the second is the first if D2 is 0."""
+    first = _block_scales(scales, page, PAGE, NUMBER, D, 0, D1)
+    second = first
+    if D2 > 0:
+        second = _block_scales(scales, page, PAGE, NUMBER, D, D1, D2)
+    return first, second
 
 
 @triton.jit
@@ -103,6 +130,25 @@ def _row_factor(scales, page, PAGE: tl.constexpr, inside):
     at = scales + page.to(tl.int64) * PAGE + tl.arange(0, PAGE)
     scale = tl.load(at, mask=inside, other=1.0)
     return tl.where(inside, 1.0 / scale, 0.0)
+
+
+@triton.jit
+def _page_scores(
+    q1, q2, keys, scales, scale1, scale2, factor, page, here,
+    SCALE: tl.constexpr, SOFTCAP: tl.constexpr, PAGE: tl.constexpr, NUMBER: tl.constexpr, PER_ROW: tl.constexpr,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """Scores [M, PAGE] of queries, in two parts, on the keys of a page; scale1 and scale2 are their `_block_scales`."""
+    k1 = _page_rows(keys, scale1, page, PAGE, NUMBER, D, 0, D1, DOT)
+    products = tl.dot(q1, tl.trans(k1), input_precision="ieee")
+    if D2 > 0:
+        k2 = _page_rows(keys, scale2, page, PAGE, NUMBER, D, D1, D2, DOT)
+        products = tl.dot(q2, tl.trans(k2), products, input_precision="ieee")
+    if PER_ROW:
+        row_factor = _row_factor(scales, page, PAGE, here)
+        return scored(products, row_factor[None, :], SCALE, SOFTCAP)
+    else:
+        return scored(products, factor, SCALE, SOFTCAP)
 
 
 @triton.jit(do_not_specialize=["T", "window", "P", "E"])
@@ -159,14 +205,8 @@ def _chunk_kernel(
     kv = (index // G).to(tl.int64)  # = batch * K + KV head
     q += index.to(tl.int64) * T * D
     queries = m0 + tl.arange(0, M)
-    q1 = load_rows(q, m0, T, M, D, 0, D1, True, DOT)
-    q2 = q1
-    if D2 > 0:
-        q2 = load_rows(q, m0, T, M, D, D1, D2, True, DOT)
-    acc1 = tl.zeros([M, V1], tl.float32)
-    acc2 = tl.zeros([M, V2 if V2 > 0 else 16], tl.float32)
-    total = tl.zeros([M], tl.float32)
-    top = tl.full([M], FLOOR, tl.float32)
+    q1, q2 = load_parts(q, m0, T, M, D, D1, D2, DOT)
+    acc1, acc2, total, top = no_keys(M, V1, V2)
 
     length = tl.load(live + kv)
     pages = tl.minimum(tl.cdiv(length, PAGE), P)
@@ -188,27 +228,15 @@ def _chunk_kernel(
     last = rows
     if HAS_EXPIRY:
         last = tl.load(expiry + rows)
-    k_scale1 = _block_scales(key_scales, page, PAGE, KEY_NUMBER, D, 0, D1)
-    v_scale1 = _block_scales(value_scales, page, PAGE, VALUE_NUMBER, DV, 0, V1)
-    k_scale2 = k_scale1
-    if D2 > 0:
-        k_scale2 = _block_scales(key_scales, page, PAGE, KEY_NUMBER, D, D1, D2)
-    v_scale2 = v_scale1
-    if V2 > 0:
-        v_scale2 = _block_scales(value_scales, page, PAGE, VALUE_NUMBER, DV, V1, V2)
+    k_scale1, k_scale2 = _scales_of_page(key_scales, page, PAGE, KEY_NUMBER, D, D1, D2)
+    v_scale1, v_scale2 = _scales_of_page(value_scales, page, PAGE, VALUE_NUMBER, DV, V1, V2)
     for place in tl.range(0, pages):
         following = tl.load(table + tl.minimum(place + 1, P - 1))
         here = rows < length - place * PAGE
-        k1 = _page_rows(keys, k_scale1, page, PAGE, KEY_NUMBER, D, 0, D1, DOT)
-        products = tl.dot(q1, tl.trans(k1), input_precision="ieee")
-        if D2 > 0:
-            k2 = _page_rows(keys, k_scale2, page, PAGE, KEY_NUMBER, D, D1, D2, DOT)
-            products = tl.dot(q2, tl.trans(k2), products, input_precision="ieee")
-        if KEY_PER_ROW:
-            factor = _row_factor(key_scales, page, PAGE, here)
-            scores = scored(products, factor[None, :], SCALE, SOFTCAP)
-        else:
-            scores = scored(products, key_factor, SCALE, SOFTCAP)
+        scores = _page_scores(
+            q1, q2, keys, key_scales, k_scale1, k_scale2, key_factor, page, here,
+            SCALE, SOFTCAP, PAGE, KEY_NUMBER, KEY_PER_ROW, D, D1, D2, DOT,
+        )  # fmt: skip
         if HAS_EXPIRY:
             last = tl.where(here, last, -1)
             scores = tl.where(positions[:, None] <= last[None, :], scores, float("-inf"))
@@ -226,12 +254,8 @@ def _chunk_kernel(
             v2 = _page_rows(values, v_scale2, page, PAGE, VALUE_NUMBER, DV, V1, V2, DOT)
             acc2 = tl.dot(weights, v2, acc2 * shrink[:, None], input_precision="ieee")
         page = following
-        k_scale1 = _block_scales(key_scales, page, PAGE, KEY_NUMBER, D, 0, D1)
-        v_scale1 = _block_scales(value_scales, page, PAGE, VALUE_NUMBER, DV, 0, V1)
-        if D2 > 0:
-            k_scale2 = _block_scales(key_scales, page, PAGE, KEY_NUMBER, D, D1, D2)
-        if V2 > 0:
-            v_scale2 = _block_scales(value_scales, page, PAGE, VALUE_NUMBER, DV, V1, V2)
+        k_scale1, k_scale2 = _scales_of_page(key_scales, page, PAGE, KEY_NUMBER, D, D1, D2)
+        v_scale1, v_scale2 = _scales_of_page(value_scales, page, PAGE, VALUE_NUMBER, DV, V1, V2)
     if VALUE_NUMBER != "plain":
         acc1 *= value_factor
         if V2 > 0:
@@ -252,35 +276,24 @@ def _chunk_kernel(
         sink = tl.load(sinks + index % H).to(tl.float32)
         acc1, acc2, total, top = with_sink(acc1, acc2, total, top, sink, V2)
     out += index.to(tl.int64) * T * DV
-    store_rows(out, m0, T, acc1 / total[:, None], M, DV, 0, V1)
-    if V2 > 0:
-        store_rows(out, m0, T, acc2 / total[:, None], M, DV, V1, V2)
+    store_parts(out, m0, T, acc1 / total[:, None], acc2 / total[:, None], M, DV, V1, V2)
 
 
 def attend_chunk(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    evict: Tensor,
-    starts: Tensor | None,
-    first: Tensor,
-    expiry: Tensor | None,
+    chunk: Chunk,
     pool: PagePool,
     lists: LayerLists,
     scoring: Scoring,
     tile: Tile | None = None,
 ) -> Tensor:
-    """Attention of T new tokens over a layer's lists and over themselves; see `ops.prefill_reference.attend_chunk`.
-
-    Shapes: q [B, H, T, D], k [B, K, T, D], v [B, K, T, Dv], evict [B, K, T] bool, starts [B, T], first [B], expiry
-    [B, K, S] int32 -> [B, H, T, Dv].
-    """
-    q, k, v, first = (x.contiguous() for x in (q, k, v, first.to(torch.int32)))
-    bias = log2_bias(torch.where(evict, float("-inf"), 0.0))
+    """As `prefill_reference.attend_chunk`: output [B, H, T, Dv]; `tile` is our choice where it is None."""
+    q, k, v = (x.contiguous() for x in (chunk.q, chunk.k, chunk.v))
+    first, expiry = chunk.first.to(torch.int32).contiguous(), chunk.expiry
+    bias = log2_bias(torch.where(chunk.evict, float("-inf"), 0.0))
     B, H, T, D = q.shape
     K, DV = k.shape[1], v.shape[-1]
     tile = tile or chunk_tile(D, DV, q.dtype)
-    starts, sinks = own_starts(starts), scoring.sinks
+    starts, sinks = own_starts(chunk.starts), scoring.sinks
     if expiry is not None:  # the kernel reads whole pages of it
         expiry = F.pad(expiry, (0, -expiry.shape[2] % PAGE)).contiguous()
     out = torch.empty(B, H, T, DV, dtype=v.dtype, device=q.device)
@@ -293,8 +306,8 @@ def attend_chunk(
         first if starts is None else starts,
         first,
         first if expiry is None else expiry,
-        _words(pool.keys),
-        _words(pool.values),
+        as_words(pool.keys),
+        as_words(pool.values),
         lists.scales if pool.key_scales is None else pool.key_scales,
         lists.scales if pool.value_scales is None else pool.value_scales,
         lists.scales,
@@ -324,11 +337,6 @@ def attend_chunk(
     return out
 
 
-def _words(codes: Tensor) -> Tensor:
-    """Codes as the kernel reads them: bytes four at a time."""
-    return codes.view(torch.int32) if codes.dtype == torch.uint8 else codes
-
-
 def page_constants(keys: RowLayout, values: RowLayout, dot: tl.dtype) -> dict[str, object]:
     """Constexprs of the formats of keys and values."""
     value_factor = number_factor(values.number, dot)
@@ -346,31 +354,12 @@ def page_constants(keys: RowLayout, values: RowLayout, dot: tl.dtype) -> dict[st
     }
 
 
-def variants() -> list[Variant]:
-    """What we ship for sm_90a."""
-
-    def shape(layout: RowLayout) -> LayerShape:
-        return LayerShape(layout, layout, 8, 4)
-
-    plain = RowLayout("plain", 128, torch.bfloat16)
-    fp8 = RowLayout("fp8", 128, torch.uint8)
-    nvfp4 = RowLayout("nvfp4", 128, torch.uint8)
-    fp8_rows = RowLayout("fp8", 128, torch.uint8, per_row=True)
-    simple, capped = Scoring(128**-0.5), Scoring(128**-0.5, 50.0, torch.zeros(32))
-    return [
-        _variant("prefill_chunk_bf16_d128", shape(plain), simple),
-        _variant("prefill_chunk_fp8_d128", shape(fp8), simple),
-        _variant("prefill_chunk_nvfp4_d128", shape(nvfp4), simple),
-        _variant("prefill_chunk_fp8_rows_full_d128", shape(fp8_rows), capped, documents=True),
-    ]
-
-
 def engine_chunk(shape: LayerShape, scoring: Scoring) -> Variant:
     """`attend_chunk` for an engine: of prompts that are padded; without pointers that it does not read."""
     # Larger blocks of rows this wide would spill.
     wide = max(shape.keys.dim, shape.values.dim) > 128
     tile = Tile(64, 32, 8, 2) if wide else None
-    made = _variant("engine_chunk", shape, scoring, documents=True, tile=tile)
+    made = chunk_variant("engine_chunk", shape, scoring, documents=True, tile=tile)
     unread = [x for x in ("key_scales", "value_scales") if _layout(shape, x).scales is None]
     unread += ["sinks"] if scoring.sinks is None else []
     types = {name: kind for name, kind in made.signature.items() if name not in unread}
@@ -383,7 +372,7 @@ def _layout(shape: LayerShape, name: str) -> RowLayout:
     return shape.keys if name.startswith("key") else shape.values
 
 
-def _variant(
+def chunk_variant(
     name: str,
     shape: LayerShape,
     scoring: Scoring,

@@ -2,6 +2,7 @@
 """What attention of a chunk onto a paged cache means, in plain PyTorch. For whole prompts see `ops.reference`."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from modelopt_dms.ops.paged import PAGE, LayerLists, PagePool, padded_length
 from modelopt_dms.ops.reference import (
+    Prompt,
     Scoring,
     merge_partials,
     partial_attention,
@@ -20,29 +22,35 @@ from modelopt_dms.ops.rows import read_rows
 NEVER = 2**31 - 1  # a position that no query has
 
 
-def attend_chunk(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    evict: Tensor,
-    starts: Tensor | None,
-    first: Tensor,
-    expiry: Tensor | None,
-    pool: PagePool,
-    lists: LayerLists,
-    scoring: Scoring,
-) -> Tensor:
-    """Attention of T new tokens over a layer's lists and over themselves, under the delayed-eviction mask.
+@dataclass(frozen=True)
+class Chunk:
+    """T new tokens of every sequence, which are not in the lists yet.
 
-    Args:
+    Attributes:
         q: queries [B, H, T, D].
-        k: the chunk's own keys [B, K, T, D], not in the lists yet.
-        v: their values [B, K, T, Dv].
+        k: keys [B, K, T, D].
+        v: values [B, K, T, Dv].
         evict: decisions [B, K, T] bool of the token each governs.
+        first: position [B] int32 of the chunk's first token.
         starts: the first key [B, T] int32 that each query may see, counted from the chunk's first token; the lists
             hold what was before the chunk, so a query reads them if its start is negative. None: it sees all.
-        first: position [B] int32 of the chunk's first token.
         expiry: last position [B, K, S] int32 whose query may read a slot, S >= live; None: they never expire.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    evict: Tensor
+    first: Tensor
+    starts: Tensor | None = None
+    expiry: Tensor | None = None
+
+
+def attend_chunk(chunk: Chunk, pool: PagePool, lists: LayerLists, scoring: Scoring) -> Tensor:
+    """Attention of a chunk over a layer's lists and over itself, under the delayed-eviction mask.
+
+    Args:
+        chunk: new tokens.
         pool: pages.
         lists: which of them hold the layer's slots.
         scoring: scale, softcap and sinks.
@@ -50,7 +58,8 @@ def attend_chunk(
     Returns:
         Output [B, H, T, Dv].
     """
-    T, K = q.shape[2], k.shape[1]
+    q, evict, starts, expiry = chunk.q, chunk.evict, chunk.starts, chunk.expiry
+    T, K = q.shape[2], chunk.k.shape[1]
     slots = torch.arange(lists.table.shape[2] * PAGE, dtype=torch.int32, device=q.device)
     if expiry is not None:
         slots = slots[: expiry.shape[2]]
@@ -58,7 +67,7 @@ def attend_chunk(
     past_k, past_v = read_rows(pool, lists, slots, q.dtype)
     visible = (slots >= 0)[:, :, None].expand(-1, -1, T, -1)  # [B, K, T, S]
     if expiry is not None:
-        positions = first[:, None] + torch.arange(T, device=q.device)
+        positions = chunk.first[:, None] + torch.arange(T, device=q.device)
         visible = visible & (positions[:, None, :, None] <= expiry[:, :, None])
     mask = None
     if starts is not None:
@@ -71,7 +80,8 @@ def attend_chunk(
         grouped, past_k[:, :, None], past_v[:, :, None], bias[:, :, None], scoring
     )
     keep_logprob = torch.zeros(evict.shape, device=q.device).masked_fill(evict, float("-inf"))
-    new, new_lse = prefill_partial(q, k, v, keep_logprob, lists.window, mask, scoring)
+    own = Prompt(q, chunk.k, chunk.v, keep_logprob, lists.window, mask)
+    new, new_lse = prefill_partial(own, scoring)
     out, lse = merge_partials(old.flatten(1, 2), old_lse.flatten(1, 2), new, new_lse)
     return with_sinks(out, lse, scoring.sinks)
 

@@ -41,6 +41,28 @@ class Scoring:
         return self.softcap is None and self.sinks is None
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """T tokens that attend to each other under the delayed-eviction mask.
+
+    Attributes:
+        q: queries [B, H, T, D].
+        k: keys [B, K, T, D].
+        v: values [B, K, T, Dv].
+        keep_logprob: log(1 - alpha) [B, K, T] float32, of the token each value governs.
+        window: tokens a marked key stays readable.
+        mask: bool [B or 1, 1, T, T], True where the model itself lets a query see a key (padding, documents);
+            None is causal.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    keep_logprob: Tensor
+    window: int
+    mask: Tensor | None = None
+
+
 def shift_decisions(decisions: Tensor, shift: int) -> Tensor:
     """Move decisions [.., T] from the token whose hidden state made them to the token they govern.
 
@@ -132,36 +154,13 @@ def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor:
     return out * torch.sigmoid(lse - sinks.float()[:, None])[..., None].to(out.dtype)
 
 
-def prefill_partial(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keep_logprob: Tensor,
-    window: int,
-    mask: Tensor | None,
-    scoring: Scoring,
-) -> tuple[Tensor, Tensor]:
-    """Attention among T tokens under the delayed-eviction mask, without sinks.
-
-    Args:
-        q: queries [B, H, T, D].
-        k: keys [B, K, T, D].
-        v: values [B, K, T, Dv].
-        keep_logprob: log(1 - alpha) [B, K, T] float32, of the token each value governs.
-        window: tokens a marked key stays readable.
-        mask: bool [B or 1, 1, T, T], True where the model itself lets a query see a key (padding, documents);
-            None is causal.
-        scoring: scale and softcap.
-
-    Returns:
-        Output [B, H, T, Dv] and log-sum-exp [B, H, T].
-    """
-    B, H, T, _ = q.shape
-    K = k.shape[1]
-    grouped = q.unflatten(1, (K, H // K))  # [B, H, T, D] -> [B, K, G, T, D]
+def prefill_partial(prompt: Prompt, scoring: Scoring) -> tuple[Tensor, Tensor]:
+    """Attention among the tokens of a prompt, without sinks: output [B, H, T, Dv] and log-sum-exp [B, H, T]."""
+    k, v = prompt.k, prompt.v
+    grouped = prompt.q.unflatten(1, (k.shape[1], -1))  # [B, H, T, D] -> [B, K, G, T, D]
     outs, lses = [], []
-    for start, end in _query_blocks(T):
-        bias = _block_bias(keep_logprob, window, mask, start, end)
+    for start, end in _query_blocks(k.shape[2]):
+        bias = _block_bias(prompt, start, end)
         out, lse = partial_attention(
             grouped[..., start:end, :],
             k[:, :, None, :end],
@@ -174,26 +173,18 @@ def prefill_partial(
     return torch.cat(outs, dim=3).flatten(1, 2), torch.cat(lses, dim=3).flatten(1, 2)
 
 
-def prefill_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keep_logprob: Tensor,
-    window: int,
-    mask: Tensor | None,
-    scoring: Scoring,
-) -> Tensor:
+def prefill_attention(prompt: Prompt, scoring: Scoring) -> Tensor:
     """As `prefill_partial` with sinks, and fast: output [B, H, T, Dv], differentiable in all tensors."""
-    B, H, T, D = q.shape
-    K = k.shape[1]
+    B, H, T, D = prompt.q.shape
+    K = prompt.k.shape[1]
     G = H // K
-    grouped = q.reshape(B * K, G, T, D)
-    k, v = k.flatten(0, 1), v.flatten(0, 1)
+    grouped = prompt.q.reshape(B * K, G, T, D)
+    k, v = prompt.k.flatten(0, 1), prompt.v.flatten(0, 1)
     sinks = None if scoring.sinks is None else scoring.sinks.float().view(K, G).repeat(B, 1)
 
     def rows(start: int, end: int) -> Tensor:
         """Output [B*K, G, t, Dv] of the queries from start to end."""
-        bias = _block_bias(keep_logprob, window, mask, start, end)
+        bias = _block_bias(prompt, start, end)
         some = grouped[:, :, start:end].flatten(1, 2)  # [B*K, G*t, D]
         bias = bias[:, :, None].expand(-1, -1, G, -1, -1).reshape(B * K, -1, end)
         scores = _biased_scores(some, k[:, :end].transpose(1, 2), bias, scoring)
@@ -271,17 +262,16 @@ def _query_blocks(T: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + QUERY_ROWS, T)
 
 
-def _block_bias(
-    keep_logprob: Tensor, window: int, mask: Tensor | None, start: int, end: int
-) -> Tensor:
+def _block_bias(prompt: Prompt, start: int, end: int) -> Tensor:
     """Bias [B, K, t, end] of query rows start..end on the keys up to their end."""
+    keep_logprob = prompt.keep_logprob[..., :end]
     positions = torch.arange(end, device=keep_logprob.device)
-    bias = delay_bias(keep_logprob[..., :end], positions[start:], positions, window)
-    if mask is None:
+    bias = delay_bias(keep_logprob, positions[start:], positions, prompt.window)
+    if prompt.mask is None:
         return bias
     # A padding token sees itself: a row without any key would be NaN, and spread through its value.
     itself = positions[start:, None] == positions
-    return bias.masked_fill(~(mask[:, :, start:end, :end] | itself), float("-inf"))
+    return bias.masked_fill(~(prompt.mask[:, :, start:end, :end] | itself), float("-inf"))
 
 
 def _biased_scores(rows: Tensor, keys: Tensor, bias: Tensor, scoring: Scoring) -> Tensor:

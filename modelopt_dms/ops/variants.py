@@ -1,13 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile kernels for Hopper without a GPU, and read off what they cost: registers, spills, memory, instructions.
-
-Knows no kernel. Must run in a process where Triton is not interpreting.
-"""
+"""Compile kernels for Hopper without a GPU, in a process where Triton is not interpreting."""
 
 import re
 import subprocess
 import tempfile
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +18,6 @@ TYPE_NAMES = {
     "torch.float32": "fp32",
     "torch.uint8": "u8",
 }
-COUNTED = ("HMMA", "HGMMA", "LDGSTS", "LDL", "STL", "MUFU", "BAR")
 
 
 @dataclass(frozen=True)
@@ -57,24 +52,20 @@ class Compiled:
 
     Attributes:
         ptx: PTX text.
-        registers: a thread's.
-        spills: bytes a thread stores to local memory.
+        cubin: machine code.
         shared: bytes of shared memory of a program.
-        instructions: how often each mnemonic of `COUNTED` stands in the machine code.
     """
 
     ptx: str
-    registers: int
-    spills: int
+    cubin: bytes
     shared: int
-    instructions: dict[str, int]
 
 
 def compile_variant(variant: Variant) -> Compiled:
     """Compile for sm_90a.
 
     Raises:
-        RuntimeError: Triton is interpreting in this process, or the assembler refused.
+        RuntimeError: Triton is interpreting in this process.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -106,9 +97,7 @@ def compile_variant(variant: Variant) -> Compiled:
             "ptx_version": PTX_VERSION,
         },
     )
-    registers, spills, sass = _assembled(compiled.asm["cubin"])
-    shared = int(compiled.metadata.shared)
-    return Compiled(compiled.asm["ptx"], registers, spills, shared, sass)
+    return Compiled(compiled.asm["ptx"], compiled.asm["cubin"], int(compiled.metadata.shared))
 
 
 def assemble(ptx: str, arch: str) -> tuple[int, int]:
@@ -120,45 +109,27 @@ def assemble(ptx: str, arch: str) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as directory:
         source = Path(directory) / "kernel.ptx"
         source.write_text(ptx, encoding="utf-8")
-        command = [_tools() / "ptxas", "-v", f"--gpu-name={arch}", source, "-o", f"{source}.cubin"]
+        command = [
+            nvidia_tools() / "ptxas",
+            "-v",
+            f"--gpu-name={arch}",
+            source,
+            "-o",
+            f"{source}.cubin",
+        ]
         made = subprocess.run(
             [str(x) for x in command], capture_output=True, text=True, check=False
         )
     if made.returncode:
         raise RuntimeError(f"ptxas refused a kernel: {made.stderr.strip()[-2000:]}")
     spills = [int(x) for x in re.findall(r"(\d+) bytes (?:stack frame|spill \w+)", made.stderr)]
-    return int(_found(r"Used (\d+) registers", made.stderr)), max(spills)
+    registers = re.search(r"Used (\d+) registers", made.stderr)
+    assert registers is not None, made.stderr
+    return int(registers[1]), max(spills)
 
 
-def _tools() -> Path:
+def nvidia_tools() -> Path:
     """Where Triton keeps NVIDIA's assembler and disassembler."""
     import triton
 
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-
-
-def _assembled(cubin: bytes) -> tuple[int, int, dict[str, int]]:
-    """Registers, spilled bytes and counted instructions of machine code."""
-    tools = _tools()
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = _output(tools / "cuobjdump", "--dump-resource-usage", file.name)
-        sass = _output(tools / "cuobjdump", "--dump-sass", file.name)
-    registers = int(_found(r"REG:(\d+)", usage))
-    stack = int(_found(r"STACK:(\d+)", usage)) + int(_found(r"LOCAL:(\d+)", usage))
-    # Lines read "/*0a50*/  @P0 HMMA.16816.F32.BF16 R4, ..."
-    mnemonics = Counter(re.findall(r"\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)", sass))
-    return registers, stack, {name: mnemonics[name] for name in COUNTED}
-
-
-def _output(*command: Any) -> str:
-    return subprocess.run(
-        [str(x) for x in command], check=True, capture_output=True, text=True
-    ).stdout
-
-
-def _found(pattern: str, text: str) -> str:
-    match = re.search(pattern, text)
-    assert match is not None, f"no {pattern} in {text}"
-    return match[1]

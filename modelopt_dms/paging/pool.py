@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from modelopt_dms.ops import door
+from modelopt_dms.ops import dispatch
 from modelopt_dms.ops.paged import NO_PAGE, PAGE, LayerLists, PagePool, RowLayout
 
 
@@ -62,7 +62,7 @@ class SharedPool:
             ValueError: `impl` cannot run on this device.
         """
         self.device = device
-        self.impl = door.choose(impl, device)
+        self.impl = dispatch.choose(impl, device)
         self.batch = batch
         self.width = width
         self.max_bytes = max_bytes

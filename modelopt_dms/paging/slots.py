@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from modelopt_dms.kv_quant import RowFormat
-from modelopt_dms.ops import append_reference, door, regroup
+from modelopt_dms.ops import append_reference, dispatch, regroup
 from modelopt_dms.ops.gating import Decided, GateInput
 from modelopt_dms.ops.paged import NO_PAGE, PAGE, LayerLists, PagePool, RowLayout
 from modelopt_dms.ops.prefill_reference import expiry
@@ -157,7 +157,7 @@ class PagedSlots:
         self.shared.reserve(self, 1, lambda: append_reference.wanted_pages(state, state.live + 1))
         if valid is not None:
             state = replace(state, active=state.active & valid)
-        door.append_token(k, v, gate, self.pool, state, impl=self.impl, log=self._log)
+        dispatch.append_token(k, v, gate, self.pool, state, impl=self.impl, log=self._log)
         self.seen += 1
         if self._log is not None:
             self._recoverable = min(self._recoverable + 1, self._log.tokens)
@@ -269,7 +269,7 @@ class PagedSlots:
         T = k.shape[2]
         plan = append_reference.plan_pack(decisions, valid, self.state)
         self.shared.reserve(self, T, lambda: append_reference.wanted_pages(self.state, plan.live))
-        door.place(plan, k, v, self.pool, self.state, impl=self.impl)
+        dispatch.apply_plan(plan, k, v, self.pool, self.state, impl=self.impl)
         self.seen += T
         self._recoverable = 0
         if valid is not None:

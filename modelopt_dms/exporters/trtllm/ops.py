@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from modelopt_dms.exporters.trtllm.state import KNOB, LISTS, STATE, Formats, formats, together
-from modelopt_dms.ops import Scoring, door, regroup, shift_decisions
+from modelopt_dms.ops import Prompt, Scoring, dispatch, regroup, shift_decisions
 from modelopt_dms.ops.gating import Decided
 from modelopt_dms.ops.paged import PAGE, LayerLists, PagePool
-from modelopt_dms.ops.prefill_reference import expiry
+from modelopt_dms.ops.prefill_reference import Chunk, expiry
 from modelopt_dms.ops.undo import decide_previous
 from modelopt_dms.page_attention import CHUNK
 
@@ -60,7 +60,7 @@ def _gated_attention(
     governed = shift_decisions(evict, given["shift"])
     keep = torch.zeros(governed.shape, device=q.device).masked_fill(governed, float("-inf"))
     scoring = Scoring(given["scale"])
-    out = door.prefill_attention(q, k, v, keep, given["window"], None, scoring)
+    out = dispatch.prefill_attention(Prompt(q, k, v, keep, given["window"]), scoring)
     return out.transpose(1, 2).contiguous()
 
 
@@ -154,11 +154,10 @@ def _prompt(
         first = own.seen[:, 0].contiguous()
         seen = min(int(first), own.table.shape[2] * PAGE)
         ends = expiry(own, seen) if seen else None
-        outs.append(
-            door.attend_chunk(new_q, new_k, new_v, governed, None, first, ends, pool, own, scoring)
-        )
+        chunk = Chunk(new_q, new_k, new_v, governed, first, expiry=ends)
+        outs.append(dispatch.attend_chunk(chunk, pool, own, scoring))
         raw_k, raw_v = (x[:, :, part].contiguous() for x in (k, v))
-        door.pack(raw_k, raw_v, decisions, None, pool, own)
+        dispatch.pack(raw_k, raw_v, decisions, None, pool, own)
     return torch.cat(outs, dim=2)[0].transpose(0, 1)
 
 
@@ -175,8 +174,8 @@ def _single(
     """Output [n, H, Dv] of one token q [n, H, D], k [n, K, D], v [n, K, Dv], evict [n, K] of each chosen slot [n]."""
     names = (*LISTS, "active")
     some = replace(lists, **{name: getattr(lists, name)[chosen] for name in names})
-    door.append_token(k, v, Decided(evict), pool, some)
-    out = door.decode_attention(q, pool, some, scoring)
+    dispatch.append_token(k, v, Decided(evict), pool, some)
+    out = dispatch.decode_attention(q, pool, some, scoring)
     for name in LISTS:
         getattr(lists, name)[chosen] = getattr(some, name)
     return out

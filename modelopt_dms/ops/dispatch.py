@@ -1,21 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The door to the paged ops: which implementation, decided once; the same arguments for both.
+"""One function per op that picks its implementation.
 
-"triton" is the kernels, as `torch.library` ops: on CUDA, or anywhere under TRITON_INTERPRET=1. "reference" is what they
-mean, in plain PyTorch. "auto" is triton on CUDA, and reference elsewhere.
+`impl`: "triton" is the op of `ops.library`, which runs the kernel on CUDA, or anywhere under TRITON_INTERPRET=1.
+"reference" is what it means, in plain PyTorch, on any device. "auto" is triton on CUDA, and reference elsewhere.
 """
 
-from functools import cache
-from importlib.util import find_spec
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from modelopt_dms.ops import append_reference, decode_reference, prefill_reference, reference
+from modelopt_dms.ops import (
+    append_reference,
+    decode_reference,
+    library,
+    prefill_reference,
+    reference,
+)
 from modelopt_dms.ops.gating import GateInput
 from modelopt_dms.ops.paged import LayerLists, PagePool
-from modelopt_dms.ops.reference import Scoring
+from modelopt_dms.ops.prefill_reference import Chunk
+from modelopt_dms.ops.reference import Prompt, Scoring
 from modelopt_dms.ops.undo import UndoLog
 
 
@@ -31,11 +36,11 @@ def choose(impl: str, device: torch.device) -> Literal["triton", "reference"]:
         return "reference"
     if torch.compiler.is_compiling():  # what cannot run was refused when the cache was made
         return "triton"
-    if not _has_triton():
+    if not library.has_triton():
         raise ValueError(
             "impl='triton' needs Triton, which a CUDA build of PyTorch brings: pip install triton"
         )
-    if device.type != "cuda" and not _interpreting():
+    if device.type != "cuda" and not library.interpreting():
         raise ValueError(
             f"impl='triton' needs a CUDA device, got {device.type!r}; accepted here: 'auto', 'reference', or "
             "TRITON_INTERPRET=1 in the environment (slow, for tests)"
@@ -56,14 +61,12 @@ def append_token(
     """Decide about one token of every active sequence and take it in; see `append_reference.append_token`."""
     if choose(impl, k.device) == "reference":
         append_reference.append_token(k, v, gate, pool, lists, log)
-        return
-    from modelopt_dms.ops import append, library
-
-    if log is None:
-        library.append_token(k, v, gate, pool, lists)
-        return
-    with torch.cuda.device_of(k):
-        append.append_token(k, v, gate, pool, lists, log)
+    elif log is None:
+        given = {name: getattr(gate, name, None) for name in library.GATE}
+        library.append_token(k, v, **library.state(pool, lists), **given)
+    else:  # no op takes a log
+        with torch.cuda.device_of(k):
+            library.kernel_function("append.append_token")(k, v, gate, pool, lists, log)
 
 
 def pack(
@@ -79,13 +82,11 @@ def pack(
     """Take in T tokens, dropping what is marked and has left the window; see `append_reference.pack`."""
     if choose(impl, k.device) == "reference":
         append_reference.pack(k, v, evict, valid, pool, lists)
-        return
-    from modelopt_dms.ops import library
-
-    library.pack(k, v, evict, valid, pool, lists)
+    else:
+        library.pack(k, v, evict, valid, **library.state(pool, lists))
 
 
-def place(
+def apply_plan(
     plan: append_reference.Plan,
     k: Tensor,
     v: Tensor,
@@ -96,12 +97,10 @@ def place(
 ) -> None:
     """Carry out a plan of `append_reference.plan_pack`; it and this are `pack`."""
     if choose(impl, k.device) == "reference":
-        append_reference.place(plan, k, v, pool, lists)
-        return
-    from modelopt_dms.ops import append
-
-    with torch.cuda.device_of(k):
-        append.place(plan, k, v, pool, lists)
+        append_reference.apply_plan(plan, k, v, pool, lists)
+    else:
+        with torch.cuda.device_of(k):
+            library.kernel_function("append.apply_plan")(plan, k, v, pool, lists)
 
 
 def decode_attention(
@@ -110,9 +109,7 @@ def decode_attention(
     """One query token a sequence [B, H, D] over each KV head's own slots: output [B, H, Dv]."""
     if choose(impl, q.device) == "reference":
         return decode_reference.decode_attention(q, pool, lists, scoring)
-    from modelopt_dms.ops import library
-
-    return library.decode_attention(q, pool, lists, scoring)
+    return library.decode(q, **library.state(pool, lists), **library.scored(scoring))
 
 
 def decode_latent(
@@ -121,66 +118,51 @@ def decode_latent(
     """As `decode_attention` where one latent list serves all heads (MLA); see `decode_reference.decode_latent`."""
     if choose(impl, q.device) == "reference":
         return decode_reference.decode_latent(q, pool, lists, scoring)
-    from modelopt_dms.ops import library
-
-    return library.decode_latent(q, pool, lists, scoring)
+    return library.decode_latent(q, **library.state(pool, lists), **library.scored(scoring))
 
 
 def attend_chunk(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    evict: Tensor,
-    starts: Tensor | None,
-    first: Tensor,
-    expiry: Tensor | None,
-    pool: PagePool,
-    lists: LayerLists,
-    scoring: Scoring,
-    *,
-    impl: str = "auto",
+    chunk: Chunk, pool: PagePool, lists: LayerLists, scoring: Scoring, *, impl: str = "auto"
 ) -> Tensor:
     """T new tokens over the slots that live and among themselves; see `prefill_reference.attend_chunk`."""
-    if choose(impl, q.device) == "reference":
-        return prefill_reference.attend_chunk(
-            q, k, v, evict, starts, first, expiry, pool, lists, scoring
-        )
-    from modelopt_dms.ops import library
+    if choose(impl, chunk.q.device) == "reference":
+        return prefill_reference.attend_chunk(chunk, pool, lists, scoring)
+    seen = {"starts": chunk.starts, "first": chunk.first, "expiry": chunk.expiry}
+    tensors = (chunk.q, chunk.k, chunk.v, chunk.evict)
+    return library.attend_chunk(
+        *tensors, **seen, **library.state(pool, lists), **library.scored(scoring)
+    )
 
-    return library.attend_chunk(q, k, v, evict, starts, first, expiry, pool, lists, scoring)
 
-
-def prefill_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keep_logprob: Tensor,
-    window: int,
-    mask: Tensor | None,
-    scoring: Scoring,
-    *,
-    impl: str = "auto",
-) -> Tensor:
+def prefill_attention(prompt: Prompt, scoring: Scoring, *, impl: str = "auto") -> Tensor:
     """Attention among T tokens under the delayed-eviction mask, differentiable; see `reference.prefill_attention`.
 
     "auto" is the reference where sinks want a gradient, which the kernels do not compute.
-    """
-    learns_sinks = scoring.sinks is not None and scoring.sinks.requires_grad
-    if impl == "auto" and learns_sinks and torch.is_grad_enabled():
-        impl = "reference"
-    if choose(impl, q.device) == "reference":
-        return reference.prefill_attention(q, k, v, keep_logprob, window, mask, scoring)
-    from modelopt_dms.ops import library
 
-    return library.prefill_attention(
-        q, k, v, keep_logprob, window, starts_of(mask, len(q)), scoring
-    )
+    Raises:
+        ValueError: what the kernels do not compute: that gradient, or masks that `starts_of` refuses.
+    """
+    sinks = scoring.sinks
+    learns_sinks = sinks is not None and sinks.requires_grad and torch.is_grad_enabled()
+    if impl == "auto" and learns_sinks:
+        impl = "reference"
+    if choose(impl, prompt.q.device) == "reference":
+        return reference.prefill_attention(prompt, scoring)
+    if learns_sinks:
+        raise ValueError(
+            "the prefill kernel has no gradient of sinks; freeze them or use impl='reference'"
+        )
+    tensors = (prompt.q, prompt.k, prompt.v, prompt.keep_logprob)
+    starts = starts_of(prompt.mask, len(prompt.q))
+    return library.prefill(*tensors, starts, sinks, prompt.window, scoring.scale, scoring.softcap)[
+        0
+    ]
 
 
 def starts_of(mask: Tensor | None, batch: int) -> Tensor | None:
     """First key [B, T] int32 that each query sees, from a bool mask [B or 1, 1, T, T]; None stays None (causal).
 
-    The kernels know masks of this kind only: documents in a row, and padding. A row that sees nothing sees itself.
+    The kernels take masks of this kind only: documents in a row, and padding. A row that sees nothing sees itself.
 
     Raises:
         ValueError: a query that does not see everything between its first key and itself.
@@ -198,14 +180,3 @@ def starts_of(mask: Tensor | None, batch: int) -> Tensor | None:
             "documents); for others use impl='reference'"
         )
     return starts.int().expand(batch, -1).contiguous()
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
-
-
-def _interpreting() -> bool:
-    from triton import knobs
-
-    return bool(knobs.runtime.interpret)
