@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modelopt_dms.kv_quant import Fp8, Nvfp4, RowFormat
-from modelopt_dms.ops.gating import LinearGate
-from modelopt_dms.ops.paged import PAGE, LayerLists, PagePool, RowLayout
-from modelopt_dms.ops.reference import Scoring
+from modelopt_dms.kernels.gating import LinearGate
+from modelopt_dms.kernels.layout import PAGE, LayerLists, PagePool, RowLayout
+from modelopt_dms.kernels.number_formats import Fp8, Nvfp4, RowFormat
+from modelopt_dms.kernels.reference import Scoring
 
 FORMATS = ("bf16", "fp8", "nvfp4")
 # Random rows are drawn once and repeated: drawing gigabytes takes longer than measuring.

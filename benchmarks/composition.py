@@ -26,12 +26,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 import modelopt_dms as dms
+from modelopt_dms.config.bundled import embedded_model_dir, list_recipes
 from modelopt_dms.data.batches import calibration_batches
 from modelopt_dms.evaluation.peers import full_cache
+from modelopt_dms.evaluation.report import write_json
 from modelopt_dms.evaluation.score import TEXT, measure
 from modelopt_dms.evaluation.tasks import TASKS, training_documents
-from modelopt_dms.report import write_json
-from modelopt_dms.shelf import embedded_model_dir, list_recipes
 
 DELAY_WINDOW = 48
 TRAINING: dict[str, Any] = {

@@ -24,10 +24,10 @@ from rich.table import Table
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
-from modelopt_dms.cache import kv_stats
-from modelopt_dms.config import DMSConfig
+from modelopt_dms.config.dms import DMSConfig
 from modelopt_dms.evaluation.peers import fraction_for_budget, random_eviction
-from modelopt_dms.mode import apply_dms
+from modelopt_dms.kvcache.hf_cache import kv_stats
+from modelopt_dms.modeling.mode import apply_dms
 
 # name: layers, hidden size, query heads, KV heads, head dim
 SHAPES = {

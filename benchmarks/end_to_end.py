@@ -36,7 +36,7 @@ from torch import Tensor
 from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen3Config, StaticCache
 
 import modelopt_dms as dms
-from modelopt_dms.ops.paged import PAGE, OutOfPagesError
+from modelopt_dms.kernels.layout import PAGE, OutOfPagesError
 
 Row = dict[str, Any]
 WINDOW = 256

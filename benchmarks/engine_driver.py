@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modelopt_dms.engine.manifest import Kernel
-from modelopt_dms.engine.operators import OPERATORS
 from modelopt_dms.exporters import ExportError
 from modelopt_dms.exporters.tensorrt.expressions import dims_of, evaluate
+from modelopt_dms.runtime.manifest import Kernel
+from modelopt_dms.runtime.operators import OPERATORS
 
 _DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 _DEFAULT_SHARED = 48 << 10

@@ -20,10 +20,10 @@ from machine import RESULTS, machine, write
 from timing import graphed
 from torch import Tensor
 
-from modelopt_dms.engine.manifest import Model
 from modelopt_dms.exporters.tensorrt import kernels
-from modelopt_dms.ops import append, decode
-from modelopt_dms.ops.gating import Decided
+from modelopt_dms.kernels import append, decode
+from modelopt_dms.kernels.gating import Decided
+from modelopt_dms.runtime.manifest import Model
 
 BATCHES, MEAN, SPREAD, LAYERS, WINDOW = (8, 64), 2048, 4.0, 4, 256
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
 
-from modelopt_dms.convert import dms_modules
-from modelopt_dms.gate import hidden_input
-from modelopt_dms.ratio import target_evicted_fraction
+from modelopt_dms.config.compression_ratio import target_evicted_fraction
+from modelopt_dms.gates.gate import hidden_input
+from modelopt_dms.modeling.convert import dms_modules
 
 # Rows of one layer that exist outside the cache at a time, keys and values together.
 CHUNK_BYTES = 1 << 30

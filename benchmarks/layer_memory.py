@@ -13,8 +13,8 @@ import json
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from modelopt_dms.config import DMSConfig
-from modelopt_dms.mode import apply_dms
+from modelopt_dms.config.dms import DMSConfig
+from modelopt_dms.modeling.mode import apply_dms
 
 PART = 4  # of the full width
 

@@ -42,9 +42,9 @@ from timing import copy_bandwidth, graphed, passes, single
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from modelopt_dms.ops import dispatch, reference
-from modelopt_dms.ops.paged import PAGE, LayerLists, PagePool
-from modelopt_dms.ops.prefill_reference import Chunk
+from modelopt_dms.kernels import dispatch, reference
+from modelopt_dms.kernels.layout import PAGE, LayerLists, PagePool
+from modelopt_dms.kernels.prefill_reference import Chunk
 
 Row = dict[str, Any]
 # Distinct bytes that one pass over all layers reads: several times the 60 MB of an H200's L2.

@@ -25,12 +25,13 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from modelopt_dms.config import DMSConfig, RetrofitConfig
-from modelopt_dms.mode import apply_dms
-from modelopt_dms.report import write_json
-from modelopt_dms.train.distill import Distiller, learning
-from modelopt_dms.train.head import last_hidden, output_head
-from modelopt_dms.train.loss import kl_divergence
+from modelopt_dms.config.dms import DMSConfig
+from modelopt_dms.config.retrofit import RetrofitConfig
+from modelopt_dms.evaluation.report import write_json
+from modelopt_dms.modeling.divergence import kl_divergence
+from modelopt_dms.modeling.lm_head import last_hidden, output_head
+from modelopt_dms.modeling.mode import apply_dms
+from modelopt_dms.training.distill import Distiller, learning
 
 # name: layers, hidden size, query heads, KV heads, head dim, vocabulary
 SHAPES = {

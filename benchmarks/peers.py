@@ -17,7 +17,7 @@ from cases import Paged
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from modelopt_dms.ops.paged import PAGE
+from modelopt_dms.kernels.layout import PAGE
 
 Layer = Callable[[int], Tensor]
 WORKSPACE = 256 << 20

@@ -37,12 +37,12 @@ from transformers.utils import logging as hf_logging
 
 import modelopt_dms as dms
 from modelopt_dms.checkpoints.base import load_base
-from modelopt_dms.compression import CompressionError
 from modelopt_dms.evaluation.fidelity import compare, full_hidden, summarize
 from modelopt_dms.evaluation.prose import read_sentences
 from modelopt_dms.evaluation.ruler import FAMILIES, make_prompts
 from modelopt_dms.evaluation.score import score_task
 from modelopt_dms.evaluation.tasks import Episode
+from modelopt_dms.gates.thresholds import CompressionError
 
 FIDELITY = "fidelity"
 COUNTS = {"needle": 20, "multikey": 12, "multivalue": 12, "tracking": 12, FIDELITY: 3}

@@ -40,9 +40,9 @@ from modelopt_dms.checkpoints.fetch import KNOWN, FetchError, fetch
 from modelopt_dms.data.installed_text import english, python_source
 from modelopt_dms.data.mix import calibration_mix
 from modelopt_dms.evaluation.fidelity import Fidelity, fidelity
+from modelopt_dms.evaluation.report import write_json
 from modelopt_dms.evaluation.ruler import Family, make_prompts
 from modelopt_dms.evaluation.score import Footprint
-from modelopt_dms.report import write_json
 
 REAL = "smollm2"
 RECIPE = "calibrated_cr4-1k"

@@ -32,10 +32,10 @@ from transformers.utils import logging as hf_logging
 
 import modelopt_dms
 from modelopt_dms.evaluation import peers
+from modelopt_dms.evaluation.report import results_table, write_json
 from modelopt_dms.evaluation.score import TEXT, Score, measure
 from modelopt_dms.evaluation.tasks import TASKS, Episode, make_episodes, training_documents
-from modelopt_dms.gate import gates
-from modelopt_dms.report import results_table, write_json
+from modelopt_dms.gates.gate import gates
 
 MODEL = Path(__file__).parent / "embedded_model"
 RECIPE = "tiny_cpu"

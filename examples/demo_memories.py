@@ -25,8 +25,8 @@ from modelopt_dms.evaluation.prose import reference_sentences
 from modelopt_dms.evaluation.ruler import chat_frame
 from modelopt_dms.evaluation.score import Footprint, footprint
 from modelopt_dms.evaluation.tasks import Episode
-from modelopt_dms.gate import gates, record_alpha
-from modelopt_dms.ops import shift_decisions
+from modelopt_dms.gates.gate import gates, record_alpha
+from modelopt_dms.kernels import shift_decisions
 
 METHODS = {
     "full": "full cache",

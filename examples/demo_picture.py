@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modelopt_dms.output import whole
+from modelopt_dms.config.output_dir import whole
 
 COLUMNS = 64
 WIDTH, HEIGHT = 14.0, 6.2  # inches

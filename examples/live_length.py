@@ -10,8 +10,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from transformers import PreTrainedModel
 
-from modelopt_dms.cache import cache_argument, cache_of, kv_stats
-from modelopt_dms.output import whole
+from modelopt_dms.config.output_dir import whole
+from modelopt_dms.kvcache.hf_cache import cache_argument, cache_of, kv_stats
 
 
 @dataclass(frozen=True)

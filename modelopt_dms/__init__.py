@@ -15,33 +15,31 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-from modelopt_dms.registering import register_when_imported
+from modelopt_dms.checkpoints.registration import register_when_imported
 
 if TYPE_CHECKING:
-    from modelopt_dms.cache import KVStats, kv_stats
     from modelopt_dms.calibration.run import CalibrationResult, calibrate
     from modelopt_dms.checkpoints.base import load_base
-    from modelopt_dms.compression import set_compression
-    from modelopt_dms.config import (
-        CalibrateConfig,
-        DMSConfig,
-        QuantizationConfig,
-        RetrofitConfig,
-    )
+    from modelopt_dms.checkpoints.load import load
+    from modelopt_dms.config.calibrate import CalibrateConfig
+    from modelopt_dms.config.dms import DMSConfig
+    from modelopt_dms.config.quantize import QuantizationConfig
+    from modelopt_dms.config.recipe import Recipe, load_recipe
+    from modelopt_dms.config.retrofit import RetrofitConfig
+    from modelopt_dms.data.dry_run import Preview, preview
     from modelopt_dms.data.inputs import Blend, Formatted
     from modelopt_dms.evaluation.tuning import tune
     from modelopt_dms.exporters import export
-    from modelopt_dms.flow import compress
-    from modelopt_dms.gate import eviction_off
-    from modelopt_dms.generation import graphed
-    from modelopt_dms.loading import load
-    from modelopt_dms.mode import apply_dms
-    from modelopt_dms.paged_cache import DMSCache
-    from modelopt_dms.previews import Preview, preview
-    from modelopt_dms.quantization import quantize
-    from modelopt_dms.recipe import Recipe, load_recipe
-    from modelopt_dms.traces import Sampling, generate_traces
-    from modelopt_dms.train.loop import RetrofitResult, retrofit
+    from modelopt_dms.gates.gate import eviction_off
+    from modelopt_dms.gates.thresholds import set_compression
+    from modelopt_dms.kvcache.hf_cache import KVStats, kv_stats
+    from modelopt_dms.modeling.dms_cache import DMSCache
+    from modelopt_dms.modeling.generation import graphed
+    from modelopt_dms.modeling.mode import apply_dms
+    from modelopt_dms.pipeline import compress
+    from modelopt_dms.quantization.apply import quantize
+    from modelopt_dms.training.loop import RetrofitResult, retrofit
+    from modelopt_dms.training.traces import Sampling, generate_traces
 
 try:
     __version__ = version("modelopt-dms")
@@ -51,33 +49,33 @@ except PackageNotFoundError:
 # No module bears the name of a public function: importing it would put the module in the function's place.
 _HOME = {
     "Blend": "data.inputs",
-    "CalibrateConfig": "config",
+    "CalibrateConfig": "config.calibrate",
     "CalibrationResult": "calibration.run",
-    "DMSCache": "paged_cache",
-    "DMSConfig": "config",
+    "DMSCache": "modeling.dms_cache",
+    "DMSConfig": "config.dms",
     "Formatted": "data.inputs",
-    "KVStats": "cache",
-    "Preview": "previews",
-    "QuantizationConfig": "config",
-    "Recipe": "recipe",
-    "RetrofitConfig": "config",
-    "RetrofitResult": "train.loop",
-    "Sampling": "traces",
-    "apply_dms": "mode",
+    "KVStats": "kvcache.hf_cache",
+    "Preview": "data.dry_run",
+    "QuantizationConfig": "config.quantize",
+    "Recipe": "config.recipe",
+    "RetrofitConfig": "config.retrofit",
+    "RetrofitResult": "training.loop",
+    "Sampling": "training.traces",
+    "apply_dms": "modeling.mode",
     "calibrate": "calibration.run",
-    "compress": "flow",
-    "eviction_off": "gate",
+    "compress": "pipeline",
+    "eviction_off": "gates.gate",
     "export": "exporters",
-    "generate_traces": "traces",
-    "graphed": "generation",
-    "kv_stats": "cache",
-    "load": "loading",
+    "generate_traces": "training.traces",
+    "graphed": "modeling.generation",
+    "kv_stats": "kvcache.hf_cache",
+    "load": "checkpoints.load",
     "load_base": "checkpoints.base",
-    "load_recipe": "recipe",
-    "preview": "previews",
-    "quantize": "quantization",
-    "retrofit": "train.loop",
-    "set_compression": "compression",
+    "load_recipe": "config.recipe",
+    "preview": "data.dry_run",
+    "quantize": "quantization.apply",
+    "retrofit": "training.loop",
+    "set_compression": "gates.thresholds",
     "tune": "evaluation.tuning",
 }
 

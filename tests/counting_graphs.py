@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto, helper
 
-from modelopt_dms.engine.manifest import Manifest, Phase, Port
+from modelopt_dms.runtime.manifest import Manifest, Phase, Port
 
 
 def write_graphs(manifest: Manifest, place: Path) -> None:

@@ -9,8 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from modelopt_dms.engine.manifest import Manifest, Model
-from modelopt_dms.engine.operators import OPERATORS, Argument
+from modelopt_dms.runtime.manifest import Manifest, Model
+from modelopt_dms.runtime.operators import OPERATORS, Argument
 
 CHUNK, PAGES, LIST_PAGES, PROGRAMS = 128, 40, 4, 6
 
@@ -101,7 +101,7 @@ def compile_elsewhere(directory: Path, *names: str) -> dict[str, Path]:
 
 def main(directory: Path, names: list[str]) -> None:
     from modelopt_dms.exporters.tensorrt.kernels import compile_kernels, write_kernels
-    from modelopt_dms.ops.reference import Scoring
+    from modelopt_dms.kernels.reference import Scoring
 
     for name in names:
         made = MODELS[name]

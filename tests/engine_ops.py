@@ -6,16 +6,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from modelopt_dms.engine.operators import OPERATORS
 from modelopt_dms.exporters.tensorrt.expressions import dims_of
-from modelopt_dms.kv_quant import Fp8, Int8, RowFormat
-from modelopt_dms.ops import append_reference, decode_reference, prefill_reference
-from modelopt_dms.ops.gating import Decided
-from modelopt_dms.ops.paged import PAGE, LayerLists, LayerShape, PagePool
-from modelopt_dms.ops.prefill_blocks import own_starts
-from modelopt_dms.ops.prefill_reference import Chunk, log2_bias
-from modelopt_dms.ops.reference import Scoring
-from modelopt_dms.ops.rows import write_rows
+from modelopt_dms.kernels import append_reference, decode_reference, prefill_reference
+from modelopt_dms.kernels.gating import Decided
+from modelopt_dms.kernels.layout import PAGE, LayerLists, LayerShape, PagePool
+from modelopt_dms.kernels.number_formats import Fp8, Int8, RowFormat
+from modelopt_dms.kernels.prefill_blocks import own_starts
+from modelopt_dms.kernels.prefill_reference import Chunk, log2_bias
+from modelopt_dms.kernels.reference import Scoring
+from modelopt_dms.kernels.rows import write_rows
+from modelopt_dms.runtime.operators import OPERATORS
 
 # Runs one op: its name, its inputs and its outputs, which it fills.
 Run = Callable[[str, dict[str, Tensor], dict[str, Tensor]], None]

@@ -15,9 +15,9 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from modelopt_dms.convert import dms_modules
-from modelopt_dms.gate import eviction_off
-from modelopt_dms.mode import apply_dms
+from modelopt_dms.gates.gate import eviction_off
+from modelopt_dms.modeling.convert import dms_modules
+from modelopt_dms.modeling.mode import apply_dms
 
 VOCABULARY = 64
 SLIDING_WINDOW = 6

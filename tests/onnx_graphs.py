@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from modelopt_dms.engine.manifest import Manifest, Port
+from modelopt_dms.runtime.manifest import Manifest, Port
 
 
 class Graphs:

@@ -11,10 +11,10 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor
 
-from modelopt_dms.engine.operators import DOMAIN, OPERATORS, VERSION
 from modelopt_dms.exporters.onnx.bodies import OPSET, functions
-from modelopt_dms.kv_quant import RowFormat
-from modelopt_dms.ops.paged import LayerLists, PagePool, RowLayout
+from modelopt_dms.kernels.layout import LayerLists, PagePool, RowLayout
+from modelopt_dms.kernels.number_formats import RowFormat
+from modelopt_dms.runtime.operators import DOMAIN, OPERATORS, VERSION
 
 Formats = tuple[RowFormat | None, RowFormat | None]
 

@@ -8,10 +8,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from modelopt_dms import pages
-from modelopt_dms.kv_quant import Fp8, Int8, Nvfp4, RowFormat
-from modelopt_dms.ops.paged import NO_PAGE, PAGE, LayerLists, PagePool
-from modelopt_dms.pages import SlotLists
+from modelopt_dms.kernels.layout import NO_PAGE, PAGE, LayerLists, PagePool
+from modelopt_dms.kernels.number_formats import Fp8, Int8, Nvfp4, RowFormat
+from modelopt_dms.kvcache import slot_lists
+from modelopt_dms.kvcache.slot_lists import SlotLists
 
 Formats = tuple[RowFormat | None, RowFormat | None]
 
@@ -29,7 +29,7 @@ FORMATS: dict[str, Formats] = {
 @contextmanager
 def in_bulk() -> Iterator[None]:
     """Inside, SlotLists takes in chunks as a whole, so that its slots are those of `pack`."""
-    with mock.patch.object(pages, "LONGEST_DRAFT", 0):
+    with mock.patch.object(slot_lists, "LONGEST_DRAFT", 0):
         yield
 
 

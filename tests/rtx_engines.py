@@ -13,8 +13,8 @@ from typing import Any
 
 import tensorrt_rtx as trt
 
-from modelopt_dms.engine.checks import check_ports
-from modelopt_dms.engine.manifest import Manifest, Phase
+from modelopt_dms.runtime.checks import check_ports
+from modelopt_dms.runtime.manifest import Manifest, Phase
 
 BATCH, PAGES = 2, 40
 TYPES = {

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modelopt_dms.engine.manifest import Manifest
-from modelopt_dms.engine.state import dtype_of, shape_of
+from modelopt_dms.runtime.manifest import Manifest
+from modelopt_dms.runtime.state import dtype_of, shape_of
 
 Behaviour = Callable[..., Any]
 BINDINGS = "tensorrt_bindings.tensorrt."

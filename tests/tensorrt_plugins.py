@@ -171,9 +171,9 @@ def driven(
 
 def main(directory: Path) -> dict[str, Any]:
     trt = load_bindings()
-    from modelopt_dms.engine.manifest import Manifest
-    from modelopt_dms.engine.operators import OPERATORS
     from modelopt_dms.exporters.tensorrt import plugins
+    from modelopt_dms.runtime.manifest import Manifest
+    from modelopt_dms.runtime.operators import OPERATORS
 
     plugins.register(Manifest.load(directory), directory)
     # A second directory in the same process: definitions stay, kernels change.

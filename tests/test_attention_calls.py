@@ -18,14 +18,14 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from modelopt_dms.cache import kv_stats
-from modelopt_dms.convert import UnsupportedModelError, dms_modules
-from modelopt_dms.gate import gates
-from modelopt_dms.loading import load
-from modelopt_dms.masks import MaskError
-from modelopt_dms.mode import apply_dms
-from modelopt_dms.paged_cache import DMSCache
-from modelopt_dms.staging import gate_device
+from modelopt_dms.checkpoints.load import load
+from modelopt_dms.gates.gate import gates
+from modelopt_dms.kvcache.hf_cache import kv_stats
+from modelopt_dms.modeling.convert import UnsupportedModelError, dms_modules
+from modelopt_dms.modeling.dms_cache import DMSCache
+from modelopt_dms.modeling.masks import MaskError
+from modelopt_dms.modeling.mode import apply_dms
+from modelopt_dms.modeling.staging import gate_device
 
 SIZES = {**families.SIZES, "vocab_size": 80, "initializer_range": 0.2}
 LARGE_WINDOW = {"window": 512}

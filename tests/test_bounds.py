@@ -12,14 +12,16 @@ from safetensors.torch import load_file, save_file
 from test_calibration import calibrated, documents
 
 from modelopt_dms.checkpoints.base import load_base
-from modelopt_dms.compression import missed_ratio, ratio_warning
-from modelopt_dms.config import CalibrateConfig, DMSConfig, RetrofitConfig
-from modelopt_dms.convert import is_converted
-from modelopt_dms.finite import WeightError, check_weights
-from modelopt_dms.loading import load
-from modelopt_dms.mode import CheckpointError, apply_dms
-from modelopt_dms.recipe import load_recipe
-from modelopt_dms.shelf import RecipeError
+from modelopt_dms.checkpoints.load import load
+from modelopt_dms.config.bundled import RecipeError
+from modelopt_dms.config.calibrate import CalibrateConfig
+from modelopt_dms.config.dms import DMSConfig
+from modelopt_dms.config.recipe import load_recipe
+from modelopt_dms.config.retrofit import RetrofitConfig
+from modelopt_dms.gates.thresholds import missed_ratio, ratio_warning
+from modelopt_dms.modeling.convert import is_converted
+from modelopt_dms.modeling.finite import WeightError, check_weights
+from modelopt_dms.modeling.mode import CheckpointError, apply_dms
 
 NUMBERS = [
     (f"{section}.{name}", kind)
@@ -168,7 +170,7 @@ def test_a_weight_that_is_not_finite_is_named_before_work(value: float, tmp_path
 def _load_base(place: Path) -> Any:
     from transformers import AutoTokenizer
 
-    from modelopt_dms.shelf import embedded_model_dir
+    from modelopt_dms.config.bundled import embedded_model_dir
 
     AutoTokenizer.from_pretrained(embedded_model_dir()).save_pretrained(place)
     return load_base(place)

@@ -22,9 +22,10 @@ from modelopt_dms.calibration import fit, state
 from modelopt_dms.calibration.measuring import HeldOut
 from modelopt_dms.calibration.run import prepare_calibration
 from modelopt_dms.calibration.statistics import Regression
-from modelopt_dms.config import CalibrateConfig, DMSConfig
-from modelopt_dms.gate import eviction_off, gates
-from modelopt_dms.train.checkpoint import ResumeError
+from modelopt_dms.config.calibrate import CalibrateConfig
+from modelopt_dms.config.dms import DMSConfig
+from modelopt_dms.gates.gate import eviction_off, gates
+from modelopt_dms.training.checkpoint import ResumeError
 
 LENGTH = 64
 WINDOW = 6

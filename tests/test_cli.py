@@ -14,8 +14,8 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modelopt_dms import cli
-from modelopt_dms.shelf import embedded_model_dir, list_recipes
-from modelopt_dms.train.trainer import RetrofitTrainer
+from modelopt_dms.config.bundled import embedded_model_dir, list_recipes
+from modelopt_dms.training.trainer import RetrofitTrainer
 
 FAST = ["retrofit.steps=2", "retrofit.batch_size=1"]
 SET = [word for change in FAST for word in ("--set", change)]

@@ -9,15 +9,15 @@ from hypothesis import strategies as st
 from test_calibration import IDS, assert_same, calibrated, documents, gate_state
 
 import modelopt_dms as dms
-from modelopt_dms.compression import (
+from modelopt_dms.config.compression_ratio import physical_cr
+from modelopt_dms.exporters.tuned import save_tuned
+from modelopt_dms.gates.thresholds import (
     CompressionError,
     Curve,
     CurvePoint,
     curve_of,
     expected_ratios,
 )
-from modelopt_dms.exporters.tuned import save_tuned
-from modelopt_dms.ratio import physical_cr
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from tokenizers import decoders as token_decoders
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import modelopt_dms as dms
+from modelopt_dms.config.recipe import Recipe
 from modelopt_dms.data import DataError
 from modelopt_dms.data.installed_text import definitions, english, part_of, python_source
 from modelopt_dms.data.mix import SHARES, Document, calibration_documents, calibration_mix
@@ -22,7 +23,6 @@ from modelopt_dms.data.mix.content import FOLDER
 from modelopt_dms.data.mix.facts import PAIRS, PLAIN
 from modelopt_dms.data.mix.writing import own_texts
 from modelopt_dms.evaluation.text import source_files
-from modelopt_dms.recipe import Recipe
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}<|end|>\n{% endfor %}"

@@ -15,11 +15,11 @@ from tensorrt_double import Double, FakeGpu, World
 from tensorrt_surface import surface
 from toy_engine import ToyBackend, ToyGraphs, toy_manifest
 
-from modelopt_dms.engine.manifest import EngineError, Kernel, Manifest, sha256
-from modelopt_dms.engine.operators import DOMAIN
-from modelopt_dms.engine.session import Session
-from modelopt_dms.engine.tensorrt import TensorRTBackend, make_log
 from modelopt_dms.exporters.tensorrt.build import BuildOptions, build
+from modelopt_dms.runtime.manifest import EngineError, Kernel, Manifest, sha256
+from modelopt_dms.runtime.operators import DOMAIN
+from modelopt_dms.runtime.session import Session
+from modelopt_dms.runtime.tensorrt import TensorRTBackend, make_log
 
 onnx = pytest.importorskip("onnx")
 if importlib.util.find_spec("tensorrt_bindings") is None:

@@ -18,12 +18,12 @@ from toy_engine import toy_manifest, with_model
 from transformers import AutoTokenizer
 
 from modelopt_dms.cli import main
-from modelopt_dms.engine.gpu import Gpu
-from modelopt_dms.engine.manifest import EngineError, Kernel, Manifest, ManifestError, sha256
-from modelopt_dms.engine.ort import OnnxRuntimeBackend
-from modelopt_dms.engine.session import Session, open_session
-from modelopt_dms.engine.tensorrt import TensorRTBackend
 from modelopt_dms.exporters.tensorrt.build import BuildOptions, build
+from modelopt_dms.runtime.gpu import Gpu
+from modelopt_dms.runtime.manifest import EngineError, Kernel, Manifest, ManifestError, sha256
+from modelopt_dms.runtime.ort import OnnxRuntimeBackend
+from modelopt_dms.runtime.session import Session, open_session
+from modelopt_dms.runtime.tensorrt import TensorRTBackend
 
 EMBEDDED = Path(__file__).parent.parent / "examples" / "embedded_model"
 GPU: Any = FakeGpu()

@@ -14,23 +14,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_kernels_decode import Cache, _expected
 
-from modelopt_dms.engine.manifest import Kernel, Manifest, ManifestError
-from modelopt_dms.engine.operators import OPERATORS, Argument
 from modelopt_dms.exporters import ExportError
 from modelopt_dms.exporters.tensorrt import kernels
 from modelopt_dms.exporters.tensorrt.expressions import ceil_div, dims_of, evaluate
-from modelopt_dms.exporters.tensorrt.ptx import (
-    check_signature,
-    read,
-    rewrite,
-    schema,
-    signature,
-)
-from modelopt_dms.ops import append, append_reference, decode
-from modelopt_dms.ops.gating import Decided
-from modelopt_dms.ops.paged import PAGE, LayerLists, PagePool, RowLayout
-from modelopt_dms.ops.reference import Scoring
-from modelopt_dms.ops.variants import PTX_VERSION, assemble
+from modelopt_dms.exporters.tensorrt.ptx import check_signature, read, rewrite, schema, signature
+from modelopt_dms.kernels import append, append_reference, decode
+from modelopt_dms.kernels.gating import Decided
+from modelopt_dms.kernels.layout import PAGE, LayerLists, PagePool, RowLayout
+from modelopt_dms.kernels.reference import Scoring
+from modelopt_dms.kernels.variants import PTX_VERSION, assemble
+from modelopt_dms.runtime.manifest import Kernel, Manifest, ManifestError
+from modelopt_dms.runtime.operators import OPERATORS, Argument
 
 NAMES = tuple(cases.MODELS)
 

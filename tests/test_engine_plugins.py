@@ -16,10 +16,10 @@ from typing import Any
 import engine_cases as cases
 import pytest
 
-from modelopt_dms.engine.manifest import Manifest
-from modelopt_dms.engine.operators import OPERATORS, Argument
 from modelopt_dms.exporters import ExportError
 from modelopt_dms.exporters.tensorrt import plugins
+from modelopt_dms.runtime.manifest import Manifest
+from modelopt_dms.runtime.operators import OPERATORS, Argument
 
 PYTHON = os.environ.get("MODELOPT_DMS_TENSORRT_PYTHON")
 SCRIPT = Path(__file__).parent / "tensorrt_plugins.py"

@@ -7,13 +7,13 @@ import pytest
 import torch
 from toy_engine import ToyBackend, ToyGraphs, V, toy_manifest
 
-from modelopt_dms.engine.bench import bench
-from modelopt_dms.engine.manifest import EngineError, Manifest
-from modelopt_dms.engine.prompts import allocate_pages
-from modelopt_dms.engine.sampling import Sampler
-from modelopt_dms.engine.session import Session
-from modelopt_dms.engine.state import State
-from modelopt_dms.ops.paged import NO_PAGE, OutOfPagesError
+from modelopt_dms.kernels.layout import NO_PAGE, OutOfPagesError
+from modelopt_dms.runtime.bench import bench
+from modelopt_dms.runtime.manifest import EngineError, Manifest
+from modelopt_dms.runtime.prompts import allocate_pages
+from modelopt_dms.runtime.sampling import Sampler
+from modelopt_dms.runtime.session import Session
+from modelopt_dms.runtime.state import State
 
 ENOUGH = 32
 

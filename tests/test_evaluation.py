@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from test_examples import load
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
-from modelopt_dms.cache import kv_stats
 from modelopt_dms.evaluation import peers, score
+from modelopt_dms.evaluation.report import results_table
 from modelopt_dms.evaluation.tasks import Episode, Question, make_episodes
-from modelopt_dms.gate import gates
-from modelopt_dms.mode import apply_dms
-from modelopt_dms.report import results_table
+from modelopt_dms.gates.gate import gates
+from modelopt_dms.kvcache.hf_cache import kv_stats
+from modelopt_dms.modeling.mode import apply_dms
 
 MODEL = Path(__file__).parent.parent / "examples" / "embedded_model"
 WINDOW = 16

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 import modelopt_dms
-from modelopt_dms.report import results_table
+from modelopt_dms.evaluation.report import results_table
 
 ROOT = Path(__file__).parent.parent
 FIELDS = {

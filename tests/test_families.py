@@ -29,11 +29,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import AttentionInterface
 
-from modelopt_dms.cache import DMSLayer, kv_stats
-from modelopt_dms.config import DMSConfig
-from modelopt_dms.convert import dms_modules, plan_conversion
-from modelopt_dms.gate import eviction_off, record_alpha, set_relaxation
-from modelopt_dms.mode import apply_dms
+from modelopt_dms.config.dms import DMSConfig
+from modelopt_dms.gates.gate import eviction_off, record_alpha, set_relaxation
+from modelopt_dms.kvcache.hf_cache import DMSLayer, kv_stats
+from modelopt_dms.modeling.convert import dms_modules, plan_conversion
+from modelopt_dms.modeling.mode import apply_dms
 
 LENGTH = 24
 SPLITS = [[24], [1] * 24, [10, 1, 1, 8, 4], [3, 21], [23, 1]]

@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from modelopt_dms.cache import kv_stats
 from modelopt_dms.evaluation import fidelity as measured
 from modelopt_dms.evaluation.fidelity import compare, fidelity, full_hidden, summarize
-from modelopt_dms.gate import eviction_off, gates
-from modelopt_dms.mode import apply_dms
+from modelopt_dms.gates.gate import eviction_off, gates
+from modelopt_dms.kvcache.hf_cache import kv_stats
+from modelopt_dms.modeling.mode import apply_dms
 
 WINDOW = 16
 VOCABULARY = 500

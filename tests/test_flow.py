@@ -13,13 +13,14 @@ from families import build
 from torch import Tensor
 
 import modelopt_dms as dms
-from modelopt_dms import flow, output
-from modelopt_dms.compression import curve_of
-from modelopt_dms.convert import is_converted
+from modelopt_dms import pipeline
+from modelopt_dms.config import output_dir
+from modelopt_dms.config.bundled import list_recipes
+from modelopt_dms.config.recipe import Recipe
 from modelopt_dms.exporters import RECIPE_FILE
-from modelopt_dms.quantization import is_quantized
-from modelopt_dms.recipe import Recipe
-from modelopt_dms.shelf import list_recipes
+from modelopt_dms.gates.thresholds import curve_of
+from modelopt_dms.modeling.convert import is_converted
+from modelopt_dms.quantization.apply import is_quantized
 
 RECIPE = Recipe(
     dms={"target_cr": 2.0, "window": 4, "scale": 10.0},
@@ -47,7 +48,7 @@ def test_compress_saves_a_model_that_loads_as_the_same(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert torch.equal(logits(dms.load(out)), logits(model))
     assert dms.load_recipe(out / RECIPE_FILE) == RECIPE
-    measured = json.loads((out / flow.SUMMARY_FILE).read_text())["retrofit"]
+    measured = json.loads((out / pipeline.SUMMARY_FILE).read_text())["retrofit"]
     row = f"| retrofit | 32 | 2 | {measured['compression_ratio']:.2f} | {measured['kl']:.4f} |"
     assert row in (out / "README.md").read_text()
 
@@ -96,7 +97,7 @@ def test_a_run_that_dies_while_saving_is_finished_by_the_same_call(
             raise KeyboardInterrupt
         replace(source, target)
 
-    monkeypatch.setattr(output.os, "replace", dies_at_the_weights)
+    monkeypatch.setattr(output_dir.os, "replace", dies_at_the_weights)
     with pytest.raises(KeyboardInterrupt):
         dms.compress(
             build("llama"), RECIPE, data=DOCUMENTS, output_dir=tmp_path / "out", progress=False
@@ -144,7 +145,7 @@ def test_checkpoints_of_another_run_are_refused_before_the_model_is_touched(
         "progress": False,
     }
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(flow, "save", dies)
+        patch.setattr(pipeline, "save", dies)
         dms.compress(build("llama"), RECIPE, **arguments)
     model = build("llama")
     with pytest.raises(ValueError, match=r"retrofit.tau \(there 0.1, now 0.2\)"):
@@ -163,18 +164,18 @@ def test_output_directories_that_would_lose_something_are_refused(tmp_path: Path
         ("foreign", "thesis.tex"),
         ("done", "already holds"),
     ):
-        with pytest.raises(output.OutputError, match=message):
-            output.check_output(tmp_path / name)
-    assert output.check_output(tmp_path / "new" / "deep") == tmp_path / "new" / "deep"
+        with pytest.raises(output_dir.OutputError, match=message):
+            output_dir.check_output(tmp_path / name)
+    assert output_dir.check_output(tmp_path / "new" / "deep") == tmp_path / "new" / "deep"
 
 
 def test_a_read_only_output_directory_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The owner of this process may be root, to whom nothing is read-only.
-    monkeypatch.setattr(output.os, "access", lambda path, mode: Path(path) != tmp_path)
-    with pytest.raises(output.OutputError, match="read-only"):
-        output.check_output(tmp_path / "new")
+    monkeypatch.setattr(output_dir.os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(output_dir.OutputError, match="read-only"):
+        output_dir.check_output(tmp_path / "new")
 
 
 TINY = {
@@ -216,7 +217,7 @@ def test_every_shipped_recipe_runs_scaled_to_a_tiny_model(name: str, tmp_path: P
     stored = dms.load_recipe(tmp_path / "out" / RECIPE_FILE)
     assert stored == dms.load_recipe(name, changes)
     assert is_quantized(model) == (wanted.quantize is not None)
-    exported = tmp_path / "out" / flow.EXPORT_DIR
+    exported = tmp_path / "out" / pipeline.EXPORT_DIR
     assert exported.exists() == (wanted.export is not None)
     if wanted.export is not None:
         loaded = dms.load(exported)
@@ -233,13 +234,13 @@ def test_gates_learn_under_fake_quantization_when_the_recipe_says_so(
     order: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    original = flow.retrofit
+    original = pipeline.retrofit
 
     def spy(model: Any, *args: Any, **kwargs: Any) -> Any:
         seen.append(is_quantized(model))
         return original(model, *args, **kwargs)
 
-    monkeypatch.setattr(flow, "retrofit", spy)
+    monkeypatch.setattr(pipeline, "retrofit", spy)
     recipe = dms.load_recipe(QUANTIZED, {"quantize.order": order, "retrofit.steps": 6})
     model = dms.compress(
         build("llama"), recipe, data=DOCUMENTS, output_dir=tmp_path / "out", progress=False
@@ -256,9 +257,9 @@ def test_a_quantization_aware_run_that_dies_goes_on_from_its_checkpoint(
     options = {"data": DOCUMENTS, "progress": False}
     whole = dms.compress(build("llama"), recipe, output_dir=tmp_path / "whole", **options)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(flow, "export", lambda *args, **kwargs: _interrupt())
+        patch.setattr(pipeline, "export", lambda *args, **kwargs: _interrupt())
         dms.compress(build("llama"), recipe, output_dir=tmp_path / "cut", **options)
-    shutil.copytree(tmp_path / "cut" / flow.WORK_DIR, tmp_path / "other" / flow.WORK_DIR)
+    shutil.copytree(tmp_path / "cut" / pipeline.WORK_DIR, tmp_path / "other" / pipeline.WORK_DIR)
     again = dms.compress(build("llama"), recipe, output_dir=tmp_path / "cut", **options)
     assert torch.equal(logits(again), logits(whole))
     other = dms.load_recipe(recipe, {"quantize.order": "after_retrofit"})
@@ -308,4 +309,4 @@ def test_a_model_that_cannot_be_exported_is_saved_all_the_same(tmp_path: Path) -
     with pytest.raises(ValueError, match="float16 or bfloat16.*saved in"):
         dms.compress(build("llama"), recipe, **arguments)
     assert is_quantized(dms.load(tmp_path / "out"))
-    assert not (tmp_path / "out" / flow.EXPORT_DIR).exists()
+    assert not (tmp_path / "out" / pipeline.EXPORT_DIR).exists()

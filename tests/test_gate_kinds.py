@@ -8,9 +8,9 @@ import pytest
 import torch
 from families import build, build_dms, distance, eager_copy, feed, frozen_base, tokens
 
-from modelopt_dms.convert import dms_modules
-from modelopt_dms.gate import eviction_off, record_alpha, set_relaxation
-from modelopt_dms.loading import load
+from modelopt_dms.checkpoints.load import load
+from modelopt_dms.gates.gate import eviction_off, record_alpha, set_relaxation
+from modelopt_dms.modeling.convert import dms_modules
 
 RESIDUAL = ["llama", "gemma3", "phi3", "olmo2", "gpt_neox", "gpt_oss", "deepseek_v3"]
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from modelopt_dms import handover
-from modelopt_dms.cache import DMSLayer, kv_stats
-from modelopt_dms.convert import dms_modules
+from modelopt_dms.gates import handover
+from modelopt_dms.kvcache.hf_cache import DMSLayer, kv_stats
+from modelopt_dms.modeling.convert import dms_modules
 
 NEW = 20
 PROMPT = 17
@@ -22,7 +22,9 @@ PROMPT = 17
 @pytest.fixture(autouse=True, params=["lists", "pages"])
 def storage(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Where rows lie: as on a CPU, or as on a CUDA device (with what the kernels mean in place of the kernels)."""
-    monkeypatch.setattr("modelopt_dms.cache.uses_pages", lambda device: request.param == "pages")
+    monkeypatch.setattr(
+        "modelopt_dms.kvcache.hf_cache.uses_pages", lambda device: request.param == "pages"
+    )
     return request.param
 
 

@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import modelopt_dms as dms
-from modelopt_dms.cache import DMSLayer, kv_stats
-from modelopt_dms.gate import record_alpha, set_relaxation
-from modelopt_dms.generation import DecodeStep
-from modelopt_dms.paging import PagedSlots
+from modelopt_dms.gates.gate import record_alpha, set_relaxation
+from modelopt_dms.kvcache.hf_cache import DMSLayer, kv_stats
+from modelopt_dms.kvcache.paged_slots import PagedSlots
+from modelopt_dms.modeling.generation import DecodeStep
 
 pytestmark = pytest.mark.gpu
 

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from benchmarks import engine_driver as driver
-from modelopt_dms.engine.manifest import Kernel, Manifest
-from modelopt_dms.engine.operators import OPERATORS
 from modelopt_dms.exporters import ExportError
 from modelopt_dms.exporters.tensorrt import kernels, ptx
 from modelopt_dms.exporters.tensorrt.expressions import dims_of, evaluate
-from modelopt_dms.ops.paged import LayerShape, RowLayout
-from modelopt_dms.ops.reference import Scoring
+from modelopt_dms.kernels.layout import LayerShape, RowLayout
+from modelopt_dms.kernels.reference import Scoring
+from modelopt_dms.runtime.manifest import Kernel, Manifest
+from modelopt_dms.runtime.operators import OPERATORS
 
 CPU, TOKENS, PROGRAMS = torch.device("cpu"), 40, 5
 VIEWS = {"*i32": torch.int32, "*u8": torch.uint8}

@@ -12,9 +12,9 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 import modelopt_dms as dms
-from modelopt_dms import generation, page_attention
-from modelopt_dms.cache import DMSLayer, kv_stats
-from modelopt_dms.ops.paged import PAGE, OutOfPagesError
+from modelopt_dms.kernels.layout import PAGE, OutOfPagesError
+from modelopt_dms.kvcache.hf_cache import DMSLayer, kv_stats
+from modelopt_dms.modeling import generation, paged_attention
 
 NEW, PROMPT = 40, 17
 
@@ -137,7 +137,7 @@ def test_a_long_prompt_is_read_in_chunks(
     ids, mask = tokens(2, 60), torch.ones(2, 60, dtype=torch.long)
     ids[1, :9] = mask[1, :9] = 0
     expected = generate(model, ids, attention_mask=mask)
-    monkeypatch.setattr(page_attention, "CHUNK", 16)
+    monkeypatch.setattr(paged_attention, "CHUNK", 16)
     out = generate(model, ids, attention_mask=mask, custom_generate=dms.graphed)
     assert torch.equal(out, expected)
 
@@ -153,7 +153,7 @@ def test_packed_documents_longer_than_a_chunk_are_refused(
         cache = dms.DMSCache(llama, batch_size=1, max_length=64)
         found = llama(ids, past_key_values=cache, **options).logits
         torch.testing.assert_close(found, full, rtol=1e-5, atol=1e-5)
-        monkeypatch.setattr(page_attention, "CHUNK", 16)
+        monkeypatch.setattr(paged_attention, "CHUNK", 16)
         cache = dms.DMSCache(llama, batch_size=1, max_length=64)
         with pytest.raises(ValueError, match="packed documents of more than 16 tokens"):
             llama(ids, past_key_values=cache, **options)

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelopt_dms.ops import ResidualStream, Scoring, importance, output_change
+from modelopt_dms.kernels import ResidualStream, Scoring, importance, output_change
 
 
 def evicted_one_by_one(q, k, v, maps, residual, lengths, window, scoring):

@@ -21,13 +21,13 @@ from paged_oracle import (
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from modelopt_dms.config import DMSConfig
-from modelopt_dms.gate import EvictionGate
-from modelopt_dms.kv_quant import _to_e2m1
-from modelopt_dms.ops import append, append_reference, encoding
-from modelopt_dms.ops.gating import Decided, LinearGate
-from modelopt_dms.ops.paged import PAGE, LayerLists, OutOfPagesError, PagePool, RowLayout
-from modelopt_dms.ops.undo import UndoLog, take_back
+from modelopt_dms.config.dms import DMSConfig
+from modelopt_dms.gates.gate import EvictionGate
+from modelopt_dms.kernels import append, append_reference, encoding
+from modelopt_dms.kernels.gating import Decided, LinearGate
+from modelopt_dms.kernels.layout import PAGE, LayerLists, OutOfPagesError, PagePool, RowLayout
+from modelopt_dms.kernels.number_formats import _to_e2m1
+from modelopt_dms.kernels.rollback import UndoLog, take_back
 
 IMPLS = {"triton": append, "reference": append_reference}
 CPU = torch.device("cpu")

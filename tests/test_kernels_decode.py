@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from modelopt_dms.kv_quant import Fp8, Int8, Nvfp4, RowFormat
-from modelopt_dms.ops import decode, decode_reference, decoding
-from modelopt_dms.ops.paged import PAGE, LayerLists, PagePool, RowLayout
-from modelopt_dms.ops.reference import Scoring
-from modelopt_dms.ops.rows import write_rows
+from modelopt_dms.kernels import decode, decode_reference, decoding
+from modelopt_dms.kernels.layout import PAGE, LayerLists, PagePool, RowLayout
+from modelopt_dms.kernels.number_formats import Fp8, Int8, Nvfp4, RowFormat
+from modelopt_dms.kernels.reference import Scoring
+from modelopt_dms.kernels.rows import write_rows
 
 AMAX = 4.0
 FORMATS = {

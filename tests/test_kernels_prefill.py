@@ -10,19 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from modelopt_dms.kv_quant import Fp8, Int8, Nvfp4, RowFormat
-from modelopt_dms.ops import (
+from modelopt_dms.kernels import (
     dispatch,
     prefill,
     prefill_backward,
     prefill_chunk,
     prefill_reference,
 )
-from modelopt_dms.ops.paged import PAGE, LayerLists, PagePool, RowLayout
-from modelopt_dms.ops.prefill_blocks import Tile, split
-from modelopt_dms.ops.prefill_reference import Chunk
-from modelopt_dms.ops.reference import Prompt, Scoring
-from modelopt_dms.ops.rows import read_rows, write_rows
+from modelopt_dms.kernels.layout import PAGE, LayerLists, PagePool, RowLayout
+from modelopt_dms.kernels.number_formats import Fp8, Int8, Nvfp4, RowFormat
+from modelopt_dms.kernels.prefill_blocks import Tile, split
+from modelopt_dms.kernels.prefill_reference import Chunk
+from modelopt_dms.kernels.reference import Prompt, Scoring
+from modelopt_dms.kernels.rows import read_rows, write_rows
 
 NEVER = 2**31 - 1  # no position comes after it
 

@@ -8,12 +8,12 @@ import torch
 from families import _decoder, distance, eager_copy, feed, open_gates, tokens
 from transformers import AutoModelForCausalLM
 
-from modelopt_dms.cache import kv_stats
-from modelopt_dms.config import DMSConfig
-from modelopt_dms.convert import UnsupportedModelError, dms_modules, plan_conversion
-from modelopt_dms.gate import eviction_off
-from modelopt_dms.loading import load
-from modelopt_dms.mode import apply_dms
+from modelopt_dms.checkpoints.load import load
+from modelopt_dms.config.dms import DMSConfig
+from modelopt_dms.gates.gate import eviction_off
+from modelopt_dms.kvcache.hf_cache import kv_stats
+from modelopt_dms.modeling.convert import UnsupportedModelError, dms_modules, plan_conversion
+from modelopt_dms.modeling.mode import apply_dms
 
 LATENT = {
     "num_key_value_heads": 4,

@@ -12,8 +12,8 @@ from modelopt.torch.quantization.nn import TensorQuantizer
 from modelopt.torch.quantization.qtensor import NVFP4QTensor
 from torch import Tensor
 
-from modelopt_dms.kv_format import KVFormatError, row_format
-from modelopt_dms.kv_quant import Fp8, Int8, Nvfp4, RowFormat
+from modelopt_dms.kernels.number_formats import Fp8, Int8, Nvfp4, RowFormat
+from modelopt_dms.kvcache.kv_format import KVFormatError, row_format
 
 B, K, T = 2, 3, 5
 DTYPES = (torch.float32, torch.bfloat16)

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.library import opcheck
 
 import modelopt_dms as dms
-from modelopt_dms.cache import kv_stats
-from modelopt_dms.ops import dispatch, library
-from modelopt_dms.ops.gating import Decided, LinearGate
-from modelopt_dms.ops.paged import PAGE, LayerLists, PagePool, RowLayout
-from modelopt_dms.ops.reference import Prompt, Scoring
+from modelopt_dms.kernels import dispatch, library
+from modelopt_dms.kernels.gating import Decided, LinearGate
+from modelopt_dms.kernels.layout import PAGE, LayerLists, PagePool, RowLayout
+from modelopt_dms.kernels.reference import Prompt, Scoring
+from modelopt_dms.kvcache.hf_cache import kv_stats
 
 B, K, G, D, T = 2, 2, 2, 16, 5
 SCORING = Scoring(D**-0.5)

@@ -20,10 +20,10 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 
 import modelopt_dms as dms  # noqa: E402
 from modelopt_dms import cli  # noqa: E402
-from modelopt_dms.cache import KVStats  # noqa: E402
 from modelopt_dms.checkpoints.base import load_base  # noqa: E402
 from modelopt_dms.evaluation.lm_eval import DMSLM  # noqa: E402
-from modelopt_dms.gate import gates  # noqa: E402
+from modelopt_dms.gates.gate import gates  # noqa: E402
+from modelopt_dms.kvcache.hf_cache import KVStats  # noqa: E402
 
 TEXTS = [" ".join(f"w{i * 7 % 50} = {i}" for i in range(n)) for n in (12, 20, 31)]
 CHOICES = ["yes", "none of them = 5"]

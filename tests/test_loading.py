@@ -21,12 +21,12 @@ from torch import Tensor
 
 import modelopt_dms as dms
 from modelopt_dms.checkpoints.base import check_model_place, load_tokenizer
-from modelopt_dms.convert import UnsupportedModelError, dms_modules
-from modelopt_dms.gate import eviction_off
-from modelopt_dms.mode import CheckpointError, apply_dms
-from modelopt_dms.output import OutputError
-from modelopt_dms.shelf import embedded_model_dir
-from modelopt_dms.written import check_written
+from modelopt_dms.checkpoints.written import check_written
+from modelopt_dms.config.bundled import embedded_model_dir
+from modelopt_dms.config.output_dir import OutputError
+from modelopt_dms.gates.gate import eviction_off
+from modelopt_dms.modeling.convert import UnsupportedModelError, dms_modules
+from modelopt_dms.modeling.mode import CheckpointError, apply_dms
 
 SIZES = {
     "vocab_size": 80,

@@ -19,10 +19,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from modelopt_dms.config import DMSConfig
-from modelopt_dms.convert import UnsupportedModelError, dms_modules, plan_conversion
-from modelopt_dms.loading import load
-from modelopt_dms.mode import CheckpointError, apply_dms
+from modelopt_dms.checkpoints.load import load
+from modelopt_dms.config.dms import DMSConfig
+from modelopt_dms.modeling.convert import UnsupportedModelError, dms_modules, plan_conversion
+from modelopt_dms.modeling.mode import CheckpointError, apply_dms
 
 
 def same_logits(a: PreTrainedModel, b: PreTrainedModel) -> bool:

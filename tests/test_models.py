@@ -45,7 +45,7 @@ def test_a_check_fails_when_a_path_is_wrong(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The table would show it: a cache that forgets a decision, and a directory that is not what was saved."""
-    from modelopt_dms.pages import SlotLists
+    from modelopt_dms.kvcache.slot_lists import SlotLists
 
     append = SlotLists.append
 

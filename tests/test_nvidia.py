@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from modelopt_dms.cache import kv_stats
-from modelopt_dms.compression import CompressionError, set_compression
-from modelopt_dms.loading import load
-from modelopt_dms.mode import CheckpointError
-from modelopt_dms.names import StoredNames
+from modelopt_dms.checkpoints.load import load
+from modelopt_dms.checkpoints.tensor_names import StoredNames
+from modelopt_dms.gates.thresholds import CompressionError, set_compression
+from modelopt_dms.kvcache.hf_cache import kv_stats
+from modelopt_dms.modeling.mode import CheckpointError
 
 WINDOW, SCALE, OFFSET = 5, 100.0, 5.0
 LENGTH = 40

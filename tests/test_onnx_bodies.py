@@ -7,12 +7,12 @@ from onnx_node import Formats, Layer, numbers, run, same
 from paged_oracle import FORMATS
 from torch import Tensor
 
-from modelopt_dms.kv_quant import Fp8
-from modelopt_dms.ops import append_reference, decode_reference, prefill_reference
-from modelopt_dms.ops.gating import Decided
-from modelopt_dms.ops.paged import PAGE
-from modelopt_dms.ops.prefill_reference import Chunk, expiry, log2_bias
-from modelopt_dms.ops.reference import Scoring, shift_decisions
+from modelopt_dms.kernels import append_reference, decode_reference, prefill_reference
+from modelopt_dms.kernels.gating import Decided
+from modelopt_dms.kernels.layout import PAGE
+from modelopt_dms.kernels.number_formats import Fp8
+from modelopt_dms.kernels.prefill_reference import Chunk, expiry, log2_bias
+from modelopt_dms.kernels.reference import Scoring, shift_decisions
 
 B, K, G, D = 2, 2, 3, 16
 STORED = ["plain", "fp8", "int8"]

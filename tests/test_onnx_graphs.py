@@ -13,11 +13,11 @@ from onnx_graphs import Graphs
 from transformers import PreTrainedModel
 
 import modelopt_dms as dms
-from modelopt_dms.engine.manifest import Manifest
-from modelopt_dms.engine.session import open_session
+from modelopt_dms.config.recipe import load_recipe
 from modelopt_dms.exporters import ExportError
-from modelopt_dms.quantization import quantize
-from modelopt_dms.recipe import load_recipe
+from modelopt_dms.quantization.apply import quantize
+from modelopt_dms.runtime.manifest import Manifest
+from modelopt_dms.runtime.session import open_session
 
 B, CHUNK, STEPS = 2, 16, 64
 HELD = ("live", "seen", "ring_slot", "ring_evict")

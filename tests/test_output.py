@@ -9,11 +9,19 @@ import pytest
 from families import build, tokens
 
 import modelopt_dms as dms
-from modelopt_dms import output
 from modelopt_dms.checkpoints import fetch
-from modelopt_dms.output import MARKER, OutputError, check_output, own, remove, staged, whole
-from modelopt_dms.traces import check_traces_output
-from modelopt_dms.train.checkpoint import ResumeError
+from modelopt_dms.config import output_dir
+from modelopt_dms.config.output_dir import (
+    MARKER,
+    OutputError,
+    check_output,
+    own,
+    remove,
+    staged,
+    whole,
+)
+from modelopt_dms.training.checkpoint import ResumeError
+from modelopt_dms.training.traces import check_traces_output
 
 FILES = ("a.txt", "kernels/one.ptx", "kernels/two.ptx", "dms_engine.json")
 
@@ -43,7 +51,7 @@ def test_an_interrupted_run_can_be_done_again(
         done += Path(place).name != MARKER
 
     with monkeypatch.context() as patch:
-        patch.setattr(output.os, "replace", stop)
+        patch.setattr(output_dir.os, "replace", stop)
         with pytest.raises(KeyboardInterrupt):
             write(target, "first", ("kernels/0.ptx",))
     write(target, "second")

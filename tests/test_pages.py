@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
 
-from modelopt_dms.pages import LONGEST_DRAFT, PAGE, ROLLBACK, SlotLists
+from modelopt_dms.kvcache.slot_lists import LONGEST_DRAFT, PAGE, ROLLBACK, SlotLists
 
 KEY_DIM, VALUE_DIM = 2, 3
 ROW_BYTES = 4 * (KEY_DIM + VALUE_DIM)

@@ -9,11 +9,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from paged_oracle import FORMATS, Formats, held, pending, stored
 from torch import Tensor
 
-from modelopt_dms.ops import dispatch
-from modelopt_dms.ops.gating import Decided
-from modelopt_dms.ops.paged import PAGE, OutOfPagesError
-from modelopt_dms.pages import SlotLists
-from modelopt_dms.paging import NEVER, PagedSlots, SharedPool
+from modelopt_dms.kernels import dispatch
+from modelopt_dms.kernels.gating import Decided
+from modelopt_dms.kernels.layout import PAGE, OutOfPagesError
+from modelopt_dms.kernels.prefill_reference import NEVER
+from modelopt_dms.kvcache.page_pool import SharedPool
+from modelopt_dms.kvcache.paged_slots import PagedSlots
+from modelopt_dms.kvcache.slot_lists import SlotLists
 
 CPU = torch.device("cpu")
 K, D = 2, 16

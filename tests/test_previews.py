@@ -7,9 +7,9 @@ import pytest
 from families import build
 
 import modelopt_dms as dms
-from modelopt_dms.recipe import Recipe
-from modelopt_dms.report import data_table, printable
-from modelopt_dms.train.loop import prepare
+from modelopt_dms.config.recipe import Recipe
+from modelopt_dms.evaluation.report import data_table, printable
+from modelopt_dms.training.loop import prepare
 
 RECIPE = Recipe(
     dms={"target_cr": 1.5, "window": 4, "protect_first": 2},

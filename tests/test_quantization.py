@@ -32,13 +32,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import modelopt_dms as dms
-from modelopt_dms.cache import DMSLayer, kv_stats
-from modelopt_dms.convert import dms_modules
 from modelopt_dms.exporters import ExportError
-from modelopt_dms.gate import record_alpha
-from modelopt_dms.kv_format import KVFormatError
-from modelopt_dms.mode import CheckpointError
-from modelopt_dms.quantization import QuantizationError, is_quantized
+from modelopt_dms.gates.gate import record_alpha
+from modelopt_dms.kvcache.hf_cache import DMSLayer, kv_stats
+from modelopt_dms.kvcache.kv_format import KVFormatError
+from modelopt_dms.modeling.convert import dms_modules
+from modelopt_dms.modeling.mode import CheckpointError
+from modelopt_dms.quantization.apply import QuantizationError, is_quantized
 
 LENGTH = 24
 FP8 = "fp8_default-kv_fp8-dms_cr8"

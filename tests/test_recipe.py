@@ -10,9 +10,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelopt_dms.recipe import Recipe, load_recipe, recipe_to_yaml
-from modelopt_dms.schema import recipe_schema
-from modelopt_dms.shelf import RecipeError, list_recipes, recipes_dir
+from modelopt_dms.config.bundled import RecipeError, list_recipes, recipes_dir
+from modelopt_dms.config.recipe import Recipe, load_recipe, recipe_to_yaml
+from modelopt_dms.config.schema import recipe_schema
 
 
 @pytest.mark.parametrize("name", sorted(list_recipes()))

@@ -11,9 +11,8 @@ from families import build_dms, open_gates
 from hypothesis import given
 from torch import Tensor
 
-from modelopt_dms.convert import dms_modules
-from modelopt_dms.gate import set_relaxation
-from modelopt_dms.ops import (
+from modelopt_dms.gates.gate import set_relaxation
+from modelopt_dms.kernels import (
     Prompt,
     Scoring,
     assign_slots,
@@ -27,6 +26,7 @@ from modelopt_dms.ops import (
     shift_decisions,
     with_sinks,
 )
+from modelopt_dms.modeling.convert import dms_modules
 
 NEVER = float("-inf")
 

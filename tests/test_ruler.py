@@ -12,8 +12,8 @@ from modelopt_dms.evaluation.prose import read_sentences, reference_sentences, s
 from modelopt_dms.evaluation.ruler import FAMILIES, Family, make_prompts
 from modelopt_dms.evaluation.score import score_task
 from modelopt_dms.evaluation.tasks import Episode
-from modelopt_dms.gate import gates
-from modelopt_dms.mode import apply_dms
+from modelopt_dms.gates.gate import gates
+from modelopt_dms.modeling.mode import apply_dms
 
 MODEL = Path(__file__).parent.parent / "examples" / "embedded_model"
 TEMPLATE = (

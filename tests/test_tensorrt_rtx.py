@@ -16,10 +16,10 @@ from families import open_gates
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import modelopt_dms as dms
-from modelopt_dms.engine.session import open_session
+from modelopt_dms.config.bundled import embedded_model_dir
 from modelopt_dms.evaluation.tasks import training_documents
-from modelopt_dms.mode import apply_dms
-from modelopt_dms.shelf import embedded_model_dir
+from modelopt_dms.modeling.mode import apply_dms
+from modelopt_dms.runtime.session import open_session
 
 PYTHON = os.environ.get("MODELOPT_DMS_TENSORRT_PYTHON")
 SCRIPT = Path(__file__).parent / "rtx_engines.py"

@@ -11,10 +11,10 @@ from families import build, build_dms, greedy_without_cache, tokens
 from transformers import AutoTokenizer
 
 import modelopt_dms as dms
-from modelopt_dms import traces
+from modelopt_dms.config.bundled import embedded_model_dir
 from modelopt_dms.data.documents import open_documents
-from modelopt_dms.gate import eviction_off
-from modelopt_dms.shelf import embedded_model_dir
+from modelopt_dms.gates.gate import eviction_off
+from modelopt_dms.training import traces
 
 TOKENIZER = AutoTokenizer.from_pretrained(embedded_model_dir())
 PROMPTS = [tokens(1, n, seed=n)[0].tolist() for n in (3, 9, 5, 7, 4)]

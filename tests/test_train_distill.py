@@ -8,10 +8,11 @@ import torch
 from families import FAMILIES, build_dms
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from modelopt_dms.config import DMSConfig, RetrofitConfig
-from modelopt_dms.gate import gate_parameters, gates
-from modelopt_dms.mode import apply_dms
-from modelopt_dms.train.distill import Distiller, learning, noise_seed
+from modelopt_dms.config.dms import DMSConfig
+from modelopt_dms.config.retrofit import RetrofitConfig
+from modelopt_dms.gates.gate import gate_parameters, gates
+from modelopt_dms.modeling.mode import apply_dms
+from modelopt_dms.training.distill import Distiller, learning, noise_seed
 
 
 def make_model(**dms):

@@ -6,11 +6,11 @@ import torch
 from families import FAMILIES, SPECIAL_TOKENS, VOCABULARY, build
 from transformers import CohereConfig, CohereForCausalLM
 
-from modelopt_dms.config import DMSConfig
-from modelopt_dms.convert import dms_modules
-from modelopt_dms.gate import eviction_off
-from modelopt_dms.mode import apply_dms
-from modelopt_dms.train.head import UnsupportedHeadError, check_head, last_hidden, output_head
+from modelopt_dms.config.dms import DMSConfig
+from modelopt_dms.gates.gate import eviction_off
+from modelopt_dms.modeling.convert import dms_modules
+from modelopt_dms.modeling.lm_head import UnsupportedHeadError, check_head, last_hidden, output_head
+from modelopt_dms.modeling.mode import apply_dms
 
 # Families whose logits are more than a projection, with values that make it show.
 HEADS = {

@@ -17,14 +17,15 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from modelopt_dms.cache import kv_stats
-from modelopt_dms.config import DMSConfig, RetrofitConfig
+from modelopt_dms.config.dms import DMSConfig
+from modelopt_dms.config.retrofit import RetrofitConfig
 from modelopt_dms.data import DataError
-from modelopt_dms.gate import gate_parameters
-from modelopt_dms.mode import apply_dms
-from modelopt_dms.train.checkpoint import ResumeError, checkpoints
-from modelopt_dms.train.loop import RetrofitResult, prepare, retrofit
-from modelopt_dms.train.trainer import RetrofitTrainer
+from modelopt_dms.gates.gate import gate_parameters
+from modelopt_dms.kvcache.hf_cache import kv_stats
+from modelopt_dms.modeling.mode import apply_dms
+from modelopt_dms.training.checkpoint import ResumeError, checkpoints
+from modelopt_dms.training.loop import RetrofitResult, prepare, retrofit
+from modelopt_dms.training.trainer import RetrofitTrainer
 
 VOCABULARY = 40
 LENGTH = 32
@@ -229,7 +230,7 @@ def test_every_micro_step_has_noise_of_its_own(monkeypatch):
         used.append(key)
         return len(used)
 
-    monkeypatch.setattr("modelopt_dms.train.trainer.noise_seed", record)
+    monkeypatch.setattr("modelopt_dms.training.trainer.noise_seed", record)
     run(config=make_config(steps=3, gradient_accumulation_steps=2))
     assert used == [(0, 0, at, micro) for at in range(3) for micro in range(2)]
 

@@ -7,12 +7,12 @@ from families import FAMILIES, build, tokens
 from test_train_loop import assert_same, make_config, make_model, run
 
 import modelopt_dms as dms
-from modelopt_dms.convert import dms_modules
-from modelopt_dms.gate import eviction_off, gate_parameters
-from modelopt_dms.recipe import Recipe
-from modelopt_dms.train.distill import Distiller, learning
-from modelopt_dms.train.lora import LoraError, adapted
-from modelopt_dms.train.trainer import RetrofitTrainer
+from modelopt_dms.config.recipe import Recipe
+from modelopt_dms.gates.gate import eviction_off, gate_parameters
+from modelopt_dms.modeling.convert import dms_modules
+from modelopt_dms.training.distill import Distiller, learning
+from modelopt_dms.training.lora import LoraError, adapted
+from modelopt_dms.training.trainer import RetrofitTrainer
 
 PROJECTIONS = {
     *("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "query_key_value", "dense"),

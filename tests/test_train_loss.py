@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelopt_dms.train.loss import kl_divergence, mean_decision, rate_loss
+from modelopt_dms.modeling.divergence import kl_divergence
+from modelopt_dms.training.loss import mean_decision, rate_loss
 
 DIRECTIONS = ("forward", "reverse")
 

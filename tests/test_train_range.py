@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from test_calibration import CONFIG, LENGTH, calibrated, converted, documents
 
 import modelopt_dms as dms
-from modelopt_dms.compression import CompressionError, curve_of
-from modelopt_dms.gate import gates
-from modelopt_dms.recipe import Recipe
-from modelopt_dms.train.progress import drawn_cr
-from modelopt_dms.train.trainer import RetrofitTrainer
+from modelopt_dms.config.recipe import Recipe
+from modelopt_dms.gates.gate import gates
+from modelopt_dms.gates.thresholds import CompressionError, curve_of
+from modelopt_dms.training.progress import drawn_cr
+from modelopt_dms.training.trainer import RetrofitTrainer
 
 RETROFIT = {
     "steps": 8,

@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modelopt_dms.ratio import (
+from modelopt_dms.config.compression_ratio import (
     check_reachable,
     evictable_tokens,
     physical_cr,
     target_evicted_fraction,
 )
-from modelopt_dms.train.progress import scheduled_cr
+from modelopt_dms.training.progress import scheduled_cr
 
 
 def test_ratio_rises_linearly_then_holds():

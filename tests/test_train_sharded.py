@@ -19,10 +19,10 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import modelopt_dms as dms
-from modelopt_dms.recipe import Recipe
-from modelopt_dms.train import loop, sharding
-from modelopt_dms.train.checkpoint import ResumeError, check_run
-from modelopt_dms.train.sharding import ShardingError
+from modelopt_dms.config.recipe import Recipe
+from modelopt_dms.training import loop, sharding
+from modelopt_dms.training.checkpoint import ResumeError, check_run
+from modelopt_dms.training.sharding import ShardingError
 
 SECONDS = 120
 # Two samples a step: a micro-step each in one process, a process each in two.

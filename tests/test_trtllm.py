@@ -19,15 +19,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import modelopt_dms as dms
 from modelopt_dms import cli
-from modelopt_dms.cache import kv_stats
+from modelopt_dms.checkpoints.unified_hf import PACKED_FILE
+from modelopt_dms.config.bundled import embedded_model_dir
 from modelopt_dms.exporters import FORMATS, ExportError
 from modelopt_dms.exporters.trtllm import backend, graph, register
 from modelopt_dms.exporters.trtllm.checkpoint import CONFIG_FILE, PLUGIN
 from modelopt_dms.exporters.trtllm.ops import CACHED, METADATA, SOURCE
 from modelopt_dms.exporters.trtllm.state import STATE
-from modelopt_dms.ops.paged import OutOfPagesError
-from modelopt_dms.packed import PACKED_FILE
-from modelopt_dms.shelf import embedded_model_dir
+from modelopt_dms.kernels.layout import OutOfPagesError
+from modelopt_dms.kvcache.hf_cache import kv_stats
 
 FP8 = "fp8_default-kv_fp8-dms_cr8"
 KV_ONLY = {
@@ -301,7 +301,7 @@ def test_the_kernels_compute_what_the_reference_does(
     ids = tokens(1, 20, seed=6)
     want = logits(model, ids)[0]
     row = ids[0].tolist()
-    monkeypatch.setattr("modelopt_dms.ops.dispatch.choose", lambda impl, device: "triton")
+    monkeypatch.setattr("modelopt_dms.kernels.dispatch.choose", lambda impl, device: "triton")
     with monkeypatch.context() as patch:
         patch.setattr("modelopt_dms.exporters.trtllm.ops.CHUNK", 8)
         whole, part = server.step([(2, 0, row[:18]), (0, 0, row[:9])])

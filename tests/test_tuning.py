@@ -6,11 +6,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import modelopt_dms as dms
-from modelopt_dms.compression import thresholds_of
+from modelopt_dms.config.bundled import embedded_model_dir
 from modelopt_dms.evaluation import peers, tuning
 from modelopt_dms.evaluation.score import measure, perplexity
 from modelopt_dms.evaluation.tasks import held_out_text, training_documents
-from modelopt_dms.shelf import embedded_model_dir
+from modelopt_dms.gates.thresholds import thresholds_of
 
 LENGTH = 512
 

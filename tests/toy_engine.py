@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A tiny attention model that follows the contract of the exported graphs, token by token; and what runs it.
 
-Knows `ops.append_reference` and nothing of the runtime but the manifest. Slow and plain: it is what sessions are
+Knows `kernels.append_reference` and nothing of the runtime but the manifest. Slow and plain: it is what sessions are
 compared with. It fails where a list needs a page that the host did not give it.
 """
 
@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modelopt_dms.engine.manifest import Manifest, Model, Phase, Port
-from modelopt_dms.engine.state import State
-from modelopt_dms.ops.append_reference import append_token
-from modelopt_dms.ops.gating import Decided
-from modelopt_dms.ops.paged import PAGE, LayerLists, PagePool, RowLayout
+from modelopt_dms.kernels.append_reference import append_token
+from modelopt_dms.kernels.gating import Decided
+from modelopt_dms.kernels.layout import PAGE, LayerLists, PagePool, RowLayout
+from modelopt_dms.runtime.manifest import Manifest, Model, Phase, Port
+from modelopt_dms.runtime.state import State
 
 L, K, H, D, DV, V = 2, 2, 4, 8, 6, 41
 SMALL = ("live", "seen", "ring_slot", "ring_evict")

@@ -17,7 +17,7 @@ from typing import Any
 
 from kernel_variants import all_variants
 
-from modelopt_dms.ops.variants import Variant, compile_variant, nvidia_tools
+from modelopt_dms.kernels.variants import Variant, compile_variant, nvidia_tools
 
 COUNTED = ("HMMA", "HGMMA", "LDGSTS")
 HEAD = "| kernel variant | registers | spilled bytes | shared bytes | HMMA | HGMMA | async copies |"

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 import triton.language as tl
 
-from modelopt_dms.ops import append, decode, prefill, prefill_backward, prefill_chunk
-from modelopt_dms.ops.paged import LayerShape, RowLayout
-from modelopt_dms.ops.prefill_blocks import Tile, head_constants, scoring_constants
-from modelopt_dms.ops.reference import Scoring
-from modelopt_dms.ops.variants import Variant
+from modelopt_dms.kernels import append, decode, prefill, prefill_backward, prefill_chunk
+from modelopt_dms.kernels.layout import LayerShape, RowLayout
+from modelopt_dms.kernels.prefill_blocks import Tile, head_constants, scoring_constants
+from modelopt_dms.kernels.reference import Scoring
+from modelopt_dms.kernels.variants import Variant
 
 
 def all_variants() -> list[Variant]:

@@ -15,10 +15,10 @@ from tiny_configs import TEXT_VOCABULARY, architectures, tiny_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from modelopt_dms.config import DMSConfig
-from modelopt_dms.convert import dms_modules, plan_conversion
-from modelopt_dms.gate import eviction_off
-from modelopt_dms.mode import apply_dms
+from modelopt_dms.config.dms import DMSConfig
+from modelopt_dms.gates.gate import eviction_off
+from modelopt_dms.modeling.convert import dms_modules, plan_conversion
+from modelopt_dms.modeling.mode import apply_dms
 
 ROOT = Path(__file__).resolve().parent.parent
 WINDOW, LENGTH, SHORTER = 5, 24, 17

@@ -13,12 +13,12 @@ from transformers import PreTrainedModel
 
 from modelopt_dms.calibration.state import Description, load_state, save_state
 from modelopt_dms.calibration.statistics import Regression
-from modelopt_dms.config import CalibrateConfig
-from modelopt_dms.convert import dms_modules
+from modelopt_dms.config.calibrate import CalibrateConfig
 from modelopt_dms.data.packing import Samples
-from modelopt_dms.gate import EvictionGate, eviction_off
-from modelopt_dms.ops import ResidualStream, output_change, shift_decisions
-from modelopt_dms.train.head import input_device
+from modelopt_dms.gates.gate import EvictionGate, eviction_off
+from modelopt_dms.kernels import ResidualStream, output_change, shift_decisions
+from modelopt_dms.modeling.convert import dms_modules
+from modelopt_dms.modeling.lm_head import input_device
 
 # The importance is a sum of squares that spans many decades: its root, a norm, is nearer to what a
 # linear gate can tell apart (benchmarks/results/real_model_log.md has other powers).

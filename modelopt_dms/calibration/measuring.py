@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from modelopt_dms.compression import Curve, CurvePoint, move_thresholds, thresholds_of
-from modelopt_dms.convert import dms_modules
+from modelopt_dms.config.compression_ratio import physical_cr, target_evicted_fraction
 from modelopt_dms.data.packing import Samples
-from modelopt_dms.gate import eviction_off, gates, record_alpha
-from modelopt_dms.mode import facts_of
-from modelopt_dms.ops import shift_decisions
-from modelopt_dms.ratio import physical_cr, target_evicted_fraction
-from modelopt_dms.train.head import input_device, last_hidden, output_head
-from modelopt_dms.train.loss import kl_divergence, mean_decision
+from modelopt_dms.gates.gate import eviction_off, gates, record_alpha
+from modelopt_dms.gates.thresholds import Curve, CurvePoint, move_thresholds, thresholds_of
+from modelopt_dms.kernels import shift_decisions
+from modelopt_dms.modeling.convert import dms_modules
+from modelopt_dms.modeling.divergence import kl_divergence
+from modelopt_dms.modeling.lm_head import input_device, last_hidden, output_head
+from modelopt_dms.modeling.mode import facts_of
+from modelopt_dms.training.loss import mean_decision
 
 # A point of the curve is where it should be if it evicts this much of the evictable tokens more, and none less.
 NEAR = 0.006

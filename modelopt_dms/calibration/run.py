@@ -16,21 +16,18 @@ from modelopt_dms.calibration.measuring import HeldOut, settle, threshold_for, t
 from modelopt_dms.calibration.samples import CalibrationData, draw
 from modelopt_dms.calibration.state import WRITTEN, check_state
 from modelopt_dms.calibration.statistics import Fit
-from modelopt_dms.compression import Curve, store_curve
-from modelopt_dms.config import (
-    CalibrateConfig,
-    DMSConfig,
-    QuantizationConfig,
-    quantization_to_dict,
-)
+from modelopt_dms.config.calibrate import CalibrateConfig
+from modelopt_dms.config.compression_ratio import check_reachable, target_evicted_fraction
+from modelopt_dms.config.dms import DMSConfig
+from modelopt_dms.config.output_dir import remove
+from modelopt_dms.config.quantize import QuantizationConfig, quantization_to_dict
 from modelopt_dms.data.mixing import open_sources, read_once
-from modelopt_dms.gate import gates
-from modelopt_dms.mode import facts_of
-from modelopt_dms.output import remove
-from modelopt_dms.quantization import quantization_of
-from modelopt_dms.ratio import check_reachable, target_evicted_fraction
-from modelopt_dms.train.checkpoint import FREE_FIELDS, model_digest
-from modelopt_dms.train.head import check_head
+from modelopt_dms.gates.gate import gates
+from modelopt_dms.gates.thresholds import Curve, store_curve
+from modelopt_dms.modeling.lm_head import check_head
+from modelopt_dms.modeling.mode import facts_of
+from modelopt_dms.quantization.apply import quantization_of
+from modelopt_dms.training.checkpoint import FREE_FIELDS, model_digest
 
 # Standard deviation of fitted logits: several times that of the retrofit's noise (1.8), so that a retrofit which starts
 # from them starts from nearly hard decisions.
@@ -139,8 +136,8 @@ def calibrate(
     """Fit the gates of a converted model, in place, to what evicting each key would cost. No back-propagation.
 
     Text is read once with eviction off. A key is as important as the change of the layer's output that queries beyond
-    the delay window would see without it (`ops.importance`); each gate's rows are the ridge regression of that on what
-    the gate reads; thresholds then give `target_cr` on held-out samples. Afterwards the model carries a curve, for
+    the delay window would see without it (`kernels.importance`); each gate's rows are the ridge regression of that on
+    what the gate reads; thresholds then give `target_cr` on held-out samples. Afterwards the model carries a curve, for
     `set_compression`.
 
     Args:

@@ -4,7 +4,8 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from modelopt_dms.config import CalibrateConfig, DMSConfig
+from modelopt_dms.config.calibrate import CalibrateConfig
+from modelopt_dms.config.dms import DMSConfig
 from modelopt_dms.data import DataError
 from modelopt_dms.data.packing import Samples, pad
 from modelopt_dms.data.records import Tokens

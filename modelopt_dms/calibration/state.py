@@ -11,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from modelopt_dms.calibration.statistics import Regression
-from modelopt_dms.output import own
-from modelopt_dms.train.checkpoint import WAYS_OUT, ResumeError, differences
+from modelopt_dms.config.output_dir import own
+from modelopt_dms.training.checkpoint import WAYS_OUT, ResumeError, differences
 
 STATE_FILE = "sums.safetensors"
 # What a calibration writes into its directory.

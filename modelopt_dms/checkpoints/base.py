@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from modelopt_dms.checkpoints import gguf
 from modelopt_dms.checkpoints.fetch import KNOWN, fetched
 from modelopt_dms.checkpoints.formats import check_plain
-from modelopt_dms.shelf import embedded_model_dir
+from modelopt_dms.config.bundled import embedded_model_dir
 
 if TYPE_CHECKING:
     import torch
@@ -47,7 +47,7 @@ def load_base(
         model = AutoModelForCausalLM.from_pretrained(
             place, dtype=dtype, device_map=device_map, trust_remote_code=trust_remote_code
         ).eval()
-    from modelopt_dms.finite import check_weights
+    from modelopt_dms.modeling.finite import check_weights
 
     check_weights(model, place)
     return model, tokenizer

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
 
-from modelopt_dms.output import own, remove, whole
-from modelopt_dms.shelf import suggestion
+from modelopt_dms.config.bundled import suggestion
+from modelopt_dms.config.output_dir import own, remove, whole
 
 CACHE_VARIABLE = "MODELOPT_DMS_CACHE"
 _CHUNK = 1 << 22

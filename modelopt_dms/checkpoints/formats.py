@@ -8,7 +8,7 @@ from typing import Any
 
 # Numbers that a weight can be read from without a scale.
 PLAIN = ("F64", "F32", "F16", "BF16")
-# A model that this package has written: `loading.load` knows how.
+# A model that this package has written: `checkpoints.load.load` knows how.
 OURS = ("dms_config", "dms_quantization", "dms_window_size")
 _WAY_OUT = "start from the original checkpoint in float32, float16 or bfloat16"
 # Longer than any checkpoint's; a damaged file gives any number.

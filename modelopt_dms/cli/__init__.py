@@ -66,5 +66,5 @@ def _expected(error: Exception) -> bool:
     if isinstance(error, (ValueError, OSError, FloatingPointError)):
         return True
     # Who raised this one has imported it, and torch with it.
-    paged = sys.modules.get("modelopt_dms.ops.paged")
+    paged = sys.modules.get("modelopt_dms.kernels.layout")
     return paged is not None and isinstance(error, paged.OutOfPagesError)

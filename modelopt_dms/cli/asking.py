@@ -42,10 +42,10 @@ def generate(
     place = check_model(model)
     from transformers import TextStreamer, set_seed
 
-    from modelopt_dms.cache import kv_stats
-    from modelopt_dms.compression import expected_ratios, ratio_warning
-    from modelopt_dms.convert import is_converted
-    from modelopt_dms.generation import graphed
+    from modelopt_dms.gates.thresholds import expected_ratios, ratio_warning
+    from modelopt_dms.kvcache.hf_cache import kv_stats
+    from modelopt_dms.modeling.convert import is_converted
+    from modelopt_dms.modeling.generation import graphed
 
     network, tokenizer = load_any(place, dtype, device, trust_remote_code)
     set_ratio(network, cr)
@@ -104,10 +104,10 @@ def evaluate(
     """Score a model through its physical KV cache: long-memory tasks, and perplexity on text."""
     place = check_model(model)
     given = open_files(data or [], "--data", data_format)
-    from modelopt_dms.compression import ratio_warning
     from modelopt_dms.evaluation import score
     from modelopt_dms.evaluation.files import score_files
-    from modelopt_dms.report import results_table, write_json
+    from modelopt_dms.evaluation.report import results_table, write_json
+    from modelopt_dms.gates.thresholds import ratio_warning
 
     sizes = [_length(x) for x in lengths.split(",")]
     network, tokenizer = load_any(place, dtype, device, trust_remote_code)

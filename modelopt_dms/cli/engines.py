@@ -16,8 +16,8 @@ from modelopt_dms.cli.options import err, out
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from modelopt_dms.engine.manifest import Manifest
-    from modelopt_dms.engine.session import Session
+    from modelopt_dms.runtime.manifest import Manifest
+    from modelopt_dms.runtime.session import Session
 
 engine_app = typer.Typer(
     help="Build, run and look at the engines of an exported directory.", no_args_is_help=True
@@ -91,7 +91,7 @@ def run(
     """Continue a prompt, streaming."""
     import torch
 
-    from modelopt_dms.engine.session import open_session
+    from modelopt_dms.runtime.session import open_session
 
     tokenizer = _tokenizer(directory)
     session = open_session(directory, backend.value)
@@ -127,8 +127,8 @@ def bench(
     ] = None,
 ) -> None:
     """Time prefill and decode on random prompts."""
-    from modelopt_dms.engine.bench import bench as measure
-    from modelopt_dms.engine.session import open_session
+    from modelopt_dms.runtime.bench import bench as measure
+    from modelopt_dms.runtime.session import open_session
 
     session = open_session(directory, backend.value, batch=batch, pages=pages)
     figures = asdict(measure(session, prompt_length, new_tokens))
@@ -143,7 +143,7 @@ def bench(
 @engine_app.command()
 def inspect(directory: EngineDir) -> None:
     """Show the model, what goes in and out, kernels, and what engines were built for."""
-    from modelopt_dms.engine.manifest import Manifest
+    from modelopt_dms.runtime.manifest import Manifest
 
     manifest = Manifest.load(directory)
     facts = Table("model", "", title=str(directory))
@@ -179,7 +179,7 @@ def _tokenizer(directory: Path) -> "PreTrainedTokenizerBase":
         EngineError: it holds no tokenizer.
     """
     from modelopt_dms.cli.opening import load_tokenizer
-    from modelopt_dms.engine.manifest import EngineError, Manifest
+    from modelopt_dms.runtime.manifest import EngineError, Manifest
 
     Manifest.load(directory)
     try:

@@ -44,9 +44,9 @@ def preview(
     given = open_data(data, data_format)
     if not given:
         raise ValueError("--data is missing: the .jsonl, .txt or .parquet files to count")
-    from modelopt_dms.previews import preview as count
-    from modelopt_dms.recipe import load_recipe
-    from modelopt_dms.report import data_table, printable
+    from modelopt_dms.config.recipe import load_recipe
+    from modelopt_dms.data.dry_run import preview as count
+    from modelopt_dms.evaluation.report import data_table, printable
 
     chosen = load_recipe(recipe, changes or [])
     words = load_tokenizer(place, trust_remote_code)
@@ -83,7 +83,7 @@ def traces(
     place = check_model(model)
     given = open_files(prompts, "--prompts", prompts_format)
     from modelopt_dms.data.documents import tokenize_prompts
-    from modelopt_dms.traces import Sampling, check_traces_output, generate_traces
+    from modelopt_dms.training.traces import Sampling, check_traces_output, generate_traces
 
     sampling = Sampling(max_new_tokens, temperature, top_p, batch_size, seed)
     check_traces_output(output)

@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from modelopt_dms.cli.options import out
-from modelopt_dms.shelf import list_recipes
+from modelopt_dms.config.bundled import list_recipes
 
 recipes_app = typer.Typer(help="List the shipped recipes, or show one in full.")
 
@@ -36,7 +36,7 @@ def show(
     ] = None,
 ) -> None:
     """Print a recipe in full, imports and defaults resolved."""
-    from modelopt_dms.recipe import load_recipe, recipe_to_yaml
+    from modelopt_dms.config.recipe import load_recipe, recipe_to_yaml
 
     out.print(
         recipe_to_yaml(load_recipe(name, changes or [])), end="", highlight=False, markup=False
@@ -46,6 +46,6 @@ def show(
 @recipes_app.command()
 def schema() -> None:
     """Print the JSON schema of recipe files, for an editor."""
-    from modelopt_dms.schema import recipe_schema
+    from modelopt_dms.config.schema import recipe_schema
 
     print(json.dumps(recipe_schema(), indent=2))

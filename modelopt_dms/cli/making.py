@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from modelopt_dms import processes
 from modelopt_dms.cli.opening import (
     check_compressed,
     check_model,
@@ -31,9 +30,10 @@ from modelopt_dms.cli.options import (
     out,
     warn,
 )
+from modelopt_dms.config import distributed
 
 if TYPE_CHECKING:
-    from modelopt_dms.previews import Preview
+    from modelopt_dms.data.dry_run import Preview
 
 
 def compress(
@@ -51,17 +51,17 @@ def compress(
     """Retrofit MODEL so that its KV cache forgets, and save it to OUTPUT."""
     place = check_model(model)
     given = open_data(data, data_format)
-    from modelopt_dms.compression import expected_ratios, missed_ratio
-    from modelopt_dms.flow import OURS, SUMMARY_FILE
-    from modelopt_dms.flow import compress as run
-    from modelopt_dms.output import check_output
-    from modelopt_dms.recipe import load_recipe
+    from modelopt_dms.config.output_dir import check_output
+    from modelopt_dms.config.recipe import load_recipe
+    from modelopt_dms.gates.thresholds import expected_ratios, missed_ratio
+    from modelopt_dms.pipeline import OURS, SUMMARY_FILE
+    from modelopt_dms.pipeline import compress as run
 
     chosen = load_recipe(recipe, changes or [])
     check_output(output, OURS)
     network, tokenizer = load_base(place, dtype, device, trust_remote_code)
     texts = given or (embedded_documents(tokenizer, chosen) if model == EMBEDDED else None)
-    if texts is None and (chosen.calibrate or chosen.retrofit) and processes.is_main():
+    if texts is None and (chosen.calibrate or chosen.retrofit) and distributed.is_main():
         out.print("no --data: calibrating on the built-in mix of chats, prose and code")
     run(
         network,
@@ -70,9 +70,9 @@ def compress(
         data=texts,
         output_dir=output,
         resume=resume,
-        on_data=_print_counts if given and processes.is_main() else None,
+        on_data=_print_counts if given and distributed.is_main() else None,
     )
-    if not processes.is_main():
+    if not distributed.is_main():
         return
     out.print(f"saved to {escape(str(output))}", highlight=False)
     stages = json.loads((output / SUMMARY_FILE).read_text())
@@ -126,12 +126,12 @@ def tune(
     """Find the largest compression ratio within a quality budget on your data."""
     place = check_compressed(model)
     given = open_data(data, data_format)
-    from modelopt_dms.compression import curve_of
+    from modelopt_dms.config.output_dir import check_output
+    from modelopt_dms.evaluation.report import trials_table
     from modelopt_dms.evaluation.tasks import held_out_text
     from modelopt_dms.evaluation.tuning import tune as run
     from modelopt_dms.exporters.tuned import save_tuned
-    from modelopt_dms.output import check_output
-    from modelopt_dms.report import trials_table
+    from modelopt_dms.gates.thresholds import curve_of
 
     if output is not None:
         check_output(output)
@@ -177,11 +177,11 @@ def export(
 ) -> None:
     """Write a model for serving; weights of a quantized one are packed."""
     place = check_compressed(model)
+    from modelopt_dms.checkpoints.load import load
+    from modelopt_dms.config.output_dir import check_output
+    from modelopt_dms.config.recipe import load_recipe
     from modelopt_dms.exporters import RECIPE_FILE, check_format
     from modelopt_dms.exporters import export as write
-    from modelopt_dms.loading import load
-    from modelopt_dms.output import check_output
-    from modelopt_dms.recipe import load_recipe
 
     given = {"chunk": chunk, "max_length": max_length, "plugin_free": plugin_free}
     options = {name: value for name, value in given.items() if value is not None}
@@ -197,6 +197,6 @@ def export(
 
 
 def _print_counts(preview: "Preview") -> None:
-    from modelopt_dms.report import data_table
+    from modelopt_dms.evaluation.report import data_table
 
     out.print(data_table(preview))

@@ -4,10 +4,10 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modelopt_dms import processes
 from modelopt_dms.checkpoints import base
 from modelopt_dms.checkpoints.gguf import gguf_file
 from modelopt_dms.cli.options import Dtype
+from modelopt_dms.config import distributed
 from modelopt_dms.data.inputs import Blend, Formatted, as_paths, parse_data
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def load_any(
         return load_base(place, dtype, device, trust)
     from transformers import AutoConfig
 
-    from modelopt_dms.loading import load
+    from modelopt_dms.checkpoints.load import load
 
     config = AutoConfig.from_pretrained(place, trust_remote_code=trust)
     if not any(hasattr(config, x) for x in ("dms_config", "dms_quantization", "dms_window_size")):
@@ -69,7 +69,7 @@ def _hide_bars() -> None:
 def set_ratio(model: "PreTrainedModel", cr: float | None) -> None:
     """Have a model run at a compression ratio, if one is asked for."""
     if cr is not None:
-        from modelopt_dms.compression import set_compression
+        from modelopt_dms.gates.thresholds import set_compression
 
         set_compression(model, cr)
 
@@ -81,7 +81,7 @@ def embedded_documents(tokenizer: "PreTrainedTokenizerBase", recipe: Any) -> lis
     retrofit, calibrate, quantize = recipe.retrofit, recipe.calibrate, recipe.quantize
     counts, lengths = [0], [8]
     if retrofit is not None:
-        counts.append(min(retrofit.visits(processes.count()), 2048) + 32)
+        counts.append(min(retrofit.visits(distributed.count()), 2048) + 32)
         lengths.append(retrofit.sequence_length)
     if calibrate is not None:
         counts.append(calibrate.samples + calibrate.held_out)

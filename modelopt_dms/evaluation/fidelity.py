@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from modelopt_dms.gate import eviction_off, gates, record_alpha
-from modelopt_dms.ops import shift_decisions
-from modelopt_dms.train.head import input_device, last_hidden, output_head
-from modelopt_dms.train.loss import token_kl
+from modelopt_dms.gates.gate import eviction_off, gates, record_alpha
+from modelopt_dms.kernels import shift_decisions
+from modelopt_dms.modeling.divergence import token_kl
+from modelopt_dms.modeling.lm_head import input_device, last_hidden, output_head
 
 CHUNK = 256  # tokens whose logits exist at a time
 

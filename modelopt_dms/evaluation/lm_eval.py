@@ -21,11 +21,11 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
-from modelopt_dms.cache import DMSLayer, KVStats, cache_of, kv_stats
-from modelopt_dms.compression import set_compression
-from modelopt_dms.convert import is_converted
-from modelopt_dms.gate import AlphaRecord, gates, record_alpha
-from modelopt_dms.ops import shift_decisions
+from modelopt_dms.gates.gate import AlphaRecord, gates, record_alpha
+from modelopt_dms.gates.thresholds import set_compression
+from modelopt_dms.kernels import shift_decisions
+from modelopt_dms.kvcache.hf_cache import DMSLayer, KVStats, cache_of, kv_stats
+from modelopt_dms.modeling.convert import is_converted
 
 TESTED = "0.4.13"
 GENERATE, SCORE = "generate_until", "loglikelihood"

@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from modelopt_dms.config import DMSConfig
-from modelopt_dms.convert import dms_modules
-from modelopt_dms.gate import EvictionGate, gates
-from modelopt_dms.gate_kinds import NeuronGate
+from modelopt_dms.config.dms import DMSConfig
+from modelopt_dms.gates.gate import EvictionGate, gates
+from modelopt_dms.gates.kinds import NeuronGate
+from modelopt_dms.modeling.convert import dms_modules
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from modelopt_dms.cache import DMSLayer, cache_argument, cache_of, kv_stats
 from modelopt_dms.evaluation.peers import CutLayer
 from modelopt_dms.evaluation.tasks import TASKS, Episode, held_out_text, make_episodes
+from modelopt_dms.kvcache.hf_cache import DMSLayer, cache_argument, cache_of, kv_stats
 
 TEXT = "text"  # the name of the perplexity "task"
 QUESTIONS = (

@@ -6,11 +6,11 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modelopt_dms.compression import curve_of, move_thresholds
 from modelopt_dms.data.mixing import open_sources, read_once
 from modelopt_dms.evaluation.files import cut_documents
 from modelopt_dms.evaluation.score import perplexity
-from modelopt_dms.gate import eviction_off
+from modelopt_dms.gates.gate import eviction_off
+from modelopt_dms.gates.thresholds import curve_of, move_thresholds
 
 # Each halves the interval that holds the ratio.
 HALVINGS = 6

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from modelopt_dms.config.recipe import Recipe
     from modelopt_dms.exporters.hf import RECIPE_FILE
-    from modelopt_dms.recipe import Recipe
 
 __all__ = ["FORMATS", "RECIPE_FILE", "ExportError", "check_format", "export"]
 

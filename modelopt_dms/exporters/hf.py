@@ -9,14 +9,14 @@ from typing import Any
 from modelopt.torch.export import export_hf_checkpoint
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from modelopt_dms.checkpoints.unified_hf import PACKED_FILE
+from modelopt_dms.checkpoints.written import check_written
+from modelopt_dms.config.output_dir import check_output, staged
+from modelopt_dms.config.recipe import Recipe, recipe_to_yaml
 from modelopt_dms.exporters import ExportError
-from modelopt_dms.hf_quantizer import GUARD_OF_EXPORTS, QUANT_METHOD, unmark
-from modelopt_dms.output import check_output, staged
-from modelopt_dms.packed import PACKED_FILE
-from modelopt_dms.quantization import quantizes
-from modelopt_dms.ranges import put_weights_on_grids
-from modelopt_dms.recipe import Recipe, recipe_to_yaml
-from modelopt_dms.written import check_written
+from modelopt_dms.modeling.config_marks import GUARD_OF_EXPORTS, QUANT_METHOD, unmark
+from modelopt_dms.quantization.apply import quantizes
+from modelopt_dms.quantization.ranges import put_weights_on_grids
 
 RECIPE_FILE = "dms_recipe.yaml"
 

@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from modelopt_dms.convert import dms_modules
-from modelopt_dms.names import StoredNames
-from modelopt_dms.output import check_output, staged
-from modelopt_dms.written import check_written
+from modelopt_dms.checkpoints.tensor_names import StoredNames
+from modelopt_dms.checkpoints.written import check_written
+from modelopt_dms.config.output_dir import check_output, staged
+from modelopt_dms.modeling.convert import dms_modules
 
 KEY = ".dms_gate.threshold"
 

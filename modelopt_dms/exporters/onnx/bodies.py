@@ -2,7 +2,7 @@
 """What each of our ops means in standard ONNX ops: functions that go into the graph's file beside their nodes.
 
 A runtime without our kernels computes them; TensorRT takes the plugin of the same name instead. Scores and sums are
-float32. Shapes and names as in `engine.operators`; every list is padded to E = P * S slots.
+float32. Shapes and names as in `runtime.operators`; every list is padded to E = P * S slots.
 """
 
 from onnx import FunctionProto
@@ -10,16 +10,8 @@ from onnxscript import opset21 as op
 from onnxscript import script
 from onnxscript.values import OnnxFunction
 
-from modelopt_dms.engine.operators import OPERATORS
-from modelopt_dms.exporters.onnx.rows import (
-    ENCODE,
-    FLOAT,
-    INT64,
-    OWN,
-    READ,
-    AllSlots,
-    PlaceRows,
-)
+from modelopt_dms.exporters.onnx.rows import ENCODE, FLOAT, INT64, OWN, READ, AllSlots, PlaceRows
+from modelopt_dms.runtime.operators import OPERATORS
 
 OPSET = 21
 INT32 = 6

@@ -8,17 +8,17 @@ from pathlib import Path
 import onnx_ir as ir
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modelopt_dms.engine.manifest import PHASES, Kernel, Manifest, Model, Phase, sha256
+from modelopt_dms.config.output_dir import check_output, staged
+from modelopt_dms.config.recipe import Recipe
 from modelopt_dms.exporters import ExportError
 from modelopt_dms.exporters.hf import write_companions
 from modelopt_dms.exporters.onnx.facts import model_of
 from modelopt_dms.exporters.onnx.graphs import Sizes, scoring_of, trace
 from modelopt_dms.exporters.onnx.weights import FILE as WEIGHTS
 from modelopt_dms.exporters.onnx.weights import WeightsFile
-from modelopt_dms.ops.paged import PAGE
-from modelopt_dms.ops.reference import Scoring
-from modelopt_dms.output import check_output, staged
-from modelopt_dms.recipe import Recipe
+from modelopt_dms.kernels.layout import PAGE
+from modelopt_dms.kernels.reference import Scoring
+from modelopt_dms.runtime.manifest import PHASES, Kernel, Manifest, Model, Phase, sha256
 
 CHUNK = 256
 MAX_LENGTH = 4096

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from modelopt_dms.convert import dms_modules
-from modelopt_dms.engine.manifest import Model
 from modelopt_dms.exporters import ExportError
 from modelopt_dms.exporters.onnx import quantizers
-from modelopt_dms.generation import looking_rope
-from modelopt_dms.kv_format import kv_formats
-from modelopt_dms.ops.paged import MOST_ROWS, LayerLists
+from modelopt_dms.kernels.layout import MOST_ROWS, LayerLists
+from modelopt_dms.kvcache.kv_format import kv_formats
+from modelopt_dms.modeling.convert import dms_modules
+from modelopt_dms.modeling.generation import looking_rope
+from modelopt_dms.runtime.manifest import Model
 
 
 def model_of(model: PreTrainedModel) -> Model:
@@ -77,7 +77,7 @@ def model_of(model: PreTrainedModel) -> Model:
 
 
 def scales_of(model: PreTrainedModel) -> list[Tensor]:
-    """What encoding and decoding rows multiplies by, for each layer: [4, K] float32; see `ops.paged.LayerLists`."""
+    """What encoding and decoding rows multiply by, by layer: [4, K] float32; see `kernels.layout.LayerLists`."""
     found = []
     for module in dms_modules(model).values():
         gate: Any = module.dms_gate

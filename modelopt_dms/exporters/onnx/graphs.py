@@ -15,9 +15,6 @@ from torch import Tensor
 from torch.export import Dim
 from transformers import PreTrainedModel
 
-from modelopt_dms.engine.manifest import Model, Port
-from modelopt_dms.engine.operators import DECODE_PARTIAL, DOMAIN, VERSION
-from modelopt_dms.engine.state import POOLS, dtype_of, shape_of
 from modelopt_dms.exporters import ExportError
 from modelopt_dms.exporters.onnx import native
 from modelopt_dms.exporters.onnx.bodies import OPSET, functions
@@ -25,8 +22,11 @@ from modelopt_dms.exporters.onnx.facts import scales_of
 from modelopt_dms.exporters.onnx.quantizers import as_nodes
 from modelopt_dms.exporters.onnx.slots import CHANGED, STATE, Facts
 from modelopt_dms.exporters.onnx.tracing import Decode, Prefill, traceable
-from modelopt_dms.ops.paged import PAGE
-from modelopt_dms.ops.reference import Scoring
+from modelopt_dms.kernels.layout import PAGE
+from modelopt_dms.kernels.reference import Scoring
+from modelopt_dms.runtime.manifest import Model, Port
+from modelopt_dms.runtime.operators import DECODE_PARTIAL, DOMAIN, VERSION
+from modelopt_dms.runtime.state import POOLS, dtype_of, shape_of
 
 # Sizes to trace with: no two alike, and none 1, so that torch keeps them apart.
 _BATCH, _PAGES = 3, 5

@@ -2,7 +2,7 @@
 """Bodies for graphs without plugins: attention is ONNX's own `Attention`, for which runtimes have layers of their own.
 
 To a runtime that knows one length for all heads, lists are padded slots, and a mask for every head says which of them
-live. Stands where the bodies of `bodies` that attend stood; shapes and names as in `engine.operators`.
+live. Stands where the bodies of `bodies` that attend stood; shapes and names as in `runtime.operators`.
 """
 
 from onnxscript import opset23 as op

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modelopt_dms.engine.operators import DOMAIN, VERSION, Argument, Operator
+from modelopt_dms.runtime.operators import DOMAIN, VERSION, Argument, Operator
 
 _FIXED = {"float32": torch.float32, "int32": torch.int32, "bool": torch.bool}
 

@@ -14,7 +14,7 @@ from modelopt.torch.quantization.nn import TensorQuantizer
 from torch import Tensor, nn
 
 from modelopt_dms.exporters import ExportError
-from modelopt_dms.kv_quant import E4M3_MAX, INT8_MAX
+from modelopt_dms.kernels.number_formats import E4M3_MAX, INT8_MAX
 
 ACCEPTED = "FP8 (e4m3) or int8 with calibrated scales"
 # By ModelOpt's num_bits: dtype of codes, the largest, and ONNX's number of that dtype.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading and writing rows of pages in standard ONNX ops, one function for each number format.
 
-As `kv_quant` and `ops.rows` do it. Bytes are int8 in a graph, whatever they hold: TensorRT takes no other.
+As `kv_quant` and `kernels.rows` do it. Bytes are int8 in a graph, whatever they hold: TensorRT takes no other.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from onnxscript import opset21 as op
 from onnxscript import script
 from onnxscript.values import OnnxFunction, Opset
 
-from modelopt_dms.engine.operators import DOMAIN, VERSION
+from modelopt_dms.runtime.operators import DOMAIN, VERSION
 
 OWN = Opset(DOMAIN, VERSION)
 FLOAT, INT8, INT64 = TensorProto.FLOAT, TensorProto.INT8, TensorProto.INT64

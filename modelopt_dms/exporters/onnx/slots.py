@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A layer's slots as tensors of a graph: what `paging.PagedSlots` does with kernels becomes nodes of our ops.
+"""A layer's slots as tensors of a graph: `kvcache.paged_slots.PagedSlots` with nodes of our ops for kernels.
 
-Shapes as in `engine.operators`.
+Shapes as in `runtime.operators`.
 """
 
 from dataclasses import dataclass, replace
@@ -9,16 +9,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from modelopt_dms.cache import DMSLayer, LayerStep
-from modelopt_dms.engine import operators
-from modelopt_dms.engine.state import POOLS, SMALL
 from modelopt_dms.exporters.onnx.nodes import call
-from modelopt_dms.ops import Scoring
-from modelopt_dms.ops.append_reference import plan_pack
-from modelopt_dms.ops.paged import PAGE, LayerLists
-from modelopt_dms.ops.prefill_reference import expiry, log2_bias
-from modelopt_dms.ops.undo import decide_previous
-from modelopt_dms.paging import PagedSlots
+from modelopt_dms.kernels import Scoring
+from modelopt_dms.kernels.append_reference import plan_pack
+from modelopt_dms.kernels.layout import PAGE, LayerLists
+from modelopt_dms.kernels.prefill_reference import expiry, log2_bias
+from modelopt_dms.kernels.rollback import decide_previous
+from modelopt_dms.kvcache.hf_cache import DMSLayer, LayerStep
+from modelopt_dms.kvcache.paged_slots import PagedSlots
+from modelopt_dms.runtime import operators
+from modelopt_dms.runtime.state import POOLS, SMALL
 
 # Tensors of a layer that go through a graph, in its order; the table of pages only goes in.
 STATE = (*POOLS, *SMALL)
@@ -56,7 +56,7 @@ class GraphSlots(PagedSlots):
 
     Attributes:
         tensors: the layer's, by name; after a step, their next values.
-        scales: [4, K] float32, see `ops.paged.LayerLists`.
+        scales: [4, K] float32, see `kernels.layout.LayerLists`.
         active: [B] bool; decode only.
         chunk_padding: [B] int32, tokens on the left of the chunk that are padding; prefill only.
     """

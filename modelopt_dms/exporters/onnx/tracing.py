@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from modelopt_dms.cache import cache_argument
-from modelopt_dms.convert import dms_modules
 from modelopt_dms.exporters.onnx.slots import CHANGED, STATE, Facts, GraphLayer, GraphSlots
+from modelopt_dms.kvcache.hf_cache import cache_argument
+from modelopt_dms.modeling.convert import dms_modules
 
 
 class Step(nn.Module):

@@ -11,17 +11,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from modelopt_dms.engine.checks import (
-    check_files,
-    check_kernels,
-    check_pages,
-    kernel_hashes,
-)
-from modelopt_dms.engine.gpu import Gpu
-from modelopt_dms.engine.manifest import EngineError, Manifest, ManifestError, Phase
-from modelopt_dms.engine.state import shape_of
-from modelopt_dms.engine.tensorrt import check_machine, import_tensorrt, make_log
-from modelopt_dms.output import whole
+from modelopt_dms.config.output_dir import whole
+from modelopt_dms.runtime.checks import check_files, check_kernels, check_pages, kernel_hashes
+from modelopt_dms.runtime.gpu import Gpu
+from modelopt_dms.runtime.manifest import EngineError, Manifest, ManifestError, Phase
+from modelopt_dms.runtime.state import shape_of
+from modelopt_dms.runtime.tensorrt import check_machine, import_tensorrt, make_log
 
 Sizes = tuple[int, int, int]  # min, opt, max
 

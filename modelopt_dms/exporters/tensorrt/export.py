@@ -5,7 +5,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modelopt_dms.engine.manifest import Kernel
+from modelopt_dms.config.output_dir import check_output, staged
+from modelopt_dms.config.recipe import Recipe
 from modelopt_dms.exporters.hf import write_companions
 from modelopt_dms.exporters.onnx.export import CHUNK, manifest_of, sizes_of, write_graphs
 from modelopt_dms.exporters.onnx.facts import model_of
@@ -15,8 +16,7 @@ from modelopt_dms.exporters.tensorrt.kernels import (
     layer_shape,
     write_kernels,
 )
-from modelopt_dms.output import check_output, staged
-from modelopt_dms.recipe import Recipe
+from modelopt_dms.runtime.manifest import Kernel
 
 
 def export_tensorrt(

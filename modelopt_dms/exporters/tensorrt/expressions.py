@@ -5,8 +5,8 @@ import ast
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from modelopt_dms.engine.operators import Argument
 from modelopt_dms.exporters import ExportError
+from modelopt_dms.runtime.operators import Argument
 
 _OPERATIONS: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: lambda a, b: a + b,

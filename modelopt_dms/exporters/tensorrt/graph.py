@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator
 
 import onnx
 
-from modelopt_dms.engine.manifest import EngineError
-from modelopt_dms.engine.operators import DOMAIN, OPERATORS, VERSION
+from modelopt_dms.runtime.manifest import EngineError
+from modelopt_dms.runtime.operators import DOMAIN, OPERATORS, VERSION
 
 
 def plugin_variant(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from modelopt_dms.engine.manifest import Kernel, Model
-from modelopt_dms.engine.operators import OPERATORS
 from modelopt_dms.exporters import ExportError
 from modelopt_dms.exporters.tensorrt.ptx import POINTER, check_signature, rewrite
-from modelopt_dms.ops.paged import MOST_ROWS, LayerShape, RowLayout
-from modelopt_dms.ops.reference import Scoring
-from modelopt_dms.ops.variants import Variant, assemble, compile_variant
+from modelopt_dms.kernels.layout import MOST_ROWS, LayerShape, RowLayout
+from modelopt_dms.kernels.reference import Scoring
+from modelopt_dms.kernels.variants import Variant, assemble, compile_variant
+from modelopt_dms.runtime.manifest import Kernel, Model
+from modelopt_dms.runtime.operators import OPERATORS
 
 ARCHITECTURE = "sm_90a"
 DIRECTORY = "kernels"
@@ -83,7 +83,7 @@ def _layout(number: Any, dim: int, dtype: torch.dtype) -> RowLayout:
 def decode_programs(model: Model, multiprocessors: int = MULTIPROCESSORS) -> int:
     """Programs that share a decode step's tiles: what so many multiprocessors hold at a time."""
     _need_triton()
-    from modelopt_dms.ops import decode
+    from modelopt_dms.kernels import decode
 
     return decode.engine_programs(layer_shape(model), multiprocessors)
 
@@ -144,7 +144,7 @@ def _need_triton() -> None:
 
 def launches(shape: LayerShape, scoring: Scoring, chunk: int, items: int) -> dict[str, Launch]:
     """How every op's kernel is compiled and launched, for chunks of so many tokens and about so many lists."""
-    from modelopt_dms.ops import append, decode, prefill_chunk
+    from modelopt_dms.kernels import append, decode, prefill_chunk
 
     lists = "B * K"
     attention = prefill_chunk.engine_chunk(shape, scoring)

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modelopt_dms.engine.checks import OLDEST, version_of
-from modelopt_dms.engine.manifest import Kernel, Manifest
-from modelopt_dms.engine.operators import DOMAIN, OPERATORS, Argument, Operator
 from modelopt_dms.exporters import ExportError
 from modelopt_dms.exporters.tensorrt.expressions import dims_of, evaluate
 from modelopt_dms.exporters.tensorrt.ptx import read
+from modelopt_dms.runtime.checks import OLDEST, version_of
+from modelopt_dms.runtime.manifest import Kernel, Manifest
+from modelopt_dms.runtime.operators import DOMAIN, OPERATORS, Argument, Operator
 
 INSTALL = "pip install 'modelopt-dms[tensorrt]'"
 # TensorRT's names of types where formats are listed.

@@ -8,10 +8,10 @@ parameters of an entry bear the names of the op's tensors, and are compared with
 import re
 from pathlib import Path
 
-from modelopt_dms.engine.checks import check_kernel
-from modelopt_dms.engine.manifest import Kernel
-from modelopt_dms.engine.operators import Operator
 from modelopt_dms.exporters import ExportError
+from modelopt_dms.runtime.checks import check_kernel
+from modelopt_dms.runtime.manifest import Kernel
+from modelopt_dms.runtime.operators import Operator
 
 POINTER, INTEGER = "u64", "u32"
 _ENTRY = re.compile(r"\.visible\s+\.entry\s+([\w$]+)\s*\(([^)]*)\)")

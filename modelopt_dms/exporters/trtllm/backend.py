@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from packaging.specifiers import SpecifierSet
 
-from modelopt_dms.config import DMSConfig
-from modelopt_dms.convert import dms_modules
+from modelopt_dms.checkpoints.unified_hf import kv_ranges
+from modelopt_dms.config.dms import DMSConfig
 from modelopt_dms.exporters.trtllm import graph, ops, state
-from modelopt_dms.mode import apply_dms
-from modelopt_dms.packed import kv_ranges
+from modelopt_dms.modeling.convert import dms_modules
+from modelopt_dms.modeling.mode import apply_dms
 
 NAME = "dms"  # of the attention backend
 FACTORY = "modelopt_dms"  # of the model factory

@@ -8,21 +8,16 @@ from typing import Any
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modelopt_dms.convert import dms_modules
-from modelopt_dms.exporters.hf import (
-    ExportError,
-    mark_for_engines,
-    write_companions,
-    write_packed,
-)
+from modelopt_dms.checkpoints.unified_hf import PACKED_FILE
+from modelopt_dms.checkpoints.written import check_written
+from modelopt_dms.config.output_dir import check_output, staged
+from modelopt_dms.config.recipe import Recipe
+from modelopt_dms.exporters.hf import ExportError, mark_for_engines, write_companions, write_packed
 from modelopt_dms.exporters.trtllm.backend import ACCEPTED, FACTORY, NAME, TRANSFORMERS
 from modelopt_dms.exporters.trtllm.graph import RATIO_FIELD, check_servable
-from modelopt_dms.kv_format import kv_formats
-from modelopt_dms.output import check_output, staged
-from modelopt_dms.packed import PACKED_FILE
-from modelopt_dms.quantization import quantizes
-from modelopt_dms.recipe import Recipe
-from modelopt_dms.written import check_written
+from modelopt_dms.kvcache.kv_format import kv_formats
+from modelopt_dms.modeling.convert import dms_modules
+from modelopt_dms.quantization.apply import quantizes
 
 CONFIG_FILE = "dms_autodeploy.yaml"
 PLUGIN = "modelopt_dms_plugin"

@@ -12,11 +12,11 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from modelopt_dms import handover
-from modelopt_dms.attention import GRAPH_ATTENTION_NAME
-from modelopt_dms.convert import dms_modules, is_attention
 from modelopt_dms.exporters.hf import ExportError
 from modelopt_dms.exporters.trtllm import ops
+from modelopt_dms.gates import handover
+from modelopt_dms.modeling.attention import GRAPH_ATTENTION_NAME
+from modelopt_dms.modeling.convert import dms_modules, is_attention
 
 RATIO_FIELD = "dms_pool_ratio"
 

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from modelopt_dms.exporters.trtllm.state import KNOB, LISTS, STATE, Formats, formats, together
-from modelopt_dms.ops import Prompt, Scoring, dispatch, regroup, shift_decisions
-from modelopt_dms.ops.gating import Decided
-from modelopt_dms.ops.paged import PAGE, LayerLists, PagePool
-from modelopt_dms.ops.prefill_reference import Chunk, expiry
-from modelopt_dms.ops.undo import decide_previous
-from modelopt_dms.page_attention import CHUNK
+from modelopt_dms.kernels import Prompt, Scoring, dispatch, reorder, shift_decisions
+from modelopt_dms.kernels.gating import Decided
+from modelopt_dms.kernels.layout import PAGE, LayerLists, PagePool
+from modelopt_dms.kernels.prefill_reference import Chunk, expiry
+from modelopt_dms.kernels.rollback import decide_previous
+from modelopt_dms.modeling.paged_attention import CHUNK
 
 NAMESPACE = "modelopt_dms"
 # Arguments that both ops share, in their order.
@@ -122,7 +122,7 @@ def _sequence(lists: LayerLists, slot: int) -> LayerLists:
 def _start(pool: PagePool, own: LayerLists, position: int, slot: int) -> None:
     """Give back what the sequence before had in this slot, or see to it that this one goes on where it stopped."""
     if position == 0:
-        regroup.drop(own, pool, own.active)
+        reorder.drop(own, pool, own.active)
         return
     seen = int(own.seen[0, 0])
     if seen != position:

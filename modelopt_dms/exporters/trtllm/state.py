@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modelopt_dms.kv_quant import Fp8, RowFormat
-from modelopt_dms.ops.paged import PAGE, LayerLists, PagePool, RowLayout
+from modelopt_dms.kernels.layout import PAGE, LayerLists, PagePool, RowLayout
+from modelopt_dms.kernels.number_formats import Fp8, RowFormat
 
 POOL = ("keys", "values", "free", "counters")
 LISTS = ("table", "live", "seen", "ring_slot", "ring_evict")

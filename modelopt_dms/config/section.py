@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every section of a recipe has in common: finite numbers, and errors in one line."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from modelopt.torch.opt.config import ModeloptBaseConfig
+from pydantic import ConfigDict, ValidationError, field_validator
+
+# No window, number of steps or seed that is meant needs more than 32 bits; nor a float more than this range.
+LARGEST_INTEGER = 2**32 - 1
+# Tokens: more than any context that a model has.
+LONGEST = 2**24
+SMALLEST_FLOAT, LARGEST_FLOAT = 1e-12, 1e9
+
+
+class Section(ModeloptBaseConfig):
+    """What users write: every number is finite, and of a size that can be computed with."""
+
+    model_config = ConfigDict(allow_inf_nan=False, use_attribute_docstrings=True)
+
+    @field_validator("*")
+    @classmethod
+    def _numbers_can_be_meant(cls, value: Any) -> Any:
+        for x in value if isinstance(value, list) else [value]:
+            if isinstance(x, int) and abs(x) > LARGEST_INTEGER:
+                raise ValueError(f"must be at most {LARGEST_INTEGER}")
+            if isinstance(x, float) and x and not SMALLEST_FLOAT <= abs(x) <= LARGEST_FLOAT:
+                raise ValueError(
+                    f"must be 0, or of a size from {SMALLEST_FLOAT:g} to {LARGEST_FLOAT:g}"
+                )
+        return value
+
+
+def in_one_line(error: ValidationError) -> str:
+    """Every field that pydantic refuses, with its value and what is accepted."""
+    return "; ".join(_readable(x) for x in error.errors())
+
+
+def _readable(error: Any) -> str:
+    key = ".".join(map(str, error["loc"]))
+    message = error["msg"].removeprefix("Value error, ")
+    given = repr(error["input"])
+    if isinstance(error["input"], Mapping):
+        return f"{key}: {message}" if key else message
+    if len(given) > 200:
+        given = f"{given[:200]}..."
+    return f"{key or 'value'}={given}: {message}"

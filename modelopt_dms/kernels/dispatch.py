@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One function per op that picks its implementation.
+
+`impl`: "triton" is the op of `kernels.library`, which runs the kernel on CUDA, or anywhere under TRITON_INTERPRET=1.
+"reference" is what it means, in plain PyTorch, on any device. "auto" is triton on CUDA, and reference elsewhere.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from modelopt_dms.kernels import (
+    append_reference,
+    decode_reference,
+    library,
+    prefill_reference,
+    reference,
+)
+from modelopt_dms.kernels.gating import GateInput
+from modelopt_dms.kernels.layout import LayerLists, PagePool
+from modelopt_dms.kernels.prefill_reference import Chunk
+from modelopt_dms.kernels.reference import Prompt, Scoring
+from modelopt_dms.kernels.rollback import UndoLog
+
+
+def choose(impl: str, device: torch.device) -> Literal["triton", "reference"]:
+    """The implementation that `impl` means on this device.
+
+    Raises:
+        ValueError: an unknown name, or kernels that cannot run here.
+    """
+    if impl not in ("auto", "triton", "reference"):
+        raise ValueError(f"impl={impl!r} must be 'auto', 'triton' or 'reference'")
+    if impl == "reference" or (impl == "auto" and device.type != "cuda"):
+        return "reference"
+    if torch.compiler.is_compiling():  # what cannot run was refused when the cache was made
+        return "triton"
+    if not library.has_triton():
+        raise ValueError(
+            "impl='triton' needs Triton, which a CUDA build of PyTorch brings: pip install triton"
+        )
+    if device.type != "cuda" and not library.interpreting():
+        raise ValueError(
+            f"impl='triton' needs a CUDA device, got {device.type!r}; accepted here: 'auto', 'reference', or "
+            "TRITON_INTERPRET=1 in the environment (slow, for tests)"
+        )
+    return "triton"
+
+
+def append_token(
+    k: Tensor,
+    v: Tensor,
+    gate: GateInput,
+    pool: PagePool,
+    lists: LayerLists,
+    *,
+    impl: str = "auto",
+    log: UndoLog | None = None,
+) -> None:
+    """Decide about one token of every active sequence and take it in; see `append_reference.append_token`."""
+    if choose(impl, k.device) == "reference":
+        append_reference.append_token(k, v, gate, pool, lists, log)
+    elif log is None:
+        given = {name: getattr(gate, name, None) for name in library.GATE}
+        library.append_token(k, v, **library.state(pool, lists), **given)
+    else:  # no op takes a log
+        with torch.cuda.device_of(k):
+            library.kernel_function("append.append_token")(k, v, gate, pool, lists, log)
+
+
+def pack(
+    k: Tensor,
+    v: Tensor,
+    evict: Tensor,
+    valid: Tensor | None,
+    pool: PagePool,
+    lists: LayerLists,
+    *,
+    impl: str = "auto",
+) -> None:
+    """Take in T tokens, dropping what is marked and has left the window; see `append_reference.pack`."""
+    if choose(impl, k.device) == "reference":
+        append_reference.pack(k, v, evict, valid, pool, lists)
+    else:
+        library.pack(k, v, evict, valid, **library.state(pool, lists))
+
+
+def apply_plan(
+    plan: append_reference.Plan,
+    k: Tensor,
+    v: Tensor,
+    pool: PagePool,
+    lists: LayerLists,
+    *,
+    impl: str = "auto",
+) -> None:
+    """Carry out a plan of `append_reference.plan_pack`; it and this are `pack`."""
+    if choose(impl, k.device) == "reference":
+        append_reference.apply_plan(plan, k, v, pool, lists)
+    else:
+        with torch.cuda.device_of(k):
+            library.kernel_function("append.apply_plan")(plan, k, v, pool, lists)
+
+
+def decode_attention(
+    q: Tensor, pool: PagePool, lists: LayerLists, scoring: Scoring, *, impl: str = "auto"
+) -> Tensor:
+    """One query token a sequence [B, H, D] over each KV head's own slots: output [B, H, Dv]."""
+    if choose(impl, q.device) == "reference":
+        return decode_reference.decode_attention(q, pool, lists, scoring)
+    return library.decode(q, **library.state(pool, lists), **library.scored(scoring))
+
+
+def decode_latent(
+    q: Tensor, pool: PagePool, lists: LayerLists, scoring: Scoring, *, impl: str = "auto"
+) -> Tensor:
+    """As `decode_attention` where one latent list serves all heads (MLA); see `decode_reference.decode_latent`."""
+    if choose(impl, q.device) == "reference":
+        return decode_reference.decode_latent(q, pool, lists, scoring)
+    return library.decode_latent(q, **library.state(pool, lists), **library.scored(scoring))
+
+
+def attend_chunk(
+    chunk: Chunk, pool: PagePool, lists: LayerLists, scoring: Scoring, *, impl: str = "auto"
+) -> Tensor:
+    """T new tokens over the slots that live and among themselves; see `prefill_reference.attend_chunk`."""
+    if choose(impl, chunk.q.device) == "reference":
+        return prefill_reference.attend_chunk(chunk, pool, lists, scoring)
+    seen = {"starts": chunk.starts, "first": chunk.first, "expiry": chunk.expiry}
+    tensors = (chunk.q, chunk.k, chunk.v, chunk.evict)
+    return library.attend_chunk(
+        *tensors, **seen, **library.state(pool, lists), **library.scored(scoring)
+    )
+
+
+def prefill_attention(prompt: Prompt, scoring: Scoring, *, impl: str = "auto") -> Tensor:
+    """Attention among T tokens under the delayed-eviction mask, differentiable; see `reference.prefill_attention`.
+
+    "auto" is the reference where sinks want a gradient, which the kernels do not compute.
+
+    Raises:
+        ValueError: what the kernels do not compute: that gradient, or masks that `starts_of` refuses.
+    """
+    sinks = scoring.sinks
+    learns_sinks = sinks is not None and sinks.requires_grad and torch.is_grad_enabled()
+    if impl == "auto" and learns_sinks:
+        impl = "reference"
+    if choose(impl, prompt.q.device) == "reference":
+        return reference.prefill_attention(prompt, scoring)
+    if learns_sinks:
+        raise ValueError(
+            "the prefill kernel has no gradient of sinks; freeze them or use impl='reference'"
+        )
+    tensors = (prompt.q, prompt.k, prompt.v, prompt.keep_logprob)
+    starts = starts_of(prompt.mask, len(prompt.q))
+    return library.prefill(*tensors, starts, sinks, prompt.window, scoring.scale, scoring.softcap)[
+        0
+    ]
+
+
+def starts_of(mask: Tensor | None, batch: int) -> Tensor | None:
+    """First key [B, T] int32 that each query sees, from a bool mask [B or 1, 1, T, T]; None stays None (causal).
+
+    The kernels take masks of this kind only: documents in a row, and padding. A row that sees nothing sees itself.
+
+    Raises:
+        ValueError: a query that does not see everything between its first key and itself.
+    """
+    if mask is None:
+        return None
+    seen = mask[:, 0]  # [B, T, T]
+    T = seen.shape[-1]
+    itself = torch.arange(T, device=mask.device)
+    count = seen.sum(-1)
+    starts = torch.where(count > 0, seen.int().argmax(-1), itself)
+    if not bool((torch.where(count > 0, count, 1) == itself + 1 - starts).all()):
+        raise ValueError(
+            "the kernels take masks where a query sees all keys from some position to itself (causal, padding, packed "
+            "documents); for others use impl='reference'"
+        )
+    return starts.int().expand(batch, -1).contiguous()
