@@ -2,7 +2,7 @@
 """Drives our plugins through NVIDIA's own `tensorrt.plugin` code and prints what it makes of them, as JSON.
 
 Run by test_tensorrt_plugins.py in an interpreter with tensorrt-cu13-bindings and tensorrt-lean-cu13-libs, which has
-neither torch nor a GPU (`python tests/helpers/tensorrt_plugins.py DIRECTORY`). The lean library stands for the full one,
+neither torch nor a GPU (`python tests/helpers/tensorrt_plugins.py DIRECTORY`). The lean library replaces the full one,
 C stubs for what it lacks, and numbers for TensorRT's symbolic dims.
 """
 
