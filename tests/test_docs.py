@@ -116,6 +116,35 @@ def test_recipes_that_are_named_exist(page: Path) -> None:
         assert name in RECIPES or file.is_file(), name
 
 
+def test_recipes_in_blocks_load_and_keys_beside_an_import_win(tmp_path: Path) -> None:
+    from modelopt_dms.recipe import load_recipe
+
+    steps = []
+    for _, text in blocks(ROOT / "docs/recipes.md", "yaml"):
+        (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
+        recipe = load_recipe(tmp_path / "mine.yaml")
+        steps.append(recipe.retrofit and recipe.retrofit.steps)
+    assert steps == [400, None]
+
+
+def test_generated_parts_have_every_key_recipe_command_and_public_name() -> None:
+    import modelopt_dms
+    from modelopt_dms.recipe import Recipe
+    from tools.docs_hooks import MARKER, PARTS
+
+    asked = [x for page in PAGES for x in MARKER.findall(page.read_text(encoding="utf-8"))]
+    assert sorted(asked) == sorted(PARTS)
+    keys = PARTS["recipe keys"]()
+    assert all(f"### {section}" in keys for section in Recipe.model_fields)
+    assert keys.count("| `window` |") == 1
+    recipes = PARTS["recipes"]()
+    assert all(f"`{name}`" in recipes for name in RECIPES)
+    commands = PARTS["commands"]()
+    assert all(f"## modelopt-dms {x}\n" in commands for x in typer.main.get_command(app).commands)
+    names = re.findall(r"^::: \S+\.(\w+)$", PARTS["public names"](), re.MULTILINE)
+    assert sorted(names) == sorted(modelopt_dms.__all__)
+
+
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A folder with a compressed model and data, and the names that blocks may use without defining them."""
