@@ -153,7 +153,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
     folder = tmp_path_factory.mktemp("docs")
     name = str(embedded_model_dir())
     source = (ROOT / "modelopt_dms/recipe.py").read_text(encoding="utf-8")
-    texts = [source[i : i + 900] for i in range(0, 5400, 900)]
+    texts = [source[i : i + 900] for i in range(0, 3600, 900)]
     for file, documents in (("traces", texts), ("held_out", [source[:4000]])):
         lines = [json.dumps({"text": x}) for x in documents]
         (folder / f"{file}.jsonl").write_text("\n".join(lines), encoding="utf-8")
