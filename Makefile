@@ -17,7 +17,7 @@ INPUTS := pyproject.toml constraints.txt
 # Compiling every file of every package would take a minute; most are never imported.
 PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 
-.PHONY: help demo models test test-all test-gpu test-tensorrt lint bench clean
+.PHONY: help demo models test test-all test-gpu test-tensorrt lint docs bench clean
 
 help:
 	@echo "make demo   compress SmolLM2-135M, ask it and its peers about a text, write demo_output/ (downloads 93 MB)"
@@ -26,9 +26,10 @@ help:
 	@echo "make test-gpu  the tests that need a CUDA device"
 	@echo "make test-tensorrt  the tests that need TensorRT's packages, and neither its libraries nor a GPU"
 	@echo "make lint   ruff and mypy"
+	@echo "make docs   the documentation as a site, site/index.html; warnings are errors"
 	@echo "make models  try every architecture of transformers on a tiny model: docs/models.md (15 minutes)"
 	@echo "make bench  the CPU benchmark, benchmarks/results/cpu.json"
-	@echo "make clean  remove .venv, .venv-tensorrt, .venv-kvpress and demo_output"
+	@echo "make clean  remove .venv, .venv-tensorrt, .venv-kvpress, site and demo_output"
 
 demo: $(VENV)/.runtime
 	$(BIN)/python -W ignore:transformers:UserWarning examples/demo.py --model $(MODEL)
@@ -52,13 +53,16 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 bench: $(VENV)/.runtime
 	$(BIN)/python benchmarks/cpu.py --output benchmarks/results/cpu.json
 
 # The stamp is written last: an interrupted set-up starts over.
 $(VENV)/.runtime: $(INPUTS)
 	@echo "setting up $(VENV) (about 2 minutes)"
-	@rm -f $@ $(VENV)/.dev
+	@rm -f $@ $(VENV)/.dev $(VENV)/.docs
 	@$(PYTHON) -m venv --clear $(VENV)
 	@$(PIP) "$$(sed -n 's/^\(torch==.*\)/\1/p' constraints.txt)"
 	@$(PIP) --editable .
@@ -67,6 +71,11 @@ $(VENV)/.runtime: $(INPUTS)
 $(VENV)/.dev: $(VENV)/.runtime
 	@rm -f $@
 	@$(PIP) --editable ".[dev]"
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.runtime
+	@rm -f $@
+	@$(PIP) --editable ".[docs]"
 	@touch $@
 
 # NVIDIA's packages get an interpreter of their own, without torch: TensorRT-RTX aborts beside our plugins, and the
@@ -95,4 +104,4 @@ models: $(VENV)/.runtime
 	$(BIN)/python tools/model_table.py
 
 clean:
-	rm -rf $(VENV) $(TENSORRT_VENV) $(KVPRESS_VENV) demo_output
+	rm -rf $(VENV) $(TENSORRT_VENV) $(KVPRESS_VENV) site demo_output
