@@ -37,7 +37,7 @@ def filled(markdown: str) -> str:
 
 def recipe_keys() -> str:
     """A table of the keys of every section of a recipe, from the schema that recipes are checked with."""
-    from modelopt_dms.recipe import Recipe
+    from modelopt_dms.config.recipe import Recipe
 
     schema = Recipe.model_json_schema(mode="validation")
     parts = []
@@ -96,7 +96,7 @@ def _cell(text: str) -> str:
 
 def shipped_recipes() -> str:
     """A table of the shipped recipes and what each says about itself."""
-    from modelopt_dms.shelf import list_recipes
+    from modelopt_dms.config.bundled import list_recipes
 
     lines = ["| recipe | what you get |", "|---|---|"]
     return "\n".join(lines + [f"| `{name}` | {_cell(x)} |" for name, x in list_recipes().items()])

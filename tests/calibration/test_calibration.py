@@ -98,7 +98,7 @@ def test_a_gate_learns_what_its_layer_needs():
     first, _ = gates(model)
     wanted = 7
 
-    def fake_change(q, k, v, gram, residual, lengths, window, scoring):
+    def fake_change(q, k, v, residual, lengths, window, scoring):
         marked = torch.tensor([[t == wanted for t in row] for row in batch["ids"]])
         return marked[:, None].float().expand(-1, k.shape[1], -1)
 

@@ -406,7 +406,7 @@ def test_a_class_that_the_directory_does_not_name_is_refused(tmp_path: Path) -> 
     config.architectures, config.model_type = ["Nothing"], "nothing"
     del config.dms_config
     config.save_pretrained(tmp_path)
-    with pytest.raises((ValueError, CheckpointError), match="no dms_config"):
+    with pytest.raises((ValueError, CheckpointError), match="lost its dms_config"):
         dms.load(tmp_path)
 
 

@@ -43,7 +43,7 @@ import json, sys
 from pathlib import Path
 import torch
 from safetensors.torch import load_file
-from modelopt_dms.loading import load
+from modelopt_dms.checkpoints.load import load
 
 for path in map(Path, sys.argv[1:]):
     expected = load_file(path / "expected" / "logits.safetensors")

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import typer.main
 import yaml
+from paths import ROOT
 
 from modelopt_dms.cli import app
-from modelopt_dms.shelf import embedded_model_dir, list_recipes, modelopt_recipes_dir
+from modelopt_dms.config.bundled import embedded_model_dir, list_recipes, modelopt_recipes_dir
 
-ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # A Python block behind this line runs here.
 RUNS = "<!-- runs -->"
@@ -117,7 +117,7 @@ def test_recipes_that_are_named_exist(page: Path) -> None:
 
 
 def test_recipes_in_blocks_load_and_keys_beside_an_import_win(tmp_path: Path) -> None:
-    from modelopt_dms.recipe import load_recipe
+    from modelopt_dms.config.recipe import load_recipe
 
     steps = []
     for _, text in blocks(ROOT / "docs/recipes.md", "yaml"):
@@ -129,7 +129,7 @@ def test_recipes_in_blocks_load_and_keys_beside_an_import_win(tmp_path: Path) ->
 
 def test_generated_parts_have_every_key_recipe_command_and_public_name() -> None:
     import modelopt_dms
-    from modelopt_dms.recipe import Recipe
+    from modelopt_dms.config.recipe import Recipe
     from tools.docs_hooks import MARKER, PARTS
 
     asked = [x for page in PAGES for x in MARKER.findall(page.read_text(encoding="utf-8"))]
@@ -152,7 +152,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
 
     folder = tmp_path_factory.mktemp("docs")
     name = str(embedded_model_dir())
-    source = (ROOT / "modelopt_dms/recipe.py").read_text(encoding="utf-8")
+    source = (ROOT / "modelopt_dms/config/recipe.py").read_text(encoding="utf-8")
     texts = [source[i : i + 900] for i in range(0, 3600, 900)]
     for file, documents in (("traces", texts), ("held_out", [source[:4000]])):
         lines = [json.dumps({"text": x}) for x in documents]
