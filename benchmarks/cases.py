@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from modelopt_dms.kernels.gating import LinearGate
-from modelopt_dms.kernels.layout import PAGE, LayerLists, PagePool, RowLayout
+from modelopt_dms.kernels.layout import PAGE, PagePool, PageTables, RowLayout
 from modelopt_dms.kernels.number_formats import Fp8, Nvfp4, RowFormat
 from modelopt_dms.kernels.reference import Scoring
 
@@ -49,7 +49,7 @@ class Paged:
 
     heads: Heads
     pool: PagePool
-    layers: list[LayerLists]
+    layers: list[PageTables]
     q: list[Tensor]
 
     @property
@@ -115,14 +115,14 @@ def paged(
 
 def empty_lists(
     batch: int, pages: int, heads: Heads, name: str, window: int, device: torch.device
-) -> LayerLists:
+) -> PageTables:
     """Lists of a layer, empty, that can own so many pages each."""
     active = torch.ones(batch, dtype=torch.bool, device=device)
     formats = row_formats(name, heads.kv)
-    return LayerLists.make(batch, heads.kv, pages, window, 0, active, formats)
+    return PageTables.make(batch, heads.kv, pages, window, 0, active, formats)
 
 
-def clear(pool: PagePool, layers: Sequence[LayerLists]) -> None:
+def clear(pool: PagePool, layers: Sequence[PageTables]) -> None:
     """Make lists empty again, and all pages free."""
     pool.free.copy_(torch.arange(pool.pages, -1, -1, dtype=torch.int32))
     pool.counters.fill_(pool.pages)
@@ -168,7 +168,7 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
     return float((got - wanted).norm() / wanted.norm())
 
 
-def _lists(live: Tensor, count: Tensor, ids: Tensor, heads: Heads, name: str) -> LayerLists:
+def _lists(live: Tensor, count: Tensor, ids: Tensor, heads: Heads, name: str) -> PageTables:
     batch, width = len(live) // heads.kv, int(count.max())
     lists = empty_lists(batch, width, heads, name, 256, live.device)
     owned = torch.arange(width, device=live.device) < count[:, None]  # [lists, P]

@@ -71,6 +71,7 @@ def fill_dms(cache: Any, model: PreTrainedModel, batch: int, tokens: int, share:
     for layer in cache.layers:
         for size in sizes:
             evict = torch.rand(*shape[:2], size, device=model.device) < share
+            layer.expected = True
             layer.update(k[:, :, :size], v[:, :, :size])
             layer.append(evict, None)
 

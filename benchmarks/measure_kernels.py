@@ -43,7 +43,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from modelopt_dms.kernels import dispatch, reference
-from modelopt_dms.kernels.layout import PAGE, LayerLists, PagePool
+from modelopt_dms.kernels.layout import PAGE, PagePool, PageTables
 from modelopt_dms.kernels.prefill_reference import Chunk
 
 Row = dict[str, Any]
@@ -259,7 +259,7 @@ def _append_error(bench: Bench, heads: Heads, name: str) -> float:
     k = random_rows(2, 8, heads, bench.dtype, bench.device)
     gate = random_gate(2, bench.plan.features, heads, bench.dtype, bench.device)
 
-    def feed(impl: str) -> tuple[PagePool, LayerLists]:
+    def feed(impl: str) -> tuple[PagePool, PageTables]:
         torch.manual_seed(1)
         pool, (lists,) = _filled(bench, name, 2, 2 * bench.plan.window, 8, 1)
         for t in range(k.shape[2]):
@@ -270,7 +270,7 @@ def _append_error(bench: Bench, heads: Heads, name: str) -> float:
 
 
 def _difference(
-    feed: Callable[[str], tuple[PagePool, LayerLists]], heads: Heads, impl: str
+    feed: Callable[[str], tuple[PagePool, PageTables]], heads: Heads, impl: str
 ) -> float:
     """Relative error of attention over the lists that ours leaves; NaN if their lengths are not the reference's."""
     (pool_a, a), (pool_b, b) = feed(impl), feed("reference")
@@ -287,7 +287,7 @@ def _difference(
 
 def _filled(
     bench: Bench, name: str, batch: int, tokens: int, more: int, layers: int
-) -> tuple[PagePool, list[LayerLists]]:
+) -> tuple[PagePool, list[PageTables]]:
     """Lists that took in so many tokens, half of them marked, with room for `more`; by the reference."""
     heads, device = bench.plan.heads, bench.device
     width = -(-(tokens + more) // PAGE)
@@ -341,7 +341,7 @@ def _chunk(bench: Bench, batch: int, tokens: int) -> tuple[Tensor, Tensor, Tenso
 def _pack_error(bench: Bench, heads: Heads, name: str) -> float:
     T = bench.plan.pack[1]
 
-    def feed(impl: str) -> tuple[PagePool, LayerLists]:
+    def feed(impl: str) -> tuple[PagePool, PageTables]:
         torch.manual_seed(1)
         pool, (lists,) = _filled(bench, name, 2, T, T, 1)
         dispatch.pack(*_chunk(bench, 2, T), None, pool, lists, impl=impl)
@@ -527,7 +527,7 @@ class Reader:
         return out
 
 
-def expiry(lists: LayerLists, length: int) -> Tensor:
+def expiry(lists: PageTables, length: int) -> Tensor:
     """The last position [B, K, length] int32 of a query that may read each slot, as `paging` tells the kernels."""
     pending = lists.ring_evict & (lists.ring_slot >= 0) & (lists.ring_slot < length)
     slots = torch.where(pending, lists.ring_slot, length).long()

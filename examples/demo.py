@@ -94,7 +94,7 @@ class Clock:
 def bring(name: str, console: Console) -> bool:
     """Fetch a known model; if it cannot be had, say so in one line."""
     try:
-        fetch(name, say=lambda line: console.print(line, markup=False, highlight=False))
+        fetch(name, on_progress=lambda line: console.print(line, markup=False, highlight=False))
     except (FetchError, OSError) as error:
         console.print(
             f"{name} cannot be had here ({error}); the demo runs on the embedded model instead.",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modelopt_dms.config.output_dir import whole
+from modelopt_dms.config.output_dir import atomic_file
 
 COLUMNS = 64
 WIDTH, HEIGHT = 14.0, 6.2  # inches
@@ -91,7 +91,7 @@ def draw(
     _passage(figure, passage)
     _bars(figure.add_axes(BARS), found, asked)
     figure.text(BARS[0] - 0.085, 0.875, f"found; all but the first hold {budget}", fontsize=11)
-    with whole(path) as temporary:
+    with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
 

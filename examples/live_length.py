@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from transformers import PreTrainedModel
 
-from modelopt_dms.config.output_dir import whole
+from modelopt_dms.config.output_dir import atomic_file
 from modelopt_dms.kvcache.hf_cache import cache_argument, cache_of, kv_stats
 
 
@@ -69,5 +69,5 @@ def draw_live_length(traces: Mapping[str, LiveTrace], path: Path, title: str) ->
         axes.set_xlabel("tokens seen (dotted line: end of the context)")
         axes.set_ylabel("live tokens")
         axes.legend(fontsize=8)
-    with whole(path) as temporary:
+    with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)

@@ -24,7 +24,7 @@ from modelopt_dms.checkpoints.model_card import CARD_FILE, card
 from modelopt_dms.checkpoints.written import check_written
 from modelopt_dms.config import distributed
 from modelopt_dms.config.calibrate import CalibrateConfig
-from modelopt_dms.config.output_dir import check_output, remove, staged
+from modelopt_dms.config.output_dir import atomic_dir, check_output, remove
 from modelopt_dms.config.quantize import QuantizationConfig
 from modelopt_dms.config.recipe import Recipe, load_recipe
 from modelopt_dms.config.retrofit import RetrofitConfig
@@ -169,7 +169,7 @@ def _write(
         ExportError: the format cannot hold the model, which is saved all the same.
     """
     refused = None
-    with staged(target) as place:
+    with atomic_dir(target) as place:
         if recipe.export is not None:
             try:
                 export(

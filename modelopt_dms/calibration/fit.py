@@ -38,7 +38,7 @@ class _Observer:
         """Before the attention runs: what the gate reads."""
         self.features = self.gate.features(self.gate.read(args, kwargs)).float()
 
-    def watch(self, *attended: Any) -> None:
+    def observe(self, *attended: Any) -> None:
         """While it runs: its queries, keys and values, and how they are scored."""
         self.attended = attended
 
@@ -138,10 +138,10 @@ def _observing(model: PreTrainedModel, observers: dict[str, _Observer]) -> Itera
         handles.append(layer.register_forward_hook(observer.leave))
     try:
         for observer in observers.values():
-            observer.gate.watch = observer.watch
+            observer.gate.observer = observer.observe
         yield
     finally:
         for observer in observers.values():
-            observer.gate.watch = None
+            observer.gate.observer = None
         for handle in handles:
             handle.remove()

@@ -21,7 +21,7 @@ from modelopt_dms.kernels import shift_decisions
 from modelopt_dms.modeling.convert import dms_modules
 from modelopt_dms.modeling.divergence import kl_divergence
 from modelopt_dms.modeling.lm_head import input_device, last_hidden, output_head
-from modelopt_dms.modeling.mode import facts_of
+from modelopt_dms.modeling.mode import dms_config_of
 from modelopt_dms.training.loss import mean_decision
 
 # A point of the curve is where it should be if it evicts this much of the evictable tokens more, and none less.
@@ -75,7 +75,7 @@ def trace_curve(held_out: "HeldOut", ratios: Sequence[float], *, progress: bool 
     return Curve(length, dms.window, dms.protect_first, base, _in_order([nothing, *points]))
 
 
-def settle(model: PreTrainedModel, curve: Curve, fraction: float) -> Curve:
+def refine_thresholds(model: PreTrainedModel, curve: Curve, fraction: float) -> Curve:
     """Move thresholds, in place, to the point that was measured nearest to a fraction; the curve, seen from there."""
     here = min(curve.points, key=lambda x: abs(x.evicted_fraction - fraction)).shift
     move_thresholds(model, curve.thresholds, here)
@@ -97,7 +97,7 @@ class HeldOut:
         progress: bool = False,
     ) -> None:
         """Read samples that the model was not fitted to; compression ratios are about sequences of `length` tokens."""
-        self.model, self.length, self.dms = model, length, facts_of(model)
+        self.model, self.length, self.dms = model, length, dms_config_of(model)
         starts = range(0, len(samples), batch_size)
         self.batches = [samples.batch(slice(x, x + batch_size)) for x in starts]
         self.every = max(1, int((samples.tokens_ahead >= 0).sum()) // COMPARED_TOKENS)

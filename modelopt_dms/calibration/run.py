@@ -12,7 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelopt_dms.calibration.fit import accumulate
-from modelopt_dms.calibration.measuring import HeldOut, settle, threshold_for, trace_curve
+from modelopt_dms.calibration.measuring import (
+    HeldOut,
+    refine_thresholds,
+    threshold_for,
+    trace_curve,
+)
 from modelopt_dms.calibration.samples import CalibrationData, draw
 from modelopt_dms.calibration.state import WRITTEN, check_state
 from modelopt_dms.calibration.statistics import Fit
@@ -25,7 +30,7 @@ from modelopt_dms.data.mixing import open_sources, read_once
 from modelopt_dms.gates.gate import gates
 from modelopt_dms.gates.thresholds import Curve, store_curve
 from modelopt_dms.modeling.lm_head import check_head
-from modelopt_dms.modeling.mode import facts_of
+from modelopt_dms.modeling.mode import dms_config_of
 from modelopt_dms.quantization.apply import quantization_of
 from modelopt_dms.training.checkpoint import FREE_FIELDS, model_digest
 
@@ -152,7 +157,7 @@ def calibrate(
     Raises:
         ValueError: model, data, settings or output directory are not usable; nothing was changed or written.
     """
-    dms = facts_of(model)
+    dms = dms_config_of(model)
     if not isinstance(config, CalibrateConfig):
         config = CalibrateConfig(**(config or {}))
     directory = None if output_dir is None else Path(output_dir)
@@ -220,7 +225,9 @@ def _fit(
     )
     _set_thresholds(model, held_out.margins(), config, fraction)
     ratios = sorted({*config.curve, dms.target_cr} - {1.0})
-    return fits, settle(model, trace_curve(held_out, ratios, progress=progress), fraction)
+    return fits, refine_thresholds(
+        model, trace_curve(held_out, ratios, progress=progress), fraction
+    )
 
 
 @torch.no_grad()

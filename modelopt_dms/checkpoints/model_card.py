@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""README.md of a compressed model, written from what was measured. Knows no training and no hub."""
+"""README.md of a compressed model, written from what was measured."""
 
 import re
 from collections.abc import Mapping

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from modelopt_dms.config.dms import DMSConfig
-from modelopt_dms.modeling.mode import CheckpointError, read_facts
+from modelopt_dms.modeling.mode import CheckpointError, read_dms_config
 
 MARK = "dms_window_size"
 GATE_KEY = ".dms_proj_alpha"
@@ -48,7 +48,7 @@ def read_config(config: dict[str, Any]) -> PreTrainedConfig:
         "decision_shift": 1,
         "evict": not config.get("dms_disable_eviction", False),
     }
-    facts = read_facts(theirs, "config.json, from NVIDIA's dms_* fields")
+    facts = read_dms_config(theirs, "config.json, from NVIDIA's dms_* fields")
     base = {
         key: value
         for key, value in config.items()

@@ -2,7 +2,7 @@
 """ModelOpt's unified Hugging Face checkpoint -> plain weights and the ranges of the quantizers that made it.
 
 Tensors there: `weight` packed (FP8; NVFP4 two a byte), `weight_scale` and `weight_scale_2`, `input_scale`, and
-`k_proj.k_scale`, `v_proj.v_scale`; experts one by one or fused. Knows neither models nor DMS.
+`k_proj.k_scale`, `v_proj.v_scale`; experts one by one or fused.
 """
 
 import json

@@ -69,7 +69,9 @@ def build(
 
     scratch = None if workspace is None else workspace << 20
     options = BuildOptions(batch, pages, scratch, timing_cache)
-    manifest = build_engines(directory, options, say=lambda x: err.print(x, highlight=False))
+    manifest = build_engines(
+        directory, options, on_progress=lambda x: err.print(x, highlight=False)
+    )
     assert manifest.build is not None
     out.print(f"built in {manifest.build['seconds']} s: {directory}", highlight=False)
 

@@ -36,6 +36,7 @@ def fetch(
         )
         return
     path = download(
-        name, say=lambda line: err.print(line, markup=False, highlight=False, soft_wrap=True)
+        name,
+        on_progress=lambda line: err.print(line, markup=False, highlight=False, soft_wrap=True),
     )
     out.print(str(path), markup=False, highlight=False, soft_wrap=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The processes of one run, as torchrun or accelerate started them. Knows no models."""
+"""The processes of one run, as torchrun or accelerate started them."""
 
 import os
 

@@ -106,7 +106,7 @@ def remove(directory: Path, names: Iterable[str]) -> None:
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """A name beside `path` to write a file under, which then takes its place; an error leaves what was there."""
     # A name that nobody has: a file of the user's may bear any that we would choose.
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -124,7 +124,7 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def staged(target: Path) -> Iterator[Path]:
+def atomic_dir(target: Path) -> Iterator[Path]:
     """A directory to write a model into; when all is written, its files move to `target`. An error leaves no trace.
 
     Raises:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""YAML as people write it, and nothing that is large, deep or ambiguous. Knows nothing about recipes."""
+"""YAML as people write it, and nothing that is large, deep or ambiguous."""
 
 from pathlib import Path
 from typing import Any

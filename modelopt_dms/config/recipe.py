@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""YAML (or a name) -> a validated Recipe, with ModelOpt's imports and the user's overrides. Knows no model."""
+"""YAML (or a name) -> a validated Recipe, with ModelOpt's imports and the user's overrides."""
 
 import tempfile
 from collections.abc import Mapping, Sequence

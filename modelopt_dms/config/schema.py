@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A JSON schema of recipe files, for editors: the Recipe's own, with ModelOpt's imports allowed. Knows no files."""
+"""A JSON schema of recipe files, for editors: the Recipe's own, with ModelOpt's imports allowed."""
 
 from typing import Any
 

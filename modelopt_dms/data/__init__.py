@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From what a user has to packed samples of token ids. Knows no training."""
+"""From what a user has to packed samples of token ids."""
 
 
 class DataError(ValueError):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The data a retrofit learns from -> the batches that quantization measures its ranges on. Knows no quantizers."""
+"""The data a retrofit learns from -> the batches that quantization measures its ranges on."""
 
 from typing import Any
 

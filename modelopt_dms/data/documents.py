@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From what a user has (texts, chats, token ids, datasets, files) to documents of token ids. Knows no training."""
+"""From what a user has (texts, chats, token ids, datasets, files) to documents of token ids."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a retrofit would read and visit, counted before it starts. Knows no model and no terminal."""
+"""What a retrofit would read and visit, counted before it starts."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of .jsonl, .txt and .parquet -> records, each with a label that says where it stood. Knows no tokenizers."""
+"""Files of .jsonl, .txt and .parquet -> records, each with a label that says where it stood."""
 
 import json
 from collections.abc import Iterator, Sequence

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Records of other projects' formats -> records with `COLUMNS`. Knows no files and no tokenizers.
+"""Records of other projects' formats -> records with `COLUMNS`.
 
 sharegpt           conversations: [{"from": "human", "value": ...}, ...], and perhaps system
 alpaca             instruction, input and output

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""English paragraphs and Python source that come with Python itself, in two parts. Knows no tokenizer.
+"""English paragraphs and Python source that come with Python itself, in two parts.
 
 One part is for calibration and training, the other for evaluation: all topics of the language reference, which are the
 haystack of `evaluation.ruler`, and the modules that a hash of their name chooses, the same on every machine; among them

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Documents of token ids -> samples of one length, without crossing documents. Knows neither tokenizers nor models.
+"""Documents of token ids -> samples of one length, without crossing documents.
 
 A sample holds whole documents, one after the other; only documents longer than a sample are cut, into pieces that
 count as documents of their own. `position_ids` restart at each document: transformers takes that for packed sequences

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One record -> what it holds: token ids, a text, or a chat. Knows neither tokenizers nor templates.
+"""One record -> what it holds: token ids, a text, or a chat.
 
 A null is the same as no key: Arrow gives every row the keys of all rows, so that a parquet file and a JSONL file of the
 same rows differ in their nulls.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a chat template renders all that a chat says. Knows no tokenizers; thoughts are `chat`'s.
+"""Whether a chat template renders all that a chat says.
 
 Every text of the chat gets a mark in its middle, all at once, and one rendering shows which marks arrive. Where one
 does not, the template may still have read the text (a command such as /no_think), so the text is changed alone: if the

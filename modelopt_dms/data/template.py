@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tokenizer's chat template as a function from messages to text, the same every day. Knows nothing of thoughts."""
+"""A tokenizer's chat template as a function from messages to text, the same every day."""
 
 import re
 from collections.abc import Mapping, Sequence

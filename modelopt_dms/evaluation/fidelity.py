@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far a DMS model is from itself with eviction off, token by token, and what its cache holds. Knows no tasks.
+"""How far a DMS model is from itself with eviction off, token by token, and what its cache holds.
 
 One full forward each: the mask of a full forward is what the physical cache holds, step by step. With eviction off
 attention is another kernel, which rounds otherwise: gates that evict nothing show the floor, about 1e-7 in float32 and

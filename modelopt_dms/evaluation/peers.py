@@ -36,15 +36,15 @@ class PeerGate(EvictionGate):
         self._replaced = [replaced]
         if isinstance(replaced, NeuronGate):
             # The model learnt to live without the borrowed dimension; it stays silent.
-            self.silence_rotated = replaced.silence_rotated
+            self.zero_borrowed_dim_rotated = replaced.zero_borrowed_dim_rotated
 
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """What the replaced gate would read."""
         return self._replaced[0].read(args, kwargs)
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Drop what the replaced gate's hooks still stage for it."""
-        self._replaced[0].forget()
+        self._replaced[0].clear()
 
     def decide(self, hidden: Tensor, positions: Tensor) -> Tensor:
         """Hard decisions [B, K, T] of tokens at positions [B or 1, T], however the text is cut."""

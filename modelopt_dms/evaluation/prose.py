@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""English sentences: of Python's language reference, which every machine has, or of a text file. Knows no tokenizer."""
+"""English sentences: of Python's language reference, which every machine has, or of a text file."""
 
 import re
 from functools import cache

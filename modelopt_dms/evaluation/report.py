@@ -9,7 +9,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from modelopt_dms.config.output_dir import whole
+from modelopt_dms.config.output_dir import atomic_file
 from modelopt_dms.data.dry_run import Preview
 from modelopt_dms.evaluation.tuning import TuneResult
 
@@ -93,5 +93,5 @@ def printable(text: str) -> str:
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as temporary:
+    with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts of RULER's families (arXiv 2404.06654) for any tokenizer. Knows no model; `score_task` asks them.
+"""Prompts of RULER's families (arXiv 2404.06654) for any tokenizer.
 
     needle      one fact, "One of the special magic numbers for castle is: 48213.", somewhere in prose
     multikey    four such facts with different keys, one of them asked for

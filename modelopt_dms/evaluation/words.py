@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The closed vocabulary of the tasks. Knows nothing else.
+"""The closed vocabulary of the tasks.
 
 A tokenizer trained for the tasks holds every word, with its leading space, as one token. No word
 is a Python name that is common in source, so that a record differs from the text around it.

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelopt_dms.checkpoints.unified_hf import PACKED_FILE
 from modelopt_dms.checkpoints.written import check_written
-from modelopt_dms.config.output_dir import check_output, staged
+from modelopt_dms.config.output_dir import atomic_dir, check_output
 from modelopt_dms.config.recipe import Recipe, recipe_to_yaml
 from modelopt_dms.exporters import ExportError
 from modelopt_dms.modeling.config_marks import GUARD_OF_EXPORTS, QUANT_METHOD, unmark
@@ -44,7 +44,7 @@ def export_hf(
         OutputError: the directory cannot be written to without losing something.
     """
     target = check_output(output_dir)
-    with staged(target) as place:
+    with atomic_dir(target) as place:
         if quantizes(model):
             write_packed(model, place)
         else:

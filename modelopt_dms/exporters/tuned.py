@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from modelopt_dms.checkpoints.tensor_names import StoredNames
 from modelopt_dms.checkpoints.written import check_written
-from modelopt_dms.config.output_dir import check_output, staged
+from modelopt_dms.config.output_dir import atomic_dir, check_output
 from modelopt_dms.modeling.convert import dms_modules
 
 KEY = ".dms_gate.threshold"
@@ -39,7 +39,7 @@ def save_tuned(model: PreTrainedModel, source: str | Path, output_dir: str | Pat
             f"{source} does not hold the thresholds of this model (differing: {sorted(found ^ wanted.keys())[:3]}); "
             "save it with save_pretrained"
         )
-    with staged(target) as place:
+    with atomic_dir(target) as place:
         for path in source.iterdir():
             if path in holders:
                 _rewrite(

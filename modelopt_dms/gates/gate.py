@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hidden state -> eviction logit per KV head -> decision, hard or relaxed. Knows neither cache nor attention."""
+"""Hidden state -> eviction logit per KV head -> decision, hard or relaxed."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -37,7 +37,7 @@ class EvictionGate(nn.Module):
         tau: temperature of the relaxed decision.
         moved: what is added to the threshold of the next training forward.
         record: where decisions are recorded, or None.
-        watch: told the queries, keys and values of the layer's next attention, and how they are scored; or None.
+        observer: told the queries, keys and values of the layer's next attention, and how they are scored; or None.
     """
 
     def __init__(self, config: DMSConfig, layer_idx: int, kv_heads: int, hidden_size: int) -> None:
@@ -64,17 +64,17 @@ class EvictionGate(nn.Module):
         self.tau = 0.1
         self.moved = 0.0
         self.record: AlphaRecord | None = None
-        self.watch: Callable[..., None] | None = None
+        self.observer: Callable[..., None] | None = None
 
     def attach(self, module: Any) -> list[RemovableHandle]:
-        """Hook into what else the gate reads or silences around an attention module; the adapter needs nothing."""
+        """Hook into what else the gate reads or zeroes around an attention module; the adapter needs nothing."""
         return []
 
     def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """What the gate reads [B, T, C], from the arguments that the attention module is called with."""
         return hidden_input(args, kwargs)
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Drop what was staged for one forward."""
 
     def forward(self, method: str, hidden: Tensor, positions: Tensor) -> Any:

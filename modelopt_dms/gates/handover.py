@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a module's hooks leave for what runs inside its forward, per thread. Knows nothing about attention.
+"""What a module's hooks leave for what runs inside its forward, per thread.
 
 transformers' attention call has no argument for a decision, and not every attention module forwards unknown keyword
 arguments. A hook and what it hooks always run in one thread, also when a checkpointed layer is recomputed in a backward

@@ -37,7 +37,7 @@ class NeuronGate(EvictionGate):
         self.borrowed = slice(config.neuron_dim, None, heads_apart * head_dim)
         # In lists, so that neither is registered (and saved) a second time under the gate.
         self._attention: list[Any] = []
-        self._silenced: list[nn.Module] = []
+        self._zeroed: list[nn.Module] = []
 
     def attach(self, module: Any) -> list[RemovableHandle]:
         """Start silencing the borrowed dimension of the query projection."""
@@ -64,29 +64,29 @@ class NeuronGate(EvictionGate):
             bias = None if q_proj.bias is None else q_proj.bias[self.borrowed].float()
             return F.linear(hidden.float(), q_proj.weight[self.borrowed].float(), bias)
         # An adapter, quantizers, or weights that accelerate brings: only the layer knows what it computes. Past its
-        # hooks, because `_silence` is one of them.
+        # hooks, because `_zero_borrowed` is one of them.
         return q_proj.forward(hidden)[..., self.borrowed].float()
 
     def _follow(self) -> list[RemovableHandle]:
         """Silence what is the query projection now: peft puts another module in its place, and takes it away again."""
         q_proj = self._attention[0].q_proj
-        if self._silenced and self._silenced[0] is q_proj:
+        if self._zeroed and self._zeroed[0] is q_proj:
             return []
-        self._silenced = [q_proj]
+        self._zeroed = [q_proj]
         hooks = q_proj._forward_hooks.values()
         if any(getattr(hook, "__self__", None) is self for hook in hooks):
             return []
-        return [q_proj.register_forward_hook(self._silence)]
+        return [q_proj.register_forward_hook(self._zero_borrowed)]
 
-    def _silence(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        # What is not the whole projection (any longer) is the part of one that is silenced itself.
+    def _zero_borrowed(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        # What is not the whole projection (any longer) is the part of one that is zeroed itself.
         if not self.enabled or module is not self._attention[0].q_proj:
             return output
         keep = torch.ones(output.shape[-1], dtype=output.dtype, device=output.device)
         keep[self.borrowed] = 0
         return output * keep
 
-    def silence_rotated(self, query: Tensor) -> Tensor:
+    def zero_borrowed_dim_rotated(self, query: Tensor) -> Tensor:
         """Zero the borrowed dimension [B, H, T, D] again after RoPE has mixed its partner into it."""
         if not self.enabled:
             return query
@@ -140,7 +140,7 @@ class ResidualGate(EvictionGate):
         # Hooks run before accelerate's wrapper has moved the layer's inputs.
         return residual.to(hidden.device)
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Drop the residual stream of one forward."""
         handover.take(self)
 

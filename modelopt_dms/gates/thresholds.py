@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One model, every compression ratio: thresholds move along a measured curve. Knows no data and no training."""
+"""One model, every compression ratio: thresholds move along a measured curve."""
 
 import math
 from bisect import bisect_left

@@ -15,7 +15,7 @@ from torch import Tensor
 from modelopt_dms.kernels.append_reference import Plan, allocate_pages, plan_pack, update_metadata
 from modelopt_dms.kernels.encoding import copy_pair, load_rows, store_rows
 from modelopt_dms.kernels.gating import Decided, GateInput, LinearGate
-from modelopt_dms.kernels.layout import PAGE, LayerLists, LayerShape, PagePool, RowLayout
+from modelopt_dms.kernels.layout import PAGE, LayerShape, PagePool, PageTables, RowLayout
 from modelopt_dms.kernels.rollback import UndoLog
 from modelopt_dms.kernels.variants import Variant, pointer
 
@@ -290,7 +290,7 @@ def append_token(
     v: Tensor,
     gate: GateInput,
     pool: PagePool,
-    lists: LayerLists,
+    lists: PageTables,
     log: UndoLog | None = None,
 ) -> None:
     """As `append_reference.append_token`, in one launch that a CUDA graph can capture."""
@@ -325,13 +325,13 @@ def append_token(
 
 
 def pack(
-    k: Tensor, v: Tensor, evict: Tensor, valid: Tensor | None, pool: PagePool, lists: LayerLists
+    k: Tensor, v: Tensor, evict: Tensor, valid: Tensor | None, pool: PagePool, lists: PageTables
 ) -> None:
     """As `append_reference.pack`."""
     apply_plan(plan_pack(evict, valid, lists), k, v, pool, lists)
 
 
-def apply_plan(plan: Plan, k: Tensor, v: Tensor, pool: PagePool, lists: LayerLists) -> None:
+def apply_plan(plan: Plan, k: Tensor, v: Tensor, pool: PagePool, lists: PageTables) -> None:
     """As `append_reference.apply_plan`."""
     layouts = (pool.key_layout, pool.value_layout)
     stored = (pool.keys, pool.values, pool.key_scales, pool.value_scales)

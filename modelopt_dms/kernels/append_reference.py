@@ -2,7 +2,7 @@
 """Taking tokens into paged lists, in plain PyTorch over all lists at once and without synchronizing with the host.
 
 What the kernels of `kernels.append` mean, and where `pack` finds its slots for them too. As
-`kvcache.slot_lists.SlotLists` does, list by list.
+`kvcache.head_caches.HeadCaches` does, list by list.
 Where a list outgrows its table, or the pool its pages, rows are lost and the pool's counters say so.
 
 Shapes: B sequences, K KV heads, T new tokens, R ring, P pages a list can own.
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modelopt_dms.kernels.gating import GateInput
-from modelopt_dms.kernels.layout import NO_PAGE, PAGE, LayerLists, PagePool
+from modelopt_dms.kernels.layout import NO_PAGE, PAGE, PagePool, PageTables
 from modelopt_dms.kernels.reference import assign_slots, shift_decisions
 from modelopt_dms.kernels.rollback import UndoLog, decide_previous, record
 from modelopt_dms.kernels.rows import write_rows
@@ -26,7 +26,7 @@ def append_token(
     v: Tensor,
     gate: GateInput,
     pool: PagePool,
-    lists: LayerLists,
+    lists: PageTables,
     log: UndoLog | None = None,
 ) -> None:
     """Take in one token of every active sequence, in the slot of the marked token that leaves the window or a new one.
@@ -97,7 +97,7 @@ class Plan:
 
 
 def plan_pack(
-    evict: Tensor, valid: Tensor | None, lists: LayerLists, *, shrinks: bool = True
+    evict: Tensor, valid: Tensor | None, lists: PageTables, *, shrinks: bool = True
 ) -> Plan:
     """Find slots for T tokens: the survivors fill the holes of what expires, then the end of the list.
 
@@ -149,7 +149,7 @@ def plan_pack(
 
 
 def pack(
-    k: Tensor, v: Tensor, evict: Tensor, valid: Tensor | None, pool: PagePool, lists: LayerLists
+    k: Tensor, v: Tensor, evict: Tensor, valid: Tensor | None, pool: PagePool, lists: PageTables
 ) -> None:
     """Take in T tokens of every active sequence, and drop what is marked and has left the window.
 
@@ -164,7 +164,7 @@ def pack(
     apply_plan(plan_pack(evict, valid, lists), k, v, pool, lists)
 
 
-def apply_plan(plan: Plan, k: Tensor, v: Tensor, pool: PagePool, lists: LayerLists) -> None:
+def apply_plan(plan: Plan, k: Tensor, v: Tensor, pool: PagePool, lists: PageTables) -> None:
     """Carry out a plan for the rows k [B, K, T, Dk] and v [B, K, T, Dv]."""
     if plan.moves is not None:
         sources, targets = (lists.rows_of(x) for x in (plan.moves.sources, plan.moves.targets))
@@ -176,23 +176,23 @@ def apply_plan(plan: Plan, k: Tensor, v: Tensor, pool: PagePool, lists: LayerLis
     update_metadata(plan, lists)
 
 
-def spanned_pages(lists: LayerLists, live: Tensor) -> Tensor:
+def spanned_pages(lists: PageTables, live: Tensor) -> Tensor:
     """Which pages [B, K, P] have slots of lists of this length [B, K]."""
     index = torch.arange(lists.table.shape[2], device=live.device)
     return index * PAGE < live[..., None]
 
 
-def wanted_pages(lists: LayerLists, live: Tensor) -> Tensor:
+def wanted_pages(lists: PageTables, live: Tensor) -> Tensor:
     """Which of them [B, K, P] the lists do not own."""
     return spanned_pages(lists, live) & (lists.table == NO_PAGE)
 
 
-def allocate_pages(plan: Plan, pool: PagePool, lists: LayerLists) -> None:
+def allocate_pages(plan: Plan, pool: PagePool, lists: PageTables) -> None:
     """Take the pages that the rows of a plan need."""
     _allocate_for(pool, lists, torch.where(lists.active[:, None], plan.live, 0))
 
 
-def update_metadata(plan: Plan, lists: LayerLists) -> None:
+def update_metadata(plan: Plan, lists: PageTables) -> None:
     """Write the lengths and rings of a plan to the lists, in place."""
     lists.live.copy_(plan.live.clamp(max=lists.table.shape[2] * PAGE))
     lists.ring_slot.copy_(plan.ring_slot)
@@ -200,7 +200,7 @@ def update_metadata(plan: Plan, lists: LayerLists) -> None:
     lists.seen += lists.active[:, None].to(torch.int32) * plan.slots.shape[2]
 
 
-def _allocate_for(pool: PagePool, lists: LayerLists, live: Tensor) -> None:
+def _allocate_for(pool: PagePool, lists: PageTables, live: Tensor) -> None:
     """Take what lists of this length [B, K] lack."""
     wanted = wanted_pages(lists, live)
     pages = pool.take(wanted.flatten()).view_as(wanted)
@@ -210,7 +210,7 @@ def _allocate_for(pool: PagePool, lists: LayerLists, live: Tensor) -> None:
 
 
 def _shorten(
-    lists: LayerLists, expired: Tensor, holes: Tensor, live: Tensor
+    lists: PageTables, expired: Tensor, holes: Tensor, live: Tensor
 ) -> tuple[Tensor, Moves]:
     """Move the rows behind each list's new end into holes before it.
 

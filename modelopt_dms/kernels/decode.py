@@ -29,7 +29,7 @@ from modelopt_dms.kernels.decoding import (
     number_factor,
     word_codes,
 )
-from modelopt_dms.kernels.layout import MOST_ROWS, PAGE, LayerLists, LayerShape, PagePool, RowLayout
+from modelopt_dms.kernels.layout import MOST_ROWS, PAGE, LayerShape, PagePool, PageTables, RowLayout
 from modelopt_dms.kernels.prefill_blocks import TRITON_TYPES, split
 from modelopt_dms.kernels.reference import Scoring
 from modelopt_dms.kernels.variants import Variant, pointer
@@ -356,7 +356,7 @@ def _combine(
 def decode_attention(
     q: Tensor,
     pool: PagePool,
-    lists: LayerLists,
+    lists: PageTables,
     scoring: Scoring,
     *,
     programs: int | None = None,
@@ -379,7 +379,7 @@ def decode_attention(
 def decode_latent(
     q: Tensor,
     pool: PagePool,
-    lists: LayerLists,
+    lists: PageTables,
     scoring: Scoring,
     *,
     programs: int | None = None,
@@ -401,7 +401,7 @@ def decode_latent(
 def _launch(
     q: Tensor,
     pool: PagePool,
-    lists: LayerLists,
+    lists: PageTables,
     scoring: Scoring,
     programs: int | None,
     latent: bool,

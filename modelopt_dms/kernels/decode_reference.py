@@ -8,12 +8,12 @@ longest that pages allow, and never synchronizes with the host.
 import torch
 from torch import Tensor
 
-from modelopt_dms.kernels.layout import PAGE, LayerLists, PagePool
+from modelopt_dms.kernels.layout import PAGE, PagePool, PageTables
 from modelopt_dms.kernels.reference import Scoring
 from modelopt_dms.kernels.rows import read_rows
 
 
-def decode_attention(q: Tensor, pool: PagePool, lists: LayerLists, scoring: Scoring) -> Tensor:
+def decode_attention(q: Tensor, pool: PagePool, lists: PageTables, scoring: Scoring) -> Tensor:
     """Attention of queries [B, H, D] over their lists: [B, H, Dv] in q's dtype, 0 where a list is empty.
 
     Args:
@@ -26,7 +26,7 @@ def decode_attention(q: Tensor, pool: PagePool, lists: LayerLists, scoring: Scor
     return _attend(q, k, v, valid, scoring)
 
 
-def decode_latent(q: Tensor, pool: PagePool, lists: LayerLists, scoring: Scoring) -> Tensor:
+def decode_latent(q: Tensor, pool: PagePool, lists: PageTables, scoring: Scoring) -> Tensor:
     """As `decode_attention` for MLA: queries [B, H, D1 + D2] over one list a sequence, [B, H, D1].
 
     The pool's keys are the latents [D1], also the values; the pool's values are the rotary parts [D2] of the keys.
@@ -35,7 +35,7 @@ def decode_latent(q: Tensor, pool: PagePool, lists: LayerLists, scoring: Scoring
     return _attend(q, torch.cat([latent, rotary], dim=-1), latent, valid, scoring)
 
 
-def _padded(pool: PagePool, lists: LayerLists, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _padded(pool: PagePool, lists: PageTables, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Rows [B, K, S, .] of all slots that pages could give, and which of them are live [B, K, S]."""
     slots = torch.arange(lists.table.shape[2] * PAGE, device=lists.live.device)
     valid = slots < lists.live[..., None]

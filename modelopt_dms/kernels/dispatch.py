@@ -18,7 +18,7 @@ from modelopt_dms.kernels import (
     reference,
 )
 from modelopt_dms.kernels.gating import GateInput
-from modelopt_dms.kernels.layout import LayerLists, PagePool
+from modelopt_dms.kernels.layout import PagePool, PageTables
 from modelopt_dms.kernels.prefill_reference import Chunk
 from modelopt_dms.kernels.reference import Prompt, Scoring
 from modelopt_dms.kernels.rollback import UndoLog
@@ -53,7 +53,7 @@ def append_token(
     v: Tensor,
     gate: GateInput,
     pool: PagePool,
-    lists: LayerLists,
+    lists: PageTables,
     *,
     impl: str = "auto",
     log: UndoLog | None = None,
@@ -75,7 +75,7 @@ def pack(
     evict: Tensor,
     valid: Tensor | None,
     pool: PagePool,
-    lists: LayerLists,
+    lists: PageTables,
     *,
     impl: str = "auto",
 ) -> None:
@@ -91,7 +91,7 @@ def apply_plan(
     k: Tensor,
     v: Tensor,
     pool: PagePool,
-    lists: LayerLists,
+    lists: PageTables,
     *,
     impl: str = "auto",
 ) -> None:
@@ -104,7 +104,7 @@ def apply_plan(
 
 
 def decode_attention(
-    q: Tensor, pool: PagePool, lists: LayerLists, scoring: Scoring, *, impl: str = "auto"
+    q: Tensor, pool: PagePool, lists: PageTables, scoring: Scoring, *, impl: str = "auto"
 ) -> Tensor:
     """One query token a sequence [B, H, D] over each KV head's own slots: output [B, H, Dv]."""
     if choose(impl, q.device) == "reference":
@@ -113,7 +113,7 @@ def decode_attention(
 
 
 def decode_latent(
-    q: Tensor, pool: PagePool, lists: LayerLists, scoring: Scoring, *, impl: str = "auto"
+    q: Tensor, pool: PagePool, lists: PageTables, scoring: Scoring, *, impl: str = "auto"
 ) -> Tensor:
     """As `decode_attention` where one latent list serves all heads (MLA); see `decode_reference.decode_latent`."""
     if choose(impl, q.device) == "reference":
@@ -122,7 +122,7 @@ def decode_latent(
 
 
 def attend_chunk(
-    chunk: Chunk, pool: PagePool, lists: LayerLists, scoring: Scoring, *, impl: str = "auto"
+    chunk: Chunk, pool: PagePool, lists: PageTables, scoring: Scoring, *, impl: str = "auto"
 ) -> Tensor:
     """T new tokens over the slots that live and among themselves; see `prefill_reference.attend_chunk`."""
     if choose(impl, chunk.q.device) == "reference":

@@ -181,11 +181,11 @@ class PagePool:
         self.free.scatter_(0, torch.where(real, at, last).long(), pages)
         self.counters[0] += real.sum().to(torch.int32)
 
-    def check(self, knob: str) -> int:
+    def check(self, option: str) -> int:
         """The most pages ever in use. Waits for the device.
 
         Args:
-            knob: what to change where the pool ran out, for the message.
+            option: what to change where the pool ran out, for the message.
 
         Raises:
             OutOfPagesError: the pool ran out; what was written since is lost.
@@ -194,13 +194,13 @@ class PagePool:
         if lowest < 0:
             raise OutOfPagesError(
                 f"the KV cache ran out of pages: it has {self.pages} of {PAGE} slots ({self.pages * self.page_bytes} "
-                f"bytes), and at least {-lowest} more were asked for; {knob}"
+                f"bytes), and at least {-lowest} more were asked for; {option}"
             )
         return self.pages - lowest
 
 
 @dataclass
-class LayerLists:
+class PageTables:
     """One layer's lists: which slots live, and what was decided about the newest.
 
     Attributes:
@@ -239,14 +239,14 @@ class LayerLists:
         shift: int,
         active: Tensor,
         formats: tuple[RowFormat | None, RowFormat | None] = (None, None),
-    ) -> "LayerLists":
+    ) -> "PageTables":
         """Empty lists of `batch` sequences and `heads` KV heads that can own `pages` pages each."""
 
         def ints(value: int, *shape: int) -> Tensor:
             return torch.full(shape, value, dtype=torch.int32, device=active.device)
 
         scales = torch.stack([row for form in formats for row in _scales(form, heads)])
-        return LayerLists(
+        return PageTables(
             window,
             shift,
             table=ints(NO_PAGE, batch, heads, pages),

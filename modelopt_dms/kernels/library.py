@@ -16,7 +16,7 @@ from torch import Tensor
 
 from modelopt_dms.kernels import append_reference, decode_reference, prefill_reference
 from modelopt_dms.kernels.gating import Decided, LinearGate
-from modelopt_dms.kernels.layout import LayerLists, PagePool, RowLayout
+from modelopt_dms.kernels.layout import PagePool, PageTables, RowLayout
 from modelopt_dms.kernels.number_formats import Fp8, Int8, Nvfp4, RowFormat
 from modelopt_dms.kernels.prefill_reference import Chunk
 from modelopt_dms.kernels.reference import Prompt, Scoring
@@ -104,7 +104,7 @@ def _state_schema(changed: bool) -> str:
     return ", ".join([*parts, "str layout"])
 
 
-def state(pool: PagePool, lists: LayerLists) -> dict[str, Any]:
+def state(pool: PagePool, lists: PageTables) -> dict[str, Any]:
     """An op's arguments for a pool and a layer's lists."""
     tensors = {name: getattr(pool, name) for name in _POOL}
     tensors |= {name: getattr(lists, name) for name in _LISTS}
@@ -117,7 +117,7 @@ def state(pool: PagePool, lists: LayerLists) -> dict[str, Any]:
     return tensors | {"layout": f"{rows[0]}|{rows[1]}|{lists.window}|{lists.shift}"}
 
 
-def _layer(given: dict[str, Any]) -> tuple[PagePool, LayerLists]:
+def _layer(given: dict[str, Any]) -> tuple[PagePool, PageTables]:
     """The pool and the lists that `state` took apart."""
     keys, values, window, shift = _parsed(given["layout"])
     pool = PagePool(keys, values, **{name: given[name] for name in _POOL})
@@ -126,7 +126,7 @@ def _layer(given: dict[str, Any]) -> tuple[PagePool, LayerLists]:
         for x, amax in zip((keys, values), _AMAX, strict=True)
     ]
     held = {name: given[name] for name in _LISTS}
-    return pool, LayerLists(window, shift, **held, formats=(formats[0], formats[1]))
+    return pool, PageTables(window, shift, **held, formats=(formats[0], formats[1]))
 
 
 @lru_cache

@@ -21,7 +21,7 @@ from modelopt_dms.kernels.decoding import (
     number_factor,
     word_codes,
 )
-from modelopt_dms.kernels.layout import PAGE, LayerLists, LayerShape, PagePool, RowLayout
+from modelopt_dms.kernels.layout import PAGE, LayerShape, PagePool, PageTables, RowLayout
 from modelopt_dms.kernels.prefill_blocks import (
     FLOOR,
     TRITON_TYPES,
@@ -282,7 +282,7 @@ def _chunk_kernel(
 def attend_chunk(
     chunk: Chunk,
     pool: PagePool,
-    lists: LayerLists,
+    lists: PageTables,
     scoring: Scoring,
     tile: Tile | None = None,
 ) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modelopt_dms.kernels.layout import PAGE, LayerLists, PagePool, padded_length
+from modelopt_dms.kernels.layout import PAGE, PagePool, PageTables, padded_length
 from modelopt_dms.kernels.reference import (
     Prompt,
     Scoring,
@@ -46,7 +46,7 @@ class Chunk:
     expiry: Tensor | None = None
 
 
-def attend_chunk(chunk: Chunk, pool: PagePool, lists: LayerLists, scoring: Scoring) -> Tensor:
+def attend_chunk(chunk: Chunk, pool: PagePool, lists: PageTables, scoring: Scoring) -> Tensor:
     """Attention of a chunk over a layer's lists and over itself, under the delayed-eviction mask.
 
     Args:
@@ -86,7 +86,7 @@ def attend_chunk(chunk: Chunk, pool: PagePool, lists: LayerLists, scoring: Scori
     return with_sinks(out, lse, scoring.sinks)
 
 
-def expiry(lists: LayerLists, length: int) -> Tensor:
+def expiry(lists: PageTables, length: int) -> Tensor:
     """The last position [B, K, length] int32 of a query that may read what is in each slot; NEVER without end.
 
     Of what is marked so far: with shift 1, decide about the last token first.

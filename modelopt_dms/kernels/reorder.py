@@ -8,16 +8,16 @@ import torch
 from torch import Tensor
 
 from modelopt_dms.kernels.append_reference import spanned_pages
-from modelopt_dms.kernels.layout import NO_PAGE, LayerLists, PagePool
+from modelopt_dms.kernels.layout import NO_PAGE, PagePool, PageTables
 
 
-def release(lists: LayerLists, pool: PagePool, sequences: Tensor) -> None:
+def release(lists: PageTables, pool: PagePool, sequences: Tensor) -> None:
     """Empty the lists of these sequences [B] bool, which take in nothing from now on; on the device."""
     drop(lists, pool, sequences)
     lists.active &= ~sequences
 
 
-def drop(lists: LayerLists, pool: PagePool, sequences: Tensor) -> None:
+def drop(lists: PageTables, pool: PagePool, sequences: Tensor) -> None:
     """Empty the lists of these sequences [B] bool and give their pages back; on the device."""
     gone = sequences[:, None, None]
     pool.give_back(torch.where(gone, lists.table, NO_PAGE).flatten())
@@ -35,19 +35,19 @@ def repeated(sequences: Tensor) -> Tensor:
     return torch.tensor(again, dtype=torch.bool, device=sequences.device)
 
 
-def copied_pages(lists: LayerLists, sequences: Tensor) -> Tensor:
+def copied_pages(lists: PageTables, sequences: Tensor) -> Tensor:
     """Pages in use [B', K, P] of those sequences [B'] that were named before."""
     used = spanned_pages(lists, lists.live) & (lists.table != NO_PAGE)
     return used[sequences] & repeated(sequences)[:, None, None]
 
 
-def unnamed(lists: LayerLists, sequences: Tensor) -> Tensor:
+def unnamed(lists: PageTables, sequences: Tensor) -> Tensor:
     """Which sequences [B] are not among those [B']; on the device."""
     gone = torch.ones(lists.batch, dtype=torch.bool, device=lists.live.device)
     return gone.index_fill_(0, sequences, False)
 
 
-def select(lists: LayerLists, pool: PagePool, sequences: Tensor) -> None:
+def select(lists: PageTables, pool: PagePool, sequences: Tensor) -> None:
     """Keep these sequences [B'], in this order; one may be named several times. Waits for the device.
 
     The first of a name keeps its pages, further ones get copies, and what is not named gives its pages back. Tensors

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modelopt_dms.kernels.layout import LayerLists, PagePool, RowLayout
+from modelopt_dms.kernels.layout import PagePool, PageTables, RowLayout
 
 ROLLBACK = 24  # tokens that can be taken back unless more is asked for; assisted decoding drafts 20 by default
 # A chunk up to this length may be a draft, all of which can be taken back until the next chunk: 64 tokens, and the one
@@ -40,7 +40,7 @@ class UndoLog:
     live: Tensor
 
     @staticmethod
-    def make(tokens: int, pool: PagePool, lists: LayerLists) -> "UndoLog":
+    def make(tokens: int, pool: PagePool, lists: PageTables) -> "UndoLog":
         """An empty log of up to `tokens` tokens."""
         shape = (tokens, lists.batch, lists.heads)
         device = lists.live.device
@@ -74,7 +74,7 @@ class UndoLog:
 
 
 def record(
-    log: UndoLog, pool: PagePool, lists: LayerLists, slots: Tensor, expired: Tensor, marked: Tensor
+    log: UndoLog, pool: PagePool, lists: PageTables, slots: Tensor, expired: Tensor, marked: Tensor
 ) -> None:
     """Log, before it happens, that the next token goes to slots [B, K]; of active sequences only.
 
@@ -96,7 +96,7 @@ def record(
         kept.scatter_(0, index, torch.where(active, now, kept.gather(0, index)[0])[None])
 
 
-def take_back(log: UndoLog, pool: PagePool, lists: LayerLists) -> None:
+def take_back(log: UndoLog, pool: PagePool, lists: PageTables) -> None:
     """Undo the last token of every active sequence; it must be in the log. On the device."""
     active = lists.active[:, None]
     seen = lists.seen - 1  # [B, K]
@@ -120,7 +120,7 @@ def take_back(log: UndoLog, pool: PagePool, lists: LayerLists) -> None:
     decide_previous(lists, torch.zeros_like(reused))
 
 
-def decide_previous(lists: LayerLists, decisions: Tensor) -> None:
+def decide_previous(lists: PageTables, decisions: Tensor) -> None:
     """With shift 1: the first new token's decision [B, K] governs the last token held. On the device."""
     if lists.shift:
         column = ((lists.seen - 1) % lists.ring).long()[..., None]
@@ -129,7 +129,7 @@ def decide_previous(lists: LayerLists, decisions: Tensor) -> None:
         lists.ring_evict.scatter_(2, column, torch.where(known, decisions[..., None], now))
 
 
-def _entry(log: UndoLog, lists: LayerLists, seen: Tensor, kept: Tensor) -> Tensor:
+def _entry(log: UndoLog, lists: PageTables, seen: Tensor, kept: Tensor) -> Tensor:
     """Index [1, B, K, ...] along U, for a tensor of the log, of the token at position seen [B, K]."""
     index = (seen % log.tokens).long()
     return index.view(1, *index.shape, *[1] * (kept.ndim - 3)).expand(1, *kept.shape[1:])

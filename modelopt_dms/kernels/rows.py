@@ -4,11 +4,11 @@
 import torch
 from torch import Tensor
 
-from modelopt_dms.kernels.layout import LayerLists, PagePool, RowLayout
+from modelopt_dms.kernels.layout import PagePool, PageTables, RowLayout
 from modelopt_dms.kernels.number_formats import RowFormat
 
 
-def write_rows(pool: PagePool, lists: LayerLists, slots: Tensor, k: Tensor, v: Tensor) -> None:
+def write_rows(pool: PagePool, lists: PageTables, slots: Tensor, k: Tensor, v: Tensor) -> None:
     """Store rows k [B, K, n, Dk] and v [B, K, n, Dv] in slots [B, K, n] that have pages; -1 stores nothing."""
     rows = lists.rows_of(slots)
     k_format, v_format = lists.formats
@@ -17,7 +17,7 @@ def write_rows(pool: PagePool, lists: LayerLists, slots: Tensor, k: Tensor, v: T
 
 
 def read_rows(
-    pool: PagePool, lists: LayerLists, slots: Tensor, dtype: torch.dtype
+    pool: PagePool, lists: PageTables, slots: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Rows [B, K, n, Dk] and [B, K, n, Dv] in this dtype of slots [B, K, n]; zeros for slot -1."""
     rows = lists.rows_of(slots)

@@ -14,9 +14,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from modelopt_dms.kernels.gating import GateInput
 from modelopt_dms.kernels.number_formats import RowFormat
 from modelopt_dms.kernels.rollback import ROLLBACK
+from modelopt_dms.kvcache.head_caches import HeadCaches
 from modelopt_dms.kvcache.page_pool import SharedPool
-from modelopt_dms.kvcache.paged_slots import PagedSlots
-from modelopt_dms.kvcache.slot_lists import SlotLists
+from modelopt_dms.kvcache.paged_head_caches import PagedHeadCaches
 from modelopt_dms.kvcache.usage import Usage
 
 Formats = tuple[RowFormat | None, RowFormat | None]
@@ -33,7 +33,7 @@ class DMSLayer(CacheLayerMixin):
 
     def __init__(
         self,
-        slots: SlotLists | PagedSlots,
+        slots: HeadCaches | PagedHeadCaches,
         formats: Formats = (None, None),
         depth: int | None = None,
     ) -> None:
@@ -78,7 +78,7 @@ class DMSLayer(CacheLayerMixin):
         return self._incoming[0].shape[1]
 
     def append(self, evict: Tensor, valid: Tensor | None) -> None:
-        """Take in the rows given to the last `update`; see `SlotLists.append`."""
+        """Take in the rows given to the last `update`; see `HeadCaches.append`."""
         self.slots.append(*self.take_incoming(), evict, valid)
         self.slots.usage.row_values = sum(self._row_dims)
 
@@ -113,7 +113,7 @@ class DMSLayer(CacheLayerMixin):
 
     def rows(self, index: int) -> tuple[Tensor, Tensor]:
         """Live keys [L, Dk] and values [L, Dv] of list `index` = b * K + k, where lists have buffers of their own."""
-        assert isinstance(self.slots, SlotLists)
+        assert isinstance(self.slots, HeadCaches)
         stored = self.slots.rows(index, int(self.slots.live.view(-1)[index]))
         head = index % self.slots.K
         k, v = (
@@ -139,7 +139,7 @@ class DMSLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         self._check_sender(key_states, value_states)
         self._incoming_tokens = key_states.shape[2]
-        paged = isinstance(self.slots, PagedSlots)
+        paged = isinstance(self.slots, PagedHeadCaches)
         if paged and key_states.shape[2] == 1:
             # The kernel that stores a single token encodes it, and attention reads it from its page.
             self._incoming = (key_states, value_states)
@@ -342,11 +342,11 @@ def adopt(
             "empty DynamicCache or one that this model returned"
         )
     found = formats()
-    slots: SlotLists | PagedSlots
+    slots: HeadCaches | PagedHeadCaches
     if uses_pages(device):
-        slots = PagedSlots(window, shift, _pool_of(cache, device, found), found, ROLLBACK)
+        slots = PagedHeadCaches(window, shift, _pool_of(cache, device, found), found, ROLLBACK)
     else:
-        slots = SlotLists(window, shift)
+        slots = HeadCaches(window, shift)
     cache.layers[layer_idx] = adopted = DMSLayer(slots, found, depth)
     return adopted
 
@@ -364,7 +364,7 @@ def rows_alike(formats: Formats) -> tuple[Any, ...]:
 def _pool_of(cache: Cache, device: torch.device, formats: Formats) -> SharedPool:
     """The pool of the layers on this device that store rows alike, or a new one."""
     for layer in cache.layers:
-        if isinstance(layer, DMSLayer) and isinstance(layer.slots, PagedSlots):
+        if isinstance(layer, DMSLayer) and isinstance(layer.slots, PagedHeadCaches):
             alike = rows_alike(layer.formats) == rows_alike(formats)
             if alike and layer.slots.shared.device == device:
                 return layer.slots.shared
@@ -482,7 +482,7 @@ def kv_stats(source: nn.Module | Cache) -> KVStats:
         raise ValueError(
             "no KV cache with DMS layers has been used yet: run generate() or a forward with a cache first"
         )
-    return KVStats([_layer_stats(index, usage.settled()) for index, usage in used])
+    return KVStats([_layer_stats(index, usage.synchronized()) for index, usage in used])
 
 
 def _layer_stats(index: int, usage: Usage) -> LayerStats:

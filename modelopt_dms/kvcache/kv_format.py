@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ModelOpt's KV quantizers -> the number formats in which the cache stores rows. Knows neither cache nor attention."""
+"""ModelOpt's KV quantizers -> the number formats in which the cache stores rows."""
 
 from typing import Any
 

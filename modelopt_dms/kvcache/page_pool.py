@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pages that layers of a cache share, and when there must be more of them. Knows no token."""
+"""The pages that layers of a cache share, and when there must be more of them."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from modelopt_dms.kernels import dispatch
-from modelopt_dms.kernels.layout import NO_PAGE, PAGE, LayerLists, PagePool, RowLayout
+from modelopt_dms.kernels.layout import NO_PAGE, PAGE, PagePool, PageTables, RowLayout
 
 
 class Store(Protocol):
-    """What a pool knows of a layer: `kvcache.paged_slots.PagedSlots`."""
+    """What a pool knows of a layer: `kvcache.paged_head_caches.PagedHeadCaches`."""
 
-    state: LayerLists
+    state: PageTables
 
     @property
     def lists(self) -> int:
@@ -129,8 +129,8 @@ class SharedPool:
         Raises:
             OutOfPagesError: rows were lost, because the pool was too small.
         """
-        knob = "raise max_cache_bytes, or let fewer sequences in at a time"
-        return self.pool.check(knob)
+        option = "raise max_cache_bytes, or let fewer sequences in at a time"
+        return self.pool.check(option)
 
     def reserve(self, store: Store, tokens: int, wanted: Callable[[], Tensor]) -> None:
         """See to it that a layer can take in tokens; asks the device only if what it knows does not suffice.

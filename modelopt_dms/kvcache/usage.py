@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one layer's cache holds, in numbers. Knows neither slots nor pages."""
+"""What one layer's cache holds, in numbers."""
 
 from dataclasses import dataclass
 
@@ -24,8 +24,8 @@ class Usage:
     row_bytes: int
     row_values: int
 
-    def settled(self) -> "Usage":
-        """These numbers, once they are known; see `kvcache.paged_slots.PagedUsage`."""
+    def synchronized(self) -> "Usage":
+        """These numbers, once they are known; see `kvcache.paged_head_caches.PagedUsage`."""
         return self
 
     @property

@@ -24,9 +24,9 @@ from modelopt_dms.kernels import (
     prefill_partial,
     with_sinks,
 )
+from modelopt_dms.kvcache.head_caches import HeadCaches
 from modelopt_dms.kvcache.hf_cache import DMSLayer, LayerStep
-from modelopt_dms.kvcache.paged_slots import PagedSlots
-from modelopt_dms.kvcache.slot_lists import SlotLists
+from modelopt_dms.kvcache.paged_head_caches import PagedHeadCaches
 from modelopt_dms.modeling.masks import read_mask
 from modelopt_dms.modeling.paged_attention import attend_pages
 
@@ -106,8 +106,8 @@ def dms_attention(
     _check_arguments(module, dropout, kwargs)
     softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
     scoring = Scoring(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, sinks)
-    if gate.watch is not None:
-        gate.watch(query, key, value, scoring)
+    if gate.observer is not None:
+        gate.observer(query, key, value, scoring)
     step: LayerStep | None = handover.get(module)
     if step is None:
         if gate.enabled:
@@ -119,7 +119,11 @@ def dms_attention(
     if step.used:
         raise AttentionError(f"{layer_name(module)} computes attention more than once a forward")
     step.used = True
-    query = gate.silence_rotated(query) if hasattr(gate, "silence_rotated") else query
+    query = (
+        gate.zero_borrowed_dim_rotated(query)
+        if hasattr(gate, "zero_borrowed_dim_rotated")
+        else query
+    )
     out = _evicting(module, step, query, key, value, attention_mask, scoring)
     return out.transpose(1, 2).contiguous(), None
 
@@ -227,7 +231,7 @@ def _evicting(
     mask, valid = read_mask(
         layer_name(module), attention_mask, tokens, past, layer.held, step.cache
     )
-    if isinstance(layer.slots, PagedSlots):
+    if isinstance(layer.slots, PagedHeadCaches):
         out = attend_pages(module, step, query, key, value, mask, scoring)
     else:
         out = _cached_attention(module, step, query, key, value, mask, scoring)
@@ -248,7 +252,7 @@ def _cached_attention(
     """Attention of T new tokens over what lives and among themselves, after which they are taken in."""
     layer, evict = step.layer, step.evict
     assert layer is not None and evict is not None and step.log_keep is not None
-    assert isinstance(layer.slots, SlotLists)
+    assert isinstance(layer.slots, HeadCaches)
     # MLA caches one latent a token, and expands it to the keys and values of all heads for attention.
     expand = _expander(module) if hasattr(module, "expand_kv") else _as_one_head
     evict = evict.expand(-1, layer.heads, -1)
@@ -276,7 +280,7 @@ def _attend_past(
 ) -> tuple[Tensor, Tensor]:
     """Attention of new tokens [B, H, T, D] over the slots that lived before them, list by list."""
     slots = layer.slots
-    assert isinstance(slots, SlotLists)
+    assert isinstance(slots, HeadCaches)
     B, H, T, _ = q.shape
     queries = torch.arange(slots.seen, slots.seen + T, device=q.device)
     grouped = q.reshape(slots.lists, -1, T, q.shape[-1])  # [B, H, T, D] -> [B*K, H/K, T, D]

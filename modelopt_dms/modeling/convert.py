@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from modelopt_dms.config.dms import DMSConfig
 from modelopt_dms.gates.gate import EvictionGate
 from modelopt_dms.gates.kinds import NeuronGate, ResidualGate
-from modelopt_dms.kvcache.paged_slots import PagedUsage
+from modelopt_dms.kvcache.paged_head_caches import PagedUsage
 from modelopt_dms.kvcache.usage import Usage
 from modelopt_dms.modeling.attention import register_attention
 from modelopt_dms.modeling.finite import check_weights

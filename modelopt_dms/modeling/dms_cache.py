@@ -11,7 +11,7 @@ from modelopt_dms.kernels.layout import PAGE
 from modelopt_dms.kvcache.hf_cache import DMSLayer, rows_alike
 from modelopt_dms.kvcache.kv_format import kv_formats
 from modelopt_dms.kvcache.page_pool import SharedPool
-from modelopt_dms.kvcache.paged_slots import PagedSlots
+from modelopt_dms.kvcache.paged_head_caches import PagedHeadCaches
 from modelopt_dms.modeling.convert import dms_modules
 
 
@@ -70,7 +70,7 @@ class DMSCache(DynamicCache):
             self.pools.append(pool)
             for module in members:
                 gate, formats = module.dms_gate, kv_formats(module)
-                slots = PagedSlots(gate.window, gate.shift, pool, formats)
+                slots = PagedHeadCaches(gate.window, gate.shift, pool, formats)
                 self.layers[module.layer_idx] = DMSLayer(slots, formats, gate.depth)
 
     @property
@@ -123,7 +123,7 @@ class DMSCache(DynamicCache):
         for slots in self._slots():
             slots.check_integrity()
 
-    def _slots(self) -> list[PagedSlots]:
+    def _slots(self) -> list[PagedHeadCaches]:
         return [x.slots for x in self.layers if isinstance(x, DMSLayer)]  # type: ignore[misc]
 
 

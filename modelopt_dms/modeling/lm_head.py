@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a causal LM's last hidden states to its logits, for any slice of tokens. Knows no training."""
+"""From a causal LM's last hidden states to its logits, for any slice of tokens."""
 
 from typing import Any, cast
 

@@ -54,7 +54,7 @@ def _use_cache(model: Any) -> None:
         model.generation_config.use_cache = True
 
 
-def facts_of(model: PreTrainedModel) -> DMSConfig:
+def dms_config_of(model: PreTrainedModel) -> DMSConfig:
     """The DMS facts that a converted model carries.
 
     Raises:
@@ -63,10 +63,10 @@ def facts_of(model: PreTrainedModel) -> DMSConfig:
     facts = getattr(model.config, "dms_config", None)
     if facts is None:
         raise ValueError(f"{type(model).__name__} has no gates; call apply_dms (or compress) first")
-    return read_facts(facts, "config.json")
+    return read_dms_config(facts, "config.json")
 
 
-def read_facts(stored: Any, where: str) -> DMSConfig:
+def read_dms_config(stored: Any, where: str) -> DMSConfig:
     """The DMS facts in a `dms_config` that was read from a file.
 
     Raises:

@@ -22,7 +22,7 @@ from modelopt_dms.kernels import (
 )
 from modelopt_dms.kernels.prefill_reference import Chunk
 from modelopt_dms.kvcache.hf_cache import LayerStep
-from modelopt_dms.kvcache.paged_slots import PagedSlots
+from modelopt_dms.kvcache.paged_head_caches import PagedHeadCaches
 
 # Tokens of a prompt that attend to each other in full; what they evict is gone for the next chunk.
 CHUNK = 2048
@@ -152,7 +152,7 @@ def _attend_latents(
 
 
 def _past_latents(
-    module: Any, q: Tensor, slots: PagedSlots, scoring: Scoring
+    module: Any, q: Tensor, slots: PagedHeadCaches, scoring: Scoring
 ) -> tuple[Tensor, Tensor]:
     """Attention of new tokens [B, H, T, D] over the latents that lived before them."""
     longest = int(slots.state.live.max())
@@ -165,7 +165,7 @@ def _past_latents(
     return partial_attention(q, keys, values, bias, scoring)
 
 
-def _absorbed(module: Any, q: Tensor, slots: PagedSlots, scoring: Scoring) -> Tensor:
+def _absorbed(module: Any, q: Tensor, slots: PagedHeadCaches, scoring: Scoring) -> Tensor:
     """Attention [B, H, Dv] of queries [B, H, D] over latents as they are: the projection moves to q and output.
 
     Source: DeepSeek-V2 (arXiv 2405.04434), section 2.1.2. Quantizers of the projection's input see nothing here.
@@ -189,8 +189,8 @@ def _projection_weight(projection: Any, width: int, like: Tensor) -> Tensor:
     return projection(torch.eye(width, dtype=like.dtype, device=like.device)).T
 
 
-def _slots(step: LayerStep) -> PagedSlots:
-    assert step.layer is not None and isinstance(step.layer.slots, PagedSlots)
+def _slots(step: LayerStep) -> PagedHeadCaches:
+    assert step.layer is not None and isinstance(step.layer.slots, PagedHeadCaches)
     return step.layer.slots
 
 

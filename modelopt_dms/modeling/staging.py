@@ -20,7 +20,7 @@ from modelopt_dms.kernels import shift_decisions
 from modelopt_dms.kernels.rollback import LONGEST_DRAFT
 from modelopt_dms.kvcache.hf_cache import DMSLayer, LayerStep, adopt
 from modelopt_dms.kvcache.kv_format import kv_formats
-from modelopt_dms.kvcache.paged_slots import PagedSlots
+from modelopt_dms.kvcache.paged_head_caches import PagedHeadCaches
 from modelopt_dms.modeling.attention import (
     ATTENTION_NAME,
     GRAPH_ATTENTION_NAME,
@@ -193,7 +193,7 @@ def _stage_cached(
         layer.expect_draft(draft)
     positions = _positions(hidden, kwargs, layer.get_seq_length())
     read = gate.read(args, kwargs)
-    if hidden.shape[1] == 1 and isinstance(layer.slots, PagedSlots):
+    if hidden.shape[1] == 1 and isinstance(layer.slots, PagedHeadCaches):
         undecided = gate("decide_later", read, positions)
         step = LayerStep(layer, None, None, undecided, cache=cache)
     else:
@@ -208,7 +208,7 @@ def drop_step(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output
     Raises:
         RuntimeError: the layer computed its attention in another way than `dms_attention`.
     """
-    module.dms_gate.forget()
+    module.dms_gate.clear()
     step: LayerStep | None = handover.take(module)
     if step is None or output is None:  # None: it failed
         return

@@ -19,7 +19,7 @@ from modelopt_dms.kvcache.kv_format import KVFormatError, kv_formats, row_format
 from modelopt_dms.modeling.config_marks import mark
 from modelopt_dms.modeling.convert import dms_modules
 from modelopt_dms.quantization.nvfp4_backend import NVFP4_BACKEND
-from modelopt_dms.quantization.ranges import settle
+from modelopt_dms.quantization.ranges import round_scales
 
 
 class QuantizationError(ValueError):
@@ -68,7 +68,7 @@ def quantize(
             network(**{name: x.to(model.device) for name, x in arguments.items()}, use_cache=False)
 
     insert(model, full, calibrate)
-    settle(model)
+    round_scales(model)
     for module in dms_modules(model).values():
         kv_formats(module)
     return model

@@ -18,7 +18,7 @@ from modelopt_dms.kernels.number_formats import E2M1_MAX, E4M3_MAX, INT8_MAX
 ROLES = ("input_quantizer", "weight_quantizer")
 
 
-def settle(model: PreTrainedModel) -> None:
+def round_scales(model: PreTrainedModel) -> None:
     """Share and round the ranges of all calibrated quantizers, in place.
 
     Ranges move by rounding errors at most; shared NVFP4 ranges become the largest of their group.

@@ -1,5 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exported graphs: the ops they are made of, what their directory says, and the runtime that drives them.
-
-Knows neither transformers nor ModelOpt: a machine that serves an engine needs neither.
-"""
+"""Exported graphs: the ops they are made of, what their directory says, and the runtime that drives them."""

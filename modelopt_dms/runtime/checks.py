@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether files and graphs are what their manifest says. Knows no library that runs graphs.
+"""Whether files and graphs are what their manifest says.
 
 Each check raises an error of its own, before anything is loaded.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One TensorRT engine with the addresses of all it takes and gives. Knows neither files nor how to load an engine."""
+"""One TensorRT engine with the addresses of all it takes and gives."""
 
 from typing import Any
 

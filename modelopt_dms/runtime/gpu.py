@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA device that an engine runs on: what it is, a stream, and graphs of work on it. Knows no TensorRT."""
+"""The CUDA device that an engine runs on: what it is, a stream, and graphs of work on it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

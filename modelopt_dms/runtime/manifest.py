@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from modelopt_dms.config.output_dir import whole
+from modelopt_dms.config.output_dir import atomic_file
 
 FILE = "dms_engine.json"
 FORMAT = 1
@@ -178,7 +178,7 @@ class Manifest:
     def save(self, directory: Path) -> None:
         """Write it, whole or not at all."""
         content = {"format": FORMAT, **asdict(self)}
-        with whole(directory / FILE) as temporary:
+        with atomic_file(directory / FILE) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     @staticmethod

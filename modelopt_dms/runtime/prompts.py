@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts of a static batch: whether the graphs can take them, and the pages of their lists. Knows nothing that runs.
+"""Prompts of a static batch: whether the graphs can take them, and the pages of their lists.
 
 Shapes: B batch slots, K KV heads, P pages a list can own.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tensors that live between two runs of the graphs: KV pages, tables, lengths, rings. Knows no library that runs.
+"""The tensors that live between two runs of the graphs: KV pages, tables, lengths, rings.
 
 Shapes: L layers, B batch slots, K KV heads, P pages a list can own, N pages.
 """

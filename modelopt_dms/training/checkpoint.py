@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The directory of a retrofit: which run it holds, and checkpoints that are complete or not there. Knows no Trainer.
+"""The directory of a retrofit: which run it holds, and checkpoints that are complete or not there.
 
 run.json            what the run is: recipe, data, model; a resume must agree with it
 train_log.jsonl     one row per logging interval

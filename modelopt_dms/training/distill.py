@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One distillation step as one module: ids in, losses out. Knows no optimizer, no files.
+"""One distillation step as one module: ids in, losses out.
 
 Being a module whose forward holds teacher, student and loss, it can be wrapped by DDP or FSDP like any model.
 """

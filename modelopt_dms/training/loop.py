@@ -23,7 +23,7 @@ from modelopt_dms.config.retrofit import RetrofitConfig
 from modelopt_dms.data.mixing import PreparedData, open_sources, prepare_samples
 from modelopt_dms.gates.thresholds import curve_of
 from modelopt_dms.modeling.lm_head import check_head
-from modelopt_dms.modeling.mode import facts_of
+from modelopt_dms.modeling.mode import dms_config_of
 from modelopt_dms.quantization.apply import quantization_of
 from modelopt_dms.training.checkpoint import (
     WEIGHTS_FILE,
@@ -192,7 +192,7 @@ def retrofit(
     Raises:
         ValueError: model, data, recipe or output directory are not usable; nothing was changed or written.
     """
-    dms = facts_of(model)
+    dms = dms_config_of(model)
     if isinstance(data, PreparedRun):
         run = data
     else:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What gates do to samples they never saw: how much they evict, and what that costs. Knows no optimizer."""
+"""What gates do to samples they never saw: how much they evict, and what that costs."""
 
 from typing import Any
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far a retrofit is: the ratio that a step asks for, log rows, a progress bar, TensorBoard. Knows no model."""
+"""How far a retrofit is: the ratio that a step asks for, log rows, a progress bar, TensorBoard."""
 
 import json
 import math

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The teacher continues prompts: training data like what the model will write. Knows no training.
+"""The teacher continues prompts: training data like what the model will write.
 
 traces.jsonl.partial/settings.json   what the run is; going on must agree with it
 traces.jsonl.partial/traces.jsonl    one record a trace; renamed to traces.jsonl when all are there

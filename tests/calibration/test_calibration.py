@@ -145,7 +145,7 @@ def test_interrupted_between_forwards_it_goes_on_to_the_same_bits(tmp_path, monk
     whole, _ = calibrated()
     for stop in (1, 2, 3, 5):
         place = tmp_path / str(stop)
-        real, count = fit._Observer.watch, [0]
+        real, count = fit._Observer.observe, [0]
 
         def broken(self, *args, real=real, count=count, stop=stop):
             count[0] += 1
@@ -156,10 +156,10 @@ def test_interrupted_between_forwards_it_goes_on_to_the_same_bits(tmp_path, monk
         options = {"data": documents(), "output_dir": place, "progress": False}
         model = converted()
         with monkeypatch.context() as patch:
-            patch.setattr(fit._Observer, "watch", broken)
+            patch.setattr(fit._Observer, "observe", broken)
             with pytest.raises(KeyboardInterrupt):
                 dms.calibrate(model, CONFIG, **options)
-        assert all(gate.watch is None and gate.enabled for gate in gates(model))
+        assert all(gate.observer is None and gate.enabled for gate in gates(model))
         assert (place / state.STATE_FILE).exists() == (stop >= 2)
         resumed = converted()
         dms.calibrate(resumed, CONFIG, **options)

@@ -46,7 +46,7 @@ def files():
 
 def test_pieces_become_one_file_and_nothing_else_stays(toy):
     said = []
-    path = fetch.fetch("toy", say=said.append)
+    path = fetch.fetch("toy", on_progress=said.append)
     assert path.read_bytes() == b"".join(PIECES)
     assert files() == ["toy.gguf"] and said == ["for study only"]
     assert fetch.fetch("toy") == fetched("toy") == path

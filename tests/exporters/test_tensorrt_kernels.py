@@ -20,7 +20,7 @@ from modelopt_dms.exporters.tensorrt.expressions import ceil_div, dims_of, evalu
 from modelopt_dms.exporters.tensorrt.ptx import check_signature, read, rewrite, schema, signature
 from modelopt_dms.kernels import append, append_reference, decode
 from modelopt_dms.kernels.gating import Decided
-from modelopt_dms.kernels.layout import PAGE, LayerLists, PagePool, RowLayout
+from modelopt_dms.kernels.layout import PAGE, PagePool, PageTables, RowLayout
 from modelopt_dms.kernels.reference import Scoring
 from modelopt_dms.kernels.variants import PTX_VERSION, assemble
 from modelopt_dms.runtime.manifest import Kernel, Manifest, ManifestError
@@ -362,7 +362,7 @@ def test_appending_without_a_free_list_is_appending_where_pages_are_there(shift:
     ours, theirs = (
         (
             PagePool.make(40, layout, layout, torch.device("cpu")),
-            LayerLists.make(B, K, 3, 5, shift, active.clone()),
+            PageTables.make(B, K, 3, 5, shift, active.clone()),
         )
         for _ in range(2)
     )
@@ -387,7 +387,7 @@ def test_appending_without_a_free_list_is_appending_where_pages_are_there(shift:
 
 
 def _append_without_free_list(
-    k: torch.Tensor, v: torch.Tensor, evict: torch.Tensor, pool: PagePool, lists: LayerLists
+    k: torch.Tensor, v: torch.Tensor, evict: torch.Tensor, pool: PagePool, lists: PageTables
 ) -> None:
     layouts = (pool.key_layout, pool.value_layout)
     append._append_kernel[(lists.batch * lists.heads,)](
@@ -404,7 +404,7 @@ def _append_without_free_list(
 def test_a_list_without_a_page_writes_where_nobody_reads() -> None:
     layout = RowLayout("plain", 16, torch.float32)
     pool = PagePool.make(4, layout, layout, torch.device("cpu"))
-    lists = LayerLists.make(1, 2, 1, 5, 0, torch.ones(1, dtype=torch.bool))
+    lists = PageTables.make(1, 2, 1, 5, 0, torch.ones(1, dtype=torch.bool))
     lists.table[0, 1, 0] = 2
     k, v = torch.randn(2, 1, 2, 16)
     _append_without_free_list(k, v, torch.zeros(1, 2, dtype=torch.bool), pool, lists)

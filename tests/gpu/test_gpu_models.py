@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 import modelopt_dms as dms
 from modelopt_dms.gates.gate import record_alpha, set_relaxation
 from modelopt_dms.kvcache.hf_cache import DMSLayer, kv_stats
-from modelopt_dms.kvcache.paged_slots import PagedSlots
+from modelopt_dms.kvcache.paged_head_caches import PagedHeadCaches
 from modelopt_dms.modeling.generation import DecodeStep
 
 pytestmark = pytest.mark.gpu
@@ -40,7 +40,9 @@ def test_logits_and_live_lengths_are_those_of_the_cpu(family: str) -> None:
         with torch.no_grad():
             logits, cache = feed(model, ids.to(device), [100, 1, 1, 1, 30, *[1] * 17])
         found.append((logits.cpu(), [x.live.cpu() for x in kv_stats(cache).layers]))
-    assert all(isinstance(x.slots, PagedSlots) for x in cache.layers if isinstance(x, DMSLayer))
+    assert all(
+        isinstance(x.slots, PagedHeadCaches) for x in cache.layers if isinstance(x, DMSLayer)
+    )
     (expected, lengths), (logits, paged_lengths) = found
     torch.testing.assert_close(logits, expected, rtol=2e-3, atol=2e-3)
     for x, y in zip(lengths, paged_lengths, strict=True):

@@ -9,7 +9,7 @@ from torch import Tensor
 from modelopt_dms.exporters.tensorrt.expressions import dims_of
 from modelopt_dms.kernels import append_reference, decode_reference, prefill_reference
 from modelopt_dms.kernels.gating import Decided
-from modelopt_dms.kernels.layout import PAGE, LayerLists, LayerShape, PagePool
+from modelopt_dms.kernels.layout import PAGE, LayerShape, PagePool, PageTables
 from modelopt_dms.kernels.number_formats import Fp8, Int8, RowFormat
 from modelopt_dms.kernels.prefill_blocks import own_starts
 from modelopt_dms.kernels.prefill_reference import Chunk, log2_bias
@@ -38,7 +38,7 @@ class Layer:
         )
         formats = tuple(_format(x.number, K, device) for x in (shape.keys, shape.values))
         active = torch.ones(B, dtype=torch.bool, device=device)
-        self.lists = LayerLists.make(
+        self.lists = PageTables.make(
             B, K, PAGES, shape.window, shape.shift, active, (formats[0], formats[1])
         )
         self.pool = PagePool.make(B * K * PAGES, shape.keys, shape.values, device)

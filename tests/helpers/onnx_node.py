@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 from torch import Tensor
 
 from modelopt_dms.exporters.onnx.bodies import OPSET, functions
-from modelopt_dms.kernels.layout import LayerLists, PagePool, RowLayout
+from modelopt_dms.kernels.layout import PagePool, PageTables, RowLayout
 from modelopt_dms.kernels.number_formats import RowFormat
 from modelopt_dms.runtime.operators import DOMAIN, OPERATORS, VERSION
 
@@ -76,7 +76,7 @@ class Layer:
         count = batch * heads * pages
         self.pool = PagePool.make(count, *layouts, torch.device("cpu"))
         active = torch.ones(batch, dtype=torch.bool)
-        self.lists = LayerLists.make(batch, heads, pages, window, shift, active, formats)
+        self.lists = PageTables.make(batch, heads, pages, window, shift, active, formats)
         self.lists.table.copy_(torch.randperm(count).int().view(batch, heads, pages) + 1)
         self.formats = formats
 

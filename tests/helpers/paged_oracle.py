@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SlotLists as what paged lists must agree with: one for every sequence, holding stored rows."""
+"""HeadCaches as what paged lists must agree with: one for every sequence, holding stored rows."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,10 +8,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from modelopt_dms.kernels.layout import NO_PAGE, PAGE, LayerLists, PagePool
+from modelopt_dms.kernels.layout import NO_PAGE, PAGE, PagePool, PageTables
 from modelopt_dms.kernels.number_formats import Fp8, Int8, Nvfp4, RowFormat
-from modelopt_dms.kvcache import slot_lists
-from modelopt_dms.kvcache.slot_lists import SlotLists
+from modelopt_dms.kvcache import head_caches
+from modelopt_dms.kvcache.head_caches import HeadCaches
 
 Formats = tuple[RowFormat | None, RowFormat | None]
 
@@ -28,8 +28,8 @@ FORMATS: dict[str, Formats] = {
 
 @contextmanager
 def in_bulk() -> Iterator[None]:
-    """Inside, SlotLists takes in chunks as a whole, so that its slots are those of `pack`."""
-    with mock.patch.object(slot_lists, "LONGEST_DRAFT", 0):
+    """Inside, HeadCaches takes in chunks as a whole, so that its slots are those of `pack`."""
+    with mock.patch.object(head_caches, "LONGEST_DRAFT", 0):
         yield
 
 
@@ -39,15 +39,15 @@ def stored(form: RowFormat | None, x: Tensor) -> Tensor:
 
 
 class Sequences:
-    """A SlotLists for every sequence, so that some can be left out."""
+    """A HeadCaches for every sequence, so that some can be left out."""
 
     def __init__(self, batch: int, window: int, shift: int, formats: Formats) -> None:
         self.formats = formats
         self.window, self.shift = window, shift
         self.each = [self.fresh() for _ in range(batch)]
 
-    def fresh(self) -> SlotLists:
-        slots = SlotLists(self.window, self.shift)
+    def fresh(self) -> HeadCaches:
+        slots = HeadCaches(self.window, self.shift)
         slots.rollback = 0
         return slots
 
@@ -63,7 +63,7 @@ class Sequences:
                     slots.append(k[some], v[some], decisions[some], valid_b)
 
 
-def assert_same(sequences: Sequences, pool: PagePool, lists: LayerLists) -> None:
+def assert_same(sequences: Sequences, pool: PagePool, lists: PageTables) -> None:
     """Slot by slot, what is stored, and what is remembered about the window."""
     for b, slots in enumerate(sequences.each):
         assert lists.seen[b].tolist() == [slots.seen] * lists.heads
@@ -80,14 +80,14 @@ def assert_same(sequences: Sequences, pool: PagePool, lists: LayerLists) -> None
             assert pending(lists, b, h) == sorted(zip(positions.tolist(), at.tolist(), strict=True))
 
 
-def pending(lists: LayerLists, b: int, h: int) -> list[tuple[int, int]]:
+def pending(lists: PageTables, b: int, h: int) -> list[tuple[int, int]]:
     """Positions and slots of a list's marked tokens."""
     marked = lists.ring_evict[b, h] & (lists.ring_slot[b, h] >= 0)
     positions = lists.ring_positions()[b, h][marked].tolist()
     return sorted(zip(positions, lists.ring_slot[b, h][marked].tolist(), strict=True))
 
 
-def held(pool: PagePool, lists: LayerLists, b: int, h: int) -> tuple[Tensor, Tensor]:
+def held(pool: PagePool, lists: PageTables, b: int, h: int) -> tuple[Tensor, Tensor]:
     """A list's stored key and value rows, in slot order, scales behind codes."""
     slots = torch.arange(int(lists.live[b, h]))
     page = lists.table[b, h, slots // PAGE].long()
@@ -101,7 +101,7 @@ def held(pool: PagePool, lists: LayerLists, b: int, h: int) -> tuple[Tensor, Ten
     return found[0], found[1]
 
 
-def assert_every_page_has_one_owner(pool: PagePool, *layers: LayerLists) -> None:
+def assert_every_page_has_one_owner(pool: PagePool, *layers: PageTables) -> None:
     free = pool.free[: int(pool.counters[0])].tolist()
     owned = torch.cat([x.table.flatten() for x in layers]).tolist()
     assert sorted(free + [x for x in owned if x != NO_PAGE]) == list(range(1, pool.pages + 1))

@@ -4,7 +4,7 @@
 import torch
 from torch import Tensor
 
-from modelopt_dms.kernels.layout import PAGE, LayerLists, PagePool, RowLayout
+from modelopt_dms.kernels.layout import PAGE, PagePool, PageTables, RowLayout
 from modelopt_dms.kernels.number_formats import Fp8, Int8, Nvfp4, RowFormat
 from modelopt_dms.kernels.reference import Scoring
 from modelopt_dms.kernels.rows import write_rows
@@ -40,7 +40,7 @@ class Cache:
         most = int(lengths.max())
         P = max(1, -(-most // PAGE))
         k_format, v_format = (FORMATS[name](K) for name in formats)
-        self.lists = LayerLists.make(
+        self.lists = PageTables.make(
             B, K, P, 4, 0, torch.ones(B, dtype=torch.bool), (k_format, v_format)
         )
         layouts = [

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from modelopt_dms.kernels.append_reference import append_token
 from modelopt_dms.kernels.gating import Decided
-from modelopt_dms.kernels.layout import PAGE, LayerLists, PagePool, RowLayout
+from modelopt_dms.kernels.layout import PAGE, PagePool, PageTables, RowLayout
 from modelopt_dms.runtime.manifest import Manifest, Model, Phase, Port
 from modelopt_dms.runtime.state import State
 
@@ -120,11 +120,11 @@ class ToyGraphs:
 
     def _lists(
         self, i: int, active: Tensor, state: dict[str, Tensor]
-    ) -> tuple[LayerLists, PagePool]:
+    ) -> tuple[PageTables, PagePool]:
         """A layer's lists over the very tensors of the state, and a pool that has no page to give."""
         small = {x: state[f"{x}.{i}"] for x in ("table", *SMALL)}
         model = self.manifest.model
-        lists = LayerLists(
+        lists = PageTables(
             model.window,
             model.shift,
             **small,
@@ -139,7 +139,7 @@ class ToyGraphs:
         return lists, pool
 
 
-def attend(q: Tensor, pool: PagePool, lists: LayerLists) -> Tensor:
+def attend(q: Tensor, pool: PagePool, lists: PageTables) -> Tensor:
     """Attention [B, H * DV] of q [B, H, D] over the live slots."""
     E = lists.table.shape[2] * PAGE
     slots = torch.arange(E).expand(*lists.live.shape, E)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Taking tokens into paged lists: kernels (interpreted) and their meaning in PyTorch, against the CPU's SlotLists."""
+"""Taking tokens into paged lists: kernels (interpreted) and their meaning in PyTorch, against the CPU's HeadCaches."""
 
 from types import ModuleType
 
@@ -25,7 +25,7 @@ from modelopt_dms.config.dms import DMSConfig
 from modelopt_dms.gates.gate import EvictionGate
 from modelopt_dms.kernels import append, append_reference, encoding
 from modelopt_dms.kernels.gating import Decided, LinearGate
-from modelopt_dms.kernels.layout import PAGE, LayerLists, OutOfPagesError, PagePool, RowLayout
+from modelopt_dms.kernels.layout import PAGE, OutOfPagesError, PagePool, PageTables, RowLayout
 from modelopt_dms.kernels.number_formats import _to_e2m1
 from modelopt_dms.kernels.rollback import UndoLog, take_back
 
@@ -48,11 +48,11 @@ def made(
     width: int = 4,
     batch: int = B,
     dtype: torch.dtype = torch.bfloat16,
-) -> tuple[PagePool, LayerLists]:
+) -> tuple[PagePool, PageTables]:
     layouts = [RowLayout.of(form, dim, dtype) for form, dim in zip(formats, dims, strict=True)]
     pool = PagePool.make(pages, layouts[0], layouts[1], CPU)
     active = torch.ones(batch, dtype=torch.bool)
-    return pool, LayerLists.make(batch, K, width, window, shift, active, formats)
+    return pool, PageTables.make(batch, K, width, window, shift, active, formats)
 
 
 def rows(seed: int, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -214,7 +214,7 @@ def follow(
     shift: int,
     formats: Formats,
 ) -> None:
-    """Drive paged lists and SlotLists alike; they must agree after every step."""
+    """Drive paged lists and HeadCaches alike; they must agree after every step."""
     pool, lists = made(formats, window, shift)
     sequences = Sequences(B, window, shift, formats)
     for T, rate, valid_chance, seed, together in steps:

@@ -17,7 +17,7 @@ from modelopt_dms.kernels import (
     prefill_chunk,
     prefill_reference,
 )
-from modelopt_dms.kernels.layout import PAGE, LayerLists, PagePool, RowLayout
+from modelopt_dms.kernels.layout import PAGE, PagePool, PageTables, RowLayout
 from modelopt_dms.kernels.number_formats import Fp8, Int8, Nvfp4, RowFormat
 from modelopt_dms.kernels.prefill_blocks import Tile, split
 from modelopt_dms.kernels.prefill_reference import Chunk
@@ -197,13 +197,13 @@ def _lists(
     dims: tuple[int, int],
     formats: tuple[RowFormat | None, RowFormat | None] = (None, None),
     pages: tuple[int, ...] = (3, 5, 1, 2, 8, 4, 7, 6),
-) -> tuple[PagePool, LayerLists]:
+) -> tuple[PagePool, PageTables]:
     """Lists of random rows, in pages of this order, with a window of 3."""
     layouts = [RowLayout.of(f, d, torch.float32) for f, d in zip(formats, dims, strict=True)]
     pool = PagePool.make(max(pages), *layouts, torch.get_default_device())
     B, K = len(live), len(live[0])
     active = torch.ones(B, dtype=torch.bool)
-    lists = LayerLists.make(B, K, len(pages) // (B * K), 3, 0, active, formats)
+    lists = PageTables.make(B, K, len(pages) // (B * K), 3, 0, active, formats)
     lists.table.copy_(torch.tensor(pages).view(lists.table.shape))
     lists.live.copy_(torch.tensor(live))
     torch.manual_seed(1)
@@ -212,13 +212,13 @@ def _lists(
     return pool, lists
 
 
-def _slots(lists: LayerLists) -> Tensor:
+def _slots(lists: PageTables) -> Tensor:
     """All slots [B, K, S] that pages hold, -1 behind a list's end."""
     slots = torch.arange(lists.table.shape[2] * PAGE)
     return torch.where(slots < lists.live[..., None], slots, -1)
 
 
-def _chunk(lists: LayerLists, dims: tuple[int, int], G: int, T: int) -> list[Tensor]:
+def _chunk(lists: PageTables, dims: tuple[int, int], G: int, T: int) -> list[Tensor]:
     """Queries, keys, values and decisions of a chunk."""
     torch.manual_seed(2)
     B, K = lists.live.shape

@@ -13,7 +13,7 @@ from torch.library import opcheck
 import modelopt_dms as dms
 from modelopt_dms.kernels import dispatch, library
 from modelopt_dms.kernels.gating import Decided, LinearGate
-from modelopt_dms.kernels.layout import PAGE, LayerLists, PagePool, RowLayout
+from modelopt_dms.kernels.layout import PAGE, PagePool, PageTables, RowLayout
 from modelopt_dms.kernels.reference import Prompt, Scoring
 from modelopt_dms.kvcache.hf_cache import kv_stats
 
@@ -24,12 +24,12 @@ PROMISES = ("test_schema", "test_faketensor", "test_autograd_registration")
 KERNELS = library.kernel_function
 
 
-def filled(name: str = "plain") -> tuple[PagePool, LayerLists]:
+def filled(name: str = "plain") -> tuple[PagePool, PageTables]:
     """Lists of a few tokens."""
     formats = FORMATS[name]
     layouts = [RowLayout.of(x, D, torch.float32) for x in formats]
     pool = PagePool.make(9, *layouts, torch.device("cpu"))
-    lists = LayerLists.make(B, K, 2, 3, 0, torch.ones(B, dtype=torch.bool), formats)
+    lists = PageTables.make(B, K, 2, 3, 0, torch.ones(B, dtype=torch.bool), formats)
     evict = torch.rand(B, K, T) < 0.5
     dispatch.pack(torch.randn(B, K, T, D), torch.randn(B, K, T, D), evict, None, pool, lists)
     return pool, lists

@@ -45,14 +45,14 @@ def test_a_check_fails_when_a_path_is_wrong(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The table would show it: a cache that forgets a decision, and a directory that is not what was saved."""
-    from modelopt_dms.kvcache.slot_lists import SlotLists
+    from modelopt_dms.kvcache.head_caches import HeadCaches
 
-    append = SlotLists.append
+    append = HeadCaches.append
 
     def forgets(self, k, v, evict, valid):
         return append(self, k, v, evict & (self.seen % 2 == 0), valid)
 
-    monkeypatch.setattr(SlotLists, "append", forgets)
+    monkeypatch.setattr(HeadCaches, "append", forgets)
     row = model_checks.check("smollm3", tmp_path)
     assert row.differences["cached"] > row.limit("cached")
     saved = next(tmp_path.glob("smollm3/config.json"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chats in which facts stand far above the questions about them. Knows no files.
+"""Chats in which facts stand far above the questions about them.
 
 A chat is planned for its length: facts and questions first, then as much prose between them as fits.
 """

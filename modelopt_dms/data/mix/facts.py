@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Facts that stand somewhere in a text, and what may be asked about them later. Knows no tokenizer and no chats."""
+"""Facts that stand somewhere in a text, and what may be asked about them later."""
 
 import random
 from dataclasses import dataclass

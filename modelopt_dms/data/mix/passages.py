@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Documents without facts: prose, code, and passages that are repeated after other text. Knows no files."""
+"""Documents without facts: prose, code, and passages that are repeated after other text."""
 
 from modelopt_dms.data.mix.content import PHRASES
 from modelopt_dms.data.mix.writing import Asked, Document, Writer, join

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables, lists and blocks of settings as facts: looking up, looking up in reverse, counting. Knows no tokenizer."""
+"""Tables, lists and blocks of settings as facts: looking up, looking up in reverse, counting."""
 
 import random
 

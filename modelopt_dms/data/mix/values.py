@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random values for facts: names, numbers, codes, dates, words. Knows no texts."""
+"""Random values for facts: names, numbers, codes, dates, words."""
 
 import random
 import re

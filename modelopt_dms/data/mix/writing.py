@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Installed text in runs of a wanted number of tokens, and chats as text. Knows no facts."""
+"""Installed text in runs of a wanted number of tokens, and chats as text."""
 
 import random
 from collections.abc import Iterator, Sequence

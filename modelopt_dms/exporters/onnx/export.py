@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx_ir as ir
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modelopt_dms.config.output_dir import check_output, staged
+from modelopt_dms.config.output_dir import atomic_dir, check_output
 from modelopt_dms.config.recipe import Recipe
 from modelopt_dms.exporters import ExportError
 from modelopt_dms.exporters.hf import write_companions
@@ -67,7 +67,7 @@ def export_onnx(
     facts = model_of(model)
     sizes = sizes_of(model, chunk, max_length, programs=1)
     target = check_output(output_dir)
-    with staged(target) as place:
+    with atomic_dir(target) as place:
         written = write_graphs(model, place, facts, sizes)
         write_companions(place, tokenizer, recipe)
         manifest_of(facts, sizes, place, written.phases).save(place)

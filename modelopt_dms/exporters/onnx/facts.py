@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which models a graph can hold, and what it must know of them. Knows no ONNX."""
+"""Which models a graph can hold, and what it must know of them."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from modelopt_dms.exporters import ExportError
 from modelopt_dms.exporters.onnx import quantizers
-from modelopt_dms.kernels.layout import MOST_ROWS, LayerLists
+from modelopt_dms.kernels.layout import MOST_ROWS, PageTables
 from modelopt_dms.kvcache.kv_format import kv_formats
 from modelopt_dms.modeling.convert import dms_modules
 from modelopt_dms.modeling.generation import looking_rope
@@ -77,12 +77,12 @@ def model_of(model: PreTrainedModel) -> Model:
 
 
 def scales_of(model: PreTrainedModel) -> list[Tensor]:
-    """What encoding and decoding rows multiply by, by layer: [4, K] float32; see `kernels.layout.LayerLists`."""
+    """What encoding and decoding rows multiply by, by layer: [4, K] float32; see `kernels.layout.PageTables`."""
     found = []
     for module in dms_modules(model).values():
         gate: Any = module.dms_gate
         active = torch.ones(1, dtype=torch.bool)
-        lists = LayerLists.make(1, gate.kv_heads, 1, 0, 0, active, kv_formats(module))
+        lists = PageTables.make(1, gate.kv_heads, 1, 0, 0, active, kv_formats(module))
         found.append(lists.scales.to(model.device))
     return found
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ModelOpt's quantizers as QuantizeLinear and DequantizeLinear nodes, weights as codes. Knows no attention.
+"""ModelOpt's quantizers as QuantizeLinear and DequantizeLinear nodes, weights as codes.
 
 FP8 (e4m3) and int8, with a calibrated scale for a tensor or one for each index of an axis: what ONNX has nodes for and
 onnxruntime computes. Scales are in the dtype of what is quantized.

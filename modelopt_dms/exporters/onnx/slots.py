@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A layer's slots as tensors of a graph: `kvcache.paged_slots.PagedSlots` with nodes of our ops for kernels.
+"""A layer's slots as tensors of a graph: `kvcache.paged_head_caches.PagedHeadCaches` with nodes of our ops for kernels.
 
 Shapes as in `runtime.operators`.
 """
@@ -12,11 +12,11 @@ from torch import Tensor
 from modelopt_dms.exporters.onnx.nodes import call
 from modelopt_dms.kernels import Scoring
 from modelopt_dms.kernels.append_reference import plan_pack
-from modelopt_dms.kernels.layout import PAGE, LayerLists
+from modelopt_dms.kernels.layout import PAGE, PageTables
 from modelopt_dms.kernels.prefill_reference import expiry, log2_bias
 from modelopt_dms.kernels.rollback import decide_previous
 from modelopt_dms.kvcache.hf_cache import DMSLayer, LayerStep
-from modelopt_dms.kvcache.paged_slots import PagedSlots
+from modelopt_dms.kvcache.paged_head_caches import PagedHeadCaches
 from modelopt_dms.runtime import operators
 from modelopt_dms.runtime.state import POOLS, SMALL
 
@@ -51,12 +51,12 @@ class Facts:
         return {"key_number": self.key_number, "value_number": self.value_number}
 
 
-class GraphSlots(PagedSlots):
+class GraphSlots(PagedHeadCaches):
     """One layer's slots while a graph is traced.
 
     Attributes:
         tensors: the layer's, by name; after a step, their next values.
-        scales: [4, K] float32, see `kernels.layout.LayerLists`.
+        scales: [4, K] float32, see `kernels.layout.PageTables`.
         active: [B] bool; decode only.
         chunk_padding: [B] int32, tokens on the left of the chunk that are padding; prefill only.
     """
@@ -190,11 +190,11 @@ class GraphSlots(PagedSlots):
         }
         return read["out"]
 
-    def _lists(self, batch: int) -> LayerLists:
+    def _lists(self, batch: int) -> PageTables:
         """The state as the reference knows it, on tensors that may be changed."""
         held = {name: self.tensors[name] for name in SMALL}
         active = torch.ones(batch, dtype=torch.bool, device=self.scales.device)
-        lists = LayerLists(
+        lists = PageTables(
             self.window, self.shift, **held, active=active, formats=(None, None), scales=self.scales
         )
         return replace(lists, ring_evict=lists.ring_evict.clone()) if self.shift else lists

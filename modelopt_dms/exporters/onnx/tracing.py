@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A DMS model as two functions of tensors only: a decode step, and a chunk of a prompt. Knows neither files nor ops.
+"""A DMS model as two functions of tensors only: a decode step, and a chunk of a prompt.
 
 What a cache object holds elsewhere goes in and comes out as tensors, layer by layer, in the order of `slots.STATE`.
 """

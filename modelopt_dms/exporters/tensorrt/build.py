@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the TensorRT engines of an exported directory, on the GPU that will run them. Knows no model.
+"""Builds the TensorRT engines of an exported directory, on the GPU that will run them.
 
 Both engines are built before the first file is replaced; the manifest is written last.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from modelopt_dms.config.output_dir import whole
+from modelopt_dms.config.output_dir import atomic_file
 from modelopt_dms.runtime.checks import check_files, check_kernels, check_pages, kernel_hashes
 from modelopt_dms.runtime.gpu import Gpu
 from modelopt_dms.runtime.manifest import EngineError, Manifest, ManifestError, Phase
@@ -56,7 +56,7 @@ def build(
     options: BuildOptions | None = None,
     *,
     gpu: Gpu | None = None,
-    say: Callable[[str], None] = lambda text: None,
+    on_progress: Callable[[str], None] = lambda text: None,
 ) -> Manifest:
     """Build the engines and write them beside the graphs.
 
@@ -64,7 +64,7 @@ def build(
         directory: that was exported.
         options: what they are built for.
         gpu: that will run them.
-        say: is told what is being done.
+        on_progress: is told what is being done.
 
     Returns:
         The manifest, with the engines.
@@ -98,11 +98,13 @@ def build(
     began = time.perf_counter()
     plans = {}
     for name in manifest.phases:
-        say(f"building the {name} engine with TensorRT {trt.__version__}; this takes minutes")
+        on_progress(
+            f"building the {name} engine with TensorRT {trt.__version__}; this takes minutes"
+        )
         plans[name] = builder.plan(name)
     engines = {name: f"{name}.engine" for name in plans}
     for name, plan in plans.items():
-        with whole(directory / engines[name]) as temporary:
+        with atomic_file(directory / engines[name]) as temporary:
             temporary.write_bytes(plan)
     facts = {
         "tensorrt": trt.__version__,
@@ -201,7 +203,7 @@ class _Builder:
                 f"TensorRT cannot build an engine of {phase.graph}: {self._log.text()}"
             )
         if cache is not None:
-            with whole(cache) as temporary:
+            with atomic_file(cache) as temporary:
                 temporary.write_bytes(config.get_timing_cache().serialize())
         return plan
 

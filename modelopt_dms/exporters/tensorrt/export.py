@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modelopt_dms.config.output_dir import check_output, staged
+from modelopt_dms.config.output_dir import atomic_dir, check_output
 from modelopt_dms.config.recipe import Recipe
 from modelopt_dms.exporters.hf import write_companions
 from modelopt_dms.exporters.onnx.export import CHUNK, manifest_of, sizes_of, write_graphs
@@ -51,7 +51,7 @@ def export_tensorrt(
         layer_shape(facts)
     sizes = sizes_of(model, chunk, max_length, 1 if plugin_free else decode_programs(facts))
     target = check_output(output_dir)
-    with staged(target) as place:
+    with atomic_dir(target) as place:
         written = write_graphs(model, place, facts, sizes, plugin_free=plugin_free)
         kernels: tuple[Kernel, ...] = ()
         if written.scoring is not None:

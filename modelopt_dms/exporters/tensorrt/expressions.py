@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sums, products and quotients of an op's dims, as the manifest writes them. Knows neither ops nor TensorRT."""
+"""Sums, products and quotients of an op's dims, as the manifest writes them."""
 
 import ast
 from collections.abc import Callable, Iterable, Mapping, Sequence

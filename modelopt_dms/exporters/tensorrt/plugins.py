@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ops as quickly deployable TensorRT plugins, generated from their table. Knows neither torch nor Triton.
+"""The ops as quickly deployable TensorRT plugins, generated from their table.
 
 An engine embeds the kernels, so that it needs neither Python nor a plugin library where it runs.
 """

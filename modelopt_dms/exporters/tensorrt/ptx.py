@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PTX as TensorRT launches it: input pointers, int32 numbers, output pointers. Knows neither Triton nor TensorRT.
+"""PTX as TensorRT launches it: input pointers, int32 numbers, output pointers.
 
 TensorRT passes arguments by place and checks nothing: a kernel that expects another order computes garbage. So the
 parameters of an entry bear the names of the op's tensors, and are compared with the op wherever PTX is read.

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelopt_dms.checkpoints.unified_hf import PACKED_FILE
 from modelopt_dms.checkpoints.written import check_written
-from modelopt_dms.config.output_dir import check_output, staged
+from modelopt_dms.config.output_dir import atomic_dir, check_output
 from modelopt_dms.config.recipe import Recipe
 from modelopt_dms.exporters.hf import ExportError, mark_for_engines, write_companions, write_packed
 from modelopt_dms.exporters.trtllm.backend import ACCEPTED, FACTORY, NAME, TRANSFORMERS
@@ -74,7 +74,7 @@ def export_trtllm(
     _check_cache(model)
     target = check_output(output_dir)
     packed = quantizes(model)
-    with staged(target) as place:
+    with atomic_dir(target) as place:
         if packed:
             write_packed(model, place)
             _finish_quantization(place / PACKED_FILE)

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A DMS model made ready for `torch.export`: every layer's attention is one `gated_attention` node, gates included.
-
-Knows neither TensorRT-LLM nor caches; positions come from the model's position_ids, as a serving engine gives them.
-"""
+"""A DMS model made ready for `torch.export`: every layer's attention is one `gated_attention` node, gates included."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -88,8 +85,8 @@ def _graph_attention(
     """As `attention.dms_attention` for whole sequences q [B, H, T, D], k [B, K, T, D], v [B, K, T, Dv]."""
     step = handover.get(module)
     step.used = True
-    silence = getattr(module.dms_gate, "silence_rotated", None)
-    query = query if silence is None else silence(query)
+    zero_borrowed_dim = getattr(module.dms_gate, "zero_borrowed_dim_rotated", None)
+    query = query if zero_borrowed_dim is None else zero_borrowed_dim(query)
     ratio, key_amax, value_amax = module.dms_served
     out = ops.SOURCE(
         *(x.transpose(1, 2) for x in (query, key, value, step.evict)),

@@ -17,7 +17,7 @@ from torch import Tensor
 from modelopt_dms.exporters.trtllm.state import KNOB, LISTS, STATE, Formats, formats, together
 from modelopt_dms.kernels import Prompt, Scoring, dispatch, reorder, shift_decisions
 from modelopt_dms.kernels.gating import Decided
-from modelopt_dms.kernels.layout import PAGE, LayerLists, PagePool
+from modelopt_dms.kernels.layout import PAGE, PagePool, PageTables
 from modelopt_dms.kernels.prefill_reference import Chunk, expiry
 from modelopt_dms.kernels.rollback import decide_previous
 from modelopt_dms.modeling.paged_attention import CHUNK
@@ -113,13 +113,13 @@ def _cached_gated_attention(
     return out.view(*query.shape[:3], v.shape[-1])
 
 
-def _sequence(lists: LayerLists, slot: int) -> LayerLists:
+def _sequence(lists: PageTables, slot: int) -> PageTables:
     """The lists of one sequence slot; they change in place."""
     own = {name: getattr(lists, name)[slot : slot + 1] for name in (*LISTS, "active")}
     return replace(lists, **own)
 
 
-def _start(pool: PagePool, own: LayerLists, position: int, slot: int) -> None:
+def _start(pool: PagePool, own: PageTables, position: int, slot: int) -> None:
     """Give back what the sequence before had in this slot, or see to it that this one goes on where it stopped."""
     if position == 0:
         reorder.drop(own, pool, own.active)
@@ -138,7 +138,7 @@ def _prompt(
     v: Tensor,
     evict: Tensor,
     pool: PagePool,
-    own: LayerLists,
+    own: PageTables,
     scoring: Scoring,
 ) -> Tensor:
     """Output [T, H, Dv] of one sequence's tokens q [T, H, D], k [T, K, D], v [T, K, Dv], evict [T, K]."""
@@ -167,7 +167,7 @@ def _single(
     v: Tensor,
     evict: Tensor,
     pool: PagePool,
-    lists: LayerLists,
+    lists: PageTables,
     chosen: Tensor,
     scoring: Scoring,
 ) -> Tensor:

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One layer's KV cache as nine tensors that a serving engine owns: pages, and the lists of its sequence slots.
-
-Knows neither TensorRT-LLM nor graphs. Shapes: N pages, S sequence slots, K KV heads, P pages a list can own, R ring.
-"""
+"""One layer's KV cache as nine tensors that a serving engine owns: pages, and the lists of its sequence slots. Shapes: N pages, S sequence slots, K KV heads, P pages a list can own, R ring."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modelopt_dms.kernels.layout import PAGE, LayerLists, PagePool, RowLayout
+from modelopt_dms.kernels.layout import PAGE, PagePool, PageTables, RowLayout
 from modelopt_dms.kernels.number_formats import Fp8, RowFormat
 
 POOL = ("keys", "values", "free", "counters")
@@ -65,7 +62,7 @@ class Layer:
             )
             return getattr(PagePool.make(pages, keys, values, device), name)
         active = torch.ones(slots, dtype=torch.bool, device=device)
-        lists = LayerLists.make(slots, self.heads, most, self.window, self.shift, active)
+        lists = PageTables.make(slots, self.heads, most, self.window, self.shift, active)
         return getattr(lists, name)
 
 
@@ -83,12 +80,12 @@ def formats(key_amax: float | None, value_amax: float | None) -> Formats:
 def _scales(
     key_amax: float | None, value_amax: float | None, heads: int, device: torch.device
 ) -> Tensor:
-    """Factors [4, K] of encoding and decoding; see `LayerLists`."""
+    """Factors [4, K] of encoding and decoding; see `PageTables`."""
     active = torch.ones(1, dtype=torch.bool, device=device)
-    return LayerLists.make(1, heads, 1, 1, 0, active, formats(key_amax, value_amax)).scales
+    return PageTables.make(1, heads, 1, 1, 0, active, formats(key_amax, value_amax)).scales
 
 
-def together(given: dict[str, Any], key: Tensor, value: Tensor) -> tuple[PagePool, LayerLists]:
+def together(given: dict[str, Any], key: Tensor, value: Tensor) -> tuple[PagePool, PageTables]:
     """A layer's tensors as a pool and the lists of all slots.
 
     Args:
@@ -113,7 +110,7 @@ def together(given: dict[str, Any], key: Tensor, value: Tensor) -> tuple[PagePoo
         free=given["free"],
         counters=given["counters"],
     )
-    lists = LayerLists(
+    lists = PageTables(
         given["window"],
         given["shift"],
         **{name: given[name] for name in LISTS},

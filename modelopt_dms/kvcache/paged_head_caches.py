@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Slots for one layer's KV rows in pages on a device, which all layers of a cache share.
 
-`PagedSlots` keeps what `kvcache.slot_lists.SlotLists` keeps, and shows the same face; what it does with tokens stands
-in `kernels.append` and `kernels.append_reference`. Knows neither attention nor Hugging Face.
+`PagedHeadCaches` keeps what `kvcache.head_caches.HeadCaches` keeps, and shows the same face; what it does with tokens
+stands in `kernels.append` and `kernels.append_reference`.
 
 Shapes: B sequences, K KV heads, T new tokens.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from modelopt_dms.kernels import append_reference, dispatch, reorder
 from modelopt_dms.kernels.gating import Decided, GateInput
-from modelopt_dms.kernels.layout import NO_PAGE, PAGE, LayerLists, PagePool, RowLayout
+from modelopt_dms.kernels.layout import NO_PAGE, PAGE, PagePool, PageTables, RowLayout
 from modelopt_dms.kernels.number_formats import RowFormat
 from modelopt_dms.kernels.prefill_reference import expiry
 from modelopt_dms.kernels.rollback import LONGEST_DRAFT, UndoLog, decide_previous, take_back
@@ -25,7 +25,7 @@ from modelopt_dms.kvcache.usage import Usage
 
 @dataclass
 class PagedUsage:
-    """What a layer's cache holds. Waits for the device when it is settled, not when it is made.
+    """What a layer's cache holds. Waits for the device in `synchronized`, not when it is made.
 
     Attributes:
         state: the layer's lists, without their rows.
@@ -36,14 +36,14 @@ class PagedUsage:
         row_values: numbers in one key and value row.
     """
 
-    state: LayerLists
+    state: PageTables
     padding: Tensor
     page_bytes: int
     log_bytes: int
     row_bytes: int
     row_values: int
 
-    def settled(self) -> Usage:
+    def synchronized(self) -> Usage:
         """The numbers as they are now."""
         state = self.state
         pages = int((state.table != NO_PAGE).sum())
@@ -56,7 +56,7 @@ class PagedUsage:
         )
 
 
-class PagedSlots:
+class PagedHeadCaches:
     """The slots of one layer for B sequences and K KV heads, in pages.
 
     Attributes:
@@ -67,7 +67,7 @@ class PagedSlots:
         padding: positions [B] that were padding.
     """
 
-    state: LayerLists
+    state: PageTables
     usage: PagedUsage
     padding: Tensor
 
@@ -229,7 +229,7 @@ class PagedSlots:
         self._log, self._recoverable = None, 0
         self._count()
 
-    def emptied(self) -> "PagedSlots":
+    def emptied(self) -> "PagedHeadCaches":
         """These, after they have given their pages back."""
         self.clear()
         return self
@@ -294,7 +294,7 @@ class PagedSlots:
             width = max(self.shared.width, -(-T // PAGE))
             B, K = k.shape[:2]
             active = self.shared.active
-            self.state = LayerLists.make(B, K, width, self.window, self.shift, active, self.formats)
+            self.state = PageTables.make(B, K, width, self.window, self.shift, active, self.formats)
             self.padding = torch.zeros(B, dtype=torch.int32, device=k.device)
             self._row_values = k.shape[-1] + v.shape[-1]
             self._count()

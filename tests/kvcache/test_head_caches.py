@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SlotLists against the definition: which rows are held follows from the history alone, however it came about."""
+"""HeadCaches against the definition: which rows are held follows from the history alone, however it came about."""
 
 import math
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
 
-from modelopt_dms.kvcache.slot_lists import LONGEST_DRAFT, PAGE, ROLLBACK, SlotLists
+from modelopt_dms.kvcache.head_caches import LONGEST_DRAFT, PAGE, ROLLBACK, HeadCaches
 
 KEY_DIM, VALUE_DIM = 2, 3
 ROW_BYTES = 4 * (KEY_DIM + VALUE_DIM)
@@ -72,13 +72,13 @@ def chunk(B: int, K: int, T: int, first: int, rate: float, padding: float, seed:
     )
 
 
-def append(slots: SlotLists, new: History) -> None:
+def append(slots: HeadCaches, new: History) -> None:
     k = new.number[..., None].expand(-1, -1, -1, KEY_DIM).float()
     v = -new.number[..., None].expand(-1, -1, -1, VALUE_DIM).float()
     slots.append(k, v, new.decided, new.valid)
 
 
-def assert_holds(slots: SlotLists, history: History) -> None:
+def assert_holds(slots: HeadCaches, history: History) -> None:
     """Rows, lengths, pending tokens and bytes are what the history says."""
     slots.check_integrity()
     assert slots.seen == history.length
@@ -128,7 +128,7 @@ class Histories(RuleBasedStateMachine):
         padding: float,
         seed: int,
     ) -> None:
-        self.slots = SlotLists(window, shift)
+        self.slots = HeadCaches(window, shift)
         self.slots.rollback = rollback
         self.history = chunk(B, K, T, 1, 0.5, padding, seed)
         self.next_number = 1 + self.history.number.numel()
@@ -215,7 +215,7 @@ def test_length_and_memory_follow_the_formula_whatever_the_chunks(
 ) -> None:
     T = sum(sizes)
     whole = chunk(2, 2, T, 1, rate, 0.0, seed=T)
-    slots = SlotLists(window, shift)
+    slots = HeadCaches(window, shift)
     for end, size in zip(torch.tensor(sizes).cumsum(0).tolist(), sizes, strict=True):
         start = end - size
         append(
@@ -240,7 +240,7 @@ def test_taking_back_and_appending_again_equals_never_having_appended(
     prompt = chunk(1, 2, 30, 1, 0.5, 0.0, seed)
     wrong = chunk(1, 2, tokens, 1000, 0.5, 0.0, seed + 1)
     right = chunk(1, 2, 15, 2000, 0.5, 0.0, seed + 2)
-    detour, straight = SlotLists(7, shift), SlotLists(7, shift)
+    detour, straight = HeadCaches(7, shift), HeadCaches(7, shift)
     for slots in (detour, straight):
         append(slots, prompt)
     append(detour, wrong)
@@ -254,7 +254,7 @@ def test_taking_back_and_appending_again_equals_never_having_appended(
 
 def test_after_a_prompt_a_draft_of_the_default_length_can_be_taken_back() -> None:
     history = chunk(1, 1, LONGEST_DRAFT + 1, 1, 0.5, 0.0, 0)
-    slots = SlotLists(4, 0)
+    slots = HeadCaches(4, 0)
     append(slots, history)
     slots.crop(ROLLBACK)
     assert_holds(slots, history.crop(ROLLBACK))
@@ -264,7 +264,7 @@ def test_after_a_prompt_a_draft_of_the_default_length_can_be_taken_back() -> Non
 
 def test_a_long_draft_can_be_taken_back_whole_until_the_next_chunk() -> None:
     prompt, draft = chunk(1, 2, 100, 1, 0.5, 0.0, 0), chunk(1, 2, LONGEST_DRAFT, 200, 0.5, 0.0, 1)
-    slots = SlotLists(4, 0)
+    slots = HeadCaches(4, 0)
     append(slots, prompt)
     append(slots, draft)
     slots.crop(LONGEST_DRAFT)
@@ -273,7 +273,7 @@ def test_a_long_draft_can_be_taken_back_whole_until_the_next_chunk() -> None:
 
 def test_a_crop_that_fails_changes_nothing() -> None:
     history = chunk(1, 2, LONGEST_DRAFT + 1, 1, 0.5, 0.0, 0)
-    slots = SlotLists(4, 0)
+    slots = HeadCaches(4, 0)
     append(slots, history)
     with pytest.raises(ValueError, match="cannot take back 25 tokens.*delay window 4, limit 24"):
         slots.crop(25)
@@ -281,7 +281,7 @@ def test_a_crop_that_fails_changes_nothing() -> None:
 
 
 def test_memory_stops_growing_when_everything_is_evicted() -> None:
-    slots = SlotLists(15, 0)
+    slots = HeadCaches(15, 0)
     sizes = []
     for step in range(200):
         append(slots, chunk(1, 1, 1, step, 1.0, 0.0, step))
@@ -292,7 +292,7 @@ def test_memory_stops_growing_when_everything_is_evicted() -> None:
 
 
 def test_copied_sequences_do_not_share_memory() -> None:
-    slots = SlotLists(3, 0)
+    slots = HeadCaches(3, 0)
     history = chunk(2, 1, 10, 1, 0.5, 0.0, 0)
     append(slots, history)
     slots.select(torch.tensor([1, 1, 0, 1]))

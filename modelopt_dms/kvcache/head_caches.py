@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Slots for one layer's KV rows: what is kept, where, and until when. Knows neither attention nor Hugging Face.
+"""Slots for one layer's KV rows: what is kept, where, and until when.
 
 Every (sequence, KV head) owns a dense list of slots, in buffers of its own that grow by pages. A ring remembers the
 slots of the last W + 1 tokens and what was decided about them: when a marked token leaves the window, the newest token
@@ -29,7 +29,7 @@ class _Undo:
     rows: list[tuple[int, int, Tensor, Tensor]]
 
 
-class SlotLists:
+class HeadCaches:
     """The slots of one layer for B sequences and K KV heads."""
 
     def __init__(self, window: int, shift: int) -> None:
@@ -47,9 +47,9 @@ class SlotLists:
         self.values: list[Tensor] = []
         self._undo: deque[_Undo] = deque()
 
-    def emptied(self) -> "SlotLists":
+    def emptied(self) -> "HeadCaches":
         """Empty slots like these."""
-        return SlotLists(self.window, self.shift)
+        return HeadCaches(self.window, self.shift)
 
     @property
     def ring(self) -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PagedSlots beside SlotLists: the same rows, lengths and pending tokens, through chunks, padding, beams, rollbacks."""
+"""PagedHeadCaches beside HeadCaches: the same rows, lengths, pending tokens; chunks, padding, beams, rollbacks."""
 
 import hypothesis.strategies as st
 import pytest
@@ -13,9 +13,9 @@ from modelopt_dms.kernels import dispatch
 from modelopt_dms.kernels.gating import Decided
 from modelopt_dms.kernels.layout import PAGE, OutOfPagesError
 from modelopt_dms.kernels.prefill_reference import NEVER
+from modelopt_dms.kvcache.head_caches import HeadCaches
 from modelopt_dms.kvcache.page_pool import SharedPool
-from modelopt_dms.kvcache.paged_slots import PagedSlots
-from modelopt_dms.kvcache.slot_lists import SlotLists
+from modelopt_dms.kvcache.paged_head_caches import PagedHeadCaches
 
 CPU = torch.device("cpu")
 K, D = 2, 16
@@ -34,7 +34,7 @@ def sorted_rows(x: Tensor) -> list[list[int]]:
     return sorted(x.contiguous().view(torch.uint8).tolist())
 
 
-def assert_same(paged: PagedSlots, plain: SlotLists) -> None:
+def assert_same(paged: PagedHeadCaches, plain: HeadCaches) -> None:
     """Rows as multisets, since tokens that came together may lie in another order; and what is pending."""
     assert paged.seen == plain.seen
     assert torch.equal(paged.live, plain.live.int())
@@ -68,8 +68,10 @@ class Layers(RuleBasedStateMachine):
     ) -> None:
         self.formats: Formats = FORMATS[name]
         self.shared = SharedPool(CPU, self.impl, layers=LAYERS)
-        self.paged = [PagedSlots(window, shift, self.shared, self.formats) for _ in range(LAYERS)]
-        self.plain = [SlotLists(window, shift) for _ in range(LAYERS)]
+        self.paged = [
+            PagedHeadCaches(window, shift, self.shared, self.formats) for _ in range(LAYERS)
+        ]
+        self.plain = [HeadCaches(window, shift) for _ in range(LAYERS)]
         self.batch = batch
         self.recoverable = 0
         self.append(T=T, rate=0.6, padding=0.0, seed=seed)
@@ -150,8 +152,8 @@ Kernels.TestCase.settings = settings(
 test_with_kernels_too = Kernels.TestCase
 
 
-def fixed(pages: int, batch: int = 2, width: int = 3, window: int = 2) -> PagedSlots:
-    return PagedSlots(window, 0, limited(pages, batch, width))
+def fixed(pages: int, batch: int = 2, width: int = 3, window: int = 2) -> PagedHeadCaches:
+    return PagedHeadCaches(window, 0, limited(pages, batch, width))
 
 
 def limited(pages: int, batch: int, width: int) -> SharedPool:
@@ -159,7 +161,7 @@ def limited(pages: int, batch: int, width: int) -> SharedPool:
     return SharedPool(CPU, batch=batch, width=width, max_bytes=pages * PAGE * 2 * D * 2)
 
 
-def append(slots: PagedSlots, T: int, rate: float, seed: int = 0, batch: int = 2) -> None:
+def append(slots: PagedHeadCaches, T: int, rate: float, seed: int = 0, batch: int = 2) -> None:
     slots.append(*tokens(batch, T, rate, seed), None)
 
 
@@ -167,7 +169,7 @@ def test_a_pool_that_grows_asks_the_device_once_in_a_page_of_tokens(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     shared = SharedPool(CPU, layers=3)
-    layers = [PagedSlots(2, 0, shared) for _ in range(3)]
+    layers = [PagedHeadCaches(2, 0, shared) for _ in range(3)]
     asked = 0
     tolist = Tensor.tolist
 
@@ -219,7 +221,7 @@ def test_a_fixed_pool_that_runs_out_names_its_size_and_what_to_change() -> None:
 
 def test_finished_sequences_give_their_pages_back_and_take_in_nothing() -> None:
     shared = limited(20, 2, 3)
-    layers = [PagedSlots(2, 0, shared) for _ in range(2)]
+    layers = [PagedHeadCaches(2, 0, shared) for _ in range(2)]
     for slots in layers:
         append(slots, 70, 0.0)
     assert int(shared.pool.counters[0]) == 20 - 2 * 2 * K * 2
@@ -236,7 +238,7 @@ def test_finished_sequences_give_their_pages_back_and_take_in_nothing() -> None:
 
 
 def test_released_sequences_cannot_be_selected() -> None:
-    slots = PagedSlots(2, 0, SharedPool(CPU))
+    slots = PagedHeadCaches(2, 0, SharedPool(CPU))
     append(slots, 3, 0.0)
     slots.release(torch.tensor([False, True]))
     with pytest.raises(ValueError, match=r"released sequences cannot be selected: got \[0, 1\]"):
@@ -248,7 +250,7 @@ def test_released_sequences_cannot_be_selected() -> None:
 
 def test_a_cleared_cache_starts_anew_and_its_numbers_stay() -> None:
     shared = SharedPool(CPU)
-    slots = PagedSlots(2, 0, shared)
+    slots = PagedHeadCaches(2, 0, shared)
     append(slots, 70, 0.0)
     usage = slots.usage
     slots.clear()
@@ -261,7 +263,7 @@ def test_a_cleared_cache_starts_anew_and_its_numbers_stay() -> None:
 
 
 def test_usage_counts_pages_in_use_and_what_a_dense_cache_would_take() -> None:
-    slots = PagedSlots(2, 0, SharedPool(CPU, layers=4), FORMATS["fp8"])
+    slots = PagedHeadCaches(2, 0, SharedPool(CPU, layers=4), FORMATS["fp8"])
     append(slots, 100, 0.9)
     row = 2 * D
     pages = sum(-(-x // PAGE) for x in slots.live.flatten().tolist())
@@ -278,7 +280,7 @@ def test_usage_counts_pages_in_use_and_what_a_dense_cache_would_take() -> None:
 @pytest.mark.parametrize("shift", [0, 1])
 def test_expiry_tells_until_when_marked_slots_are_read(shift: int) -> None:
     window = 5
-    slots = PagedSlots(window, shift, SharedPool(CPU))
+    slots = PagedHeadCaches(window, shift, SharedPool(CPU))
     append(slots, 30, 0.6)
     slots.decide_previous(torch.tensor([[True, False], [False, True]]))
     expiry = slots.expiry(40)
@@ -294,11 +296,11 @@ def test_expiry_tells_until_when_marked_slots_are_read(shift: int) -> None:
 
 def test_layers_must_store_alike_and_hold_as_many_sequences() -> None:
     shared = SharedPool(CPU)
-    append(PagedSlots(2, 0, shared), 3, 0.0)
+    append(PagedHeadCaches(2, 0, shared), 3, 0.0)
     with pytest.raises(ValueError, match="must store rows alike"):
-        append(PagedSlots(2, 0, shared, FORMATS["fp8"]), 3, 0.0)
+        append(PagedHeadCaches(2, 0, shared, FORMATS["fp8"]), 3, 0.0)
     with pytest.raises(ValueError, match="holds 2 sequences, got 3"):
-        append(PagedSlots(2, 0, shared), 3, 0.0, batch=3)
+        append(PagedHeadCaches(2, 0, shared), 3, 0.0, batch=3)
     with pytest.raises(ValueError, match="holds 2 sequences, got 3"):
         append(fixed(pages=9), 3, 0.0, batch=3)
     with pytest.raises(ValueError, match="impl='cuda' must be 'auto', 'triton' or 'reference'"):
