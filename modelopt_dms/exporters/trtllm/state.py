@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One layer's KV cache as nine tensors that a serving engine owns: pages, and the lists of its sequence slots. Shapes: N pages, S sequence slots, K KV heads, P pages a list can own, R ring."""
+"""One layer's KV cache as nine tensors that a serving engine owns: pages, and the lists of its sequence slots.
+
+Shapes: N pages, S sequence slots, K KV heads, P pages a list can own, R ring.
+"""
 
 from dataclasses import dataclass
 from functools import lru_cache
