@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Python source lines of the running interpreter's standard library, split into train and held out.
 
-Needs no download: every machine that runs the
-project has this text, and hashing file names keeps the two splits apart everywhere.
+Needs no download: every machine that runs the project has this text, and hashing file names keeps
+the two splits apart everywhere.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Slots for one layer's KV rows in pages on a device, which all layers of a cache share.
 
-`PagedHeadCaches` keeps what `kvcache.head_caches.HeadCaches` keeps, and both follow `LayerCache`; what it does with tokens
+`PagedHeadCaches` keeps what `head_caches.HeadCaches` keeps, and both follow `LayerCache`; what it does with tokens
 stands in `kernels.append` and `kernels.append_reference`.
 
 Shapes: B sequences, K KV heads, T new tokens.
