@@ -4,9 +4,9 @@
     python benchmarks/calibration.py --output benchmarks/results/calibration.json
 
 Part one, the embedded model at 2048 tokens: gates calibrated once and set to one compression ratio after the other,
-against a sliding window with 4 sinks and random eviction with as many live tokens at the end, and against presses of
-kvpress with as many at the end of the context (they keep all that follows). kvpress asks for an older transformers; its
-package, unmodified, is used if it can be imported:
+against a sliding window with 4 sinks and random eviction with as many resident tokens at the end, and against presses
+of kvpress with as many at the end of the context (they keep all that follows). kvpress asks for an older transformers;
+its package, unmodified, is used if it can be imported:
 
     pip install --no-deps kvpress "cachetools<6" fire termcolor peft
 
@@ -79,9 +79,11 @@ def evaluate(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, 
         "questions": questions,
         "perplexity": text.value,
         "compression_ratio": len(parts) / sum(1 / x.end.compression_ratio for x in parts),
-        "live_tokens": {x: s.end.live_tokens for x, s in zip((*TASKS, TEXT), parts, strict=True)},
-        "context_live_tokens": {
-            x: s.context.live_tokens for x, s in zip((*TASKS, TEXT), parts, strict=True)
+        "resident_tokens": {
+            x: s.end.resident_tokens for x, s in zip((*TASKS, TEXT), parts, strict=True)
+        },
+        "context_resident_tokens": {
+            x: s.context.resident_tokens for x, s in zip((*TASKS, TEXT), parts, strict=True)
         },
     }
 
@@ -89,7 +91,7 @@ def evaluate(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, 
 def heuristics(
     model: PreTrainedModel, base: PreTrainedModel, tokenizer: Any, ours: dict[str, Any], args: Any
 ) -> dict[str, dict[str, float]]:
-    """Accuracy and perplexity of what was never fitted, task by task with the live tokens that ours had."""
+    """Accuracy and perplexity of what was never fitted, task by task with the resident tokens that ours had."""
     found: dict[str, dict[str, float]] = {}
 
     def add(name: str, scored: dict[str, Any]) -> None:
@@ -99,7 +101,7 @@ def heuristics(
         if TEXT in scored:
             found[name]["perplexity"] = scored[TEXT].value
 
-    live = ours["live_tokens"]
+    live = ours["resident_tokens"]
     asked: tuple[str, ...] = (*TASKS, TEXT)
     add(
         "sliding_window",
@@ -130,7 +132,7 @@ def heuristics(
         for task in TASKS:
             # What `measure` asks; perplexity is left out: a press acts at the end of a prompt only.
             episodes = make_episodes(task, tokenizer, LENGTH, args.episodes, args.seed, QUESTIONS)
-            ratio = 1.0 - ours["context_live_tokens"][task] / LENGTH
+            ratio = 1.0 - ours["context_resident_tokens"][task] / LENGTH
             pressed: Any = Pressed(base, press(compression_ratio=ratio))
             scored[task] = score_task(pressed, episodes, chunk=LENGTH)
         add(f"kvpress {name}", scored)

@@ -97,7 +97,7 @@ def evaluate(model: PreTrainedModel, tokenizer: Any, args: argparse.Namespace) -
         "questions": questions,
         "perplexity": text.value,
         "compression_ratio": sum(x.compression_ratio for x in ends) / len(ends),
-        "kv_bytes_per_token": sum(x.kv_bytes for x in ends) / sum(x.logical_tokens for x in ends),
+        "kv_bytes_per_token": sum(x.kv_bytes for x in ends) / sum(x.context_tokens for x in ends),
     }
 
 

@@ -60,21 +60,21 @@ def decode_in_turns(
 
 
 def cache_numbers(cache: Cache) -> dict[str, float]:
-    """Bytes, live tokens and what the live tokens alone would take."""
+    """Bytes, resident tokens and what the resident tokens alone would take."""
     try:
         stats = kv_stats(cache)
     except ValueError:
         layers: Sequence[Any] = cache.layers
         held = sum(x.keys.nbytes + x.values.nbytes for x in layers)
         tokens = cache.get_seq_length()
-        return {"kv_bytes": held, "live_tokens": tokens, "compression_ratio": 1.0, "slack": 1.0}
+        return {"kv_bytes": held, "resident_tokens": tokens, "compression_ratio": 1.0, "slack": 1.0}
     live = sum(
-        x.live.sum().item() * x.dense_bytes / (x.logical.sum().item() * x.live.shape[1])
+        x.resident.sum().item() * x.dense_bytes / (x.context.sum().item() * x.resident.shape[1])
         for x in stats.layers
     )
     return {
         "kv_bytes": stats.kv_bytes,
-        "live_tokens": stats.live_tokens,
+        "resident_tokens": stats.resident_tokens,
         "compression_ratio": stats.compression_ratio,
         "slack": stats.kv_bytes / live,
     }
@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = [row for shape in SHAPES for row in bench(shape, args)]
     where = machine()
     Console(width=130).print(
-        table(rows, f"{args.tokens} logical tokens, window {args.window}, float32")
+        table(rows, f"{args.tokens} context tokens, window {args.window}, float32")
     )
     settings = {"tokens": args.tokens, "window": args.window, "steps": args.steps}
     save(args.output, {"machine": where, "settings": settings, "rows": rows}, draw)

@@ -273,7 +273,7 @@ def measure(bench: Bench, model: PreTrainedModel, point: Point) -> Row:
         # Dense generate compiles itself on CUDA; so do we.
         options |= {"custom_generate": dms.graphed, "compile": bench.device.type == "cuda"}
         stats = dms.kv_stats(cache)
-        live = stats.live_tokens
+        live = stats.resident_tokens
         kv_bytes = stats.dense_bytes * live / T
     filled = time.perf_counter()
     ids = torch.randint(model.config.vocab_size, (B, T + 1), device=bench.device)
@@ -287,7 +287,7 @@ def measure(bench: Bench, model: PreTrainedModel, point: Point) -> Row:
         **asdict(point),
         "ms_per_step": ms,
         "tokens_per_s": 1e3 * B / ms,
-        "live_tokens": live,
+        "resident_tokens": live,
         "kv_bytes": kv_bytes,
         "peak_bytes": torch.cuda.max_memory_allocated() if bench.device.type == "cuda" else None,
         "limit_ms": limit,
@@ -437,7 +437,7 @@ def tables(content: dict[str, Any]) -> Iterator[Table]:
             str(row["batch"]) + (" max" if row.get("largest") else ""),
             f"{row['ms_per_step']:.2f}",
             f"{row['tokens_per_s']:.0f}",
-            f"{row['live_tokens']:.0f}",
+            f"{row['resident_tokens']:.0f}",
             "" if peak is None else f"{peak / 1e9:.0f}",
             f"{row['limit_ms']:.2f}" if "limit_ms" in row else "",
         )

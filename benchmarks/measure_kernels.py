@@ -657,7 +657,7 @@ def draw(figure: Any, content: dict[str, Any]) -> None:
             if points:
                 left.plot(*zip(*points, strict=True), style, label=label, ms=4, lw=1)
     left.set_xscale("log", base=2)
-    left.set_xlabel(f"lists of {mean} live tokens on average")
+    left.set_xlabel(f"lists of {mean} resident tokens on average")
     left.set_ylabel("share of a copy's bandwidth")
     for op, style in (("prefill", "o-"), ("train", "x--")):
         rows = [r for r in content["rows"] if r["op"] == op and "us" in r]

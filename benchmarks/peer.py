@@ -106,7 +106,7 @@ def measure(checkout: str, shape: str, context: int, batch: int, cr: float) -> d
         "cr": cache.get_cr(),
         "ms_per_step": ms,
         "tokens_per_s": 1e3 * batch / ms,
-        "live_tokens": context / cache.get_cr(),
+        "resident_tokens": context / cache.get_cr(),
         "peak_bytes": torch.cuda.max_memory_allocated(),
     }
 

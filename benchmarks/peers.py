@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention of others on the same live tokens: PyTorch's SDPA and flex, and FlashInfer, XQA, FA3 where importable.
+"""Attention of others on the same resident tokens: PyTorch's SDPA and flex, and FlashInfer, XQA, FA3 where importable.
 
 Each maker takes `Paged` (plain rows) and gives a function of the layer's index whose output is [B, H, D]. The last
 three see every list as a sequence with one KV head, and read our pages as they lie. None of them is needed.

@@ -181,8 +181,8 @@ class Study:
         for episode in self.episodes(key):
             score = score_task(model, [episode], chunk=len(episode.context_ids))
             right, asked = right + round(score.value * score.count), asked + score.count
-            kept.append(score.context.live_tokens)
-            seen, lived = seen + score.end.logical_tokens, lived + score.end.live_tokens
+            kept.append(score.context.resident_tokens)
+            seen, lived = seen + score.end.context_tokens, lived + score.end.resident_tokens
         return {"right": right, "asked": asked, "compression_ratio": seen / lived, "kept": kept}
 
     def fidelity(self, model: Any, key: Row) -> Row:
@@ -194,7 +194,7 @@ class Study:
         found = asdict(summarize(compared))
         found |= {"tail_kl": kl.mean().item(), "tail_kl_p99": kl.quantile(0.99).item()}
         found["tail_top1"] = torch.cat([x.same[-TAIL:] for x in compared]).double().mean().item()
-        kept = [x.live_tokens(len(ids) - TAIL) for x, ids in zip(compared, texts, strict=True)]
+        kept = [x.resident_tokens(len(ids) - TAIL) for x, ids in zip(compared, texts, strict=True)]
         return {**found, "tail": len(kl), "kept": kept}
 
     def peers(self, length: int) -> None:

@@ -235,8 +235,8 @@ def search(
 
 
 def _mean(parts: list[Footprint]) -> Footprint:
-    seen = sum(x.logical_tokens for x in parts) / len(parts)
-    live = sum(x.live_tokens for x in parts) / len(parts)
+    seen = sum(x.context_tokens for x in parts) / len(parts)
+    live = sum(x.resident_tokens for x in parts) / len(parts)
     return Footprint(seen, live, sum(x.kv_bytes for x in parts) / len(parts), seen / live)
 
 
@@ -258,7 +258,7 @@ def texts(tokenizer: PreTrainedTokenizerBase, length: int, seed: int) -> dict[st
 
 def answers_table(rows: list[dict[str, Any]], held: Mapping[str, Footprint]) -> Table:
     """Question, right answer, and what each method said."""
-    seen = held["full"].logical_tokens
+    seen = held["full"].context_tokens
     table = Table(
         title=f"\nAsked about a text of {seen:.0f} tokens",
         title_justify="left",
@@ -268,7 +268,7 @@ def answers_table(rows: list[dict[str, Any]], held: Mapping[str, Footprint]) -> 
     table.add_column("question", ratio=3)
     table.add_column("right", ratio=2)
     for method, words in METHODS.items():
-        tokens = round(held[method].live_tokens)
+        tokens = round(held[method].resident_tokens)
         table.add_column(f"{words}\n{tokens} tokens", ratio=2)
     for row in rows:
         said = [verdict(x, row["right"]) for x in row["answers"].values()]
@@ -297,7 +297,7 @@ def found_table(
     caches: Mapping[str, Footprint],
 ) -> Table:
     """Facts found and what the caches held, one column a method."""
-    seen = caches["full"].logical_tokens
+    seen = caches["full"].context_tokens
     table = Table(
         title=f"\nFacts found in {sum(asked.values())} other texts of {seen:.0f} tokens on average",
         title_justify="left",
@@ -315,7 +315,7 @@ def found_table(
         )
     held = [caches[x] for x in METHODS]
     table.add_section()
-    table.add_row("tokens held by a head", *(f"{x.live_tokens:.0f}" for x in held))
+    table.add_row("tokens held by a head", *(f"{x.resident_tokens:.0f}" for x in held))
     table.add_row("compression ratio", *(f"{x.compression_ratio:.2f}x" for x in held))
     table.add_row("KV bytes a token read", *(f"{x.kv_bytes / seen:,.0f}" for x in held))
     return table
@@ -374,14 +374,14 @@ def picture(
         },
         {KINDS[family]: n for family, n in plan.count.items()},
         f"What is left of a text of {len(told.ids)} tokens in the cache of {name}, and what is still known",
-        f"{dms.live_tokens:.0f} of {dms.logical_tokens:.0f} tokens",
+        f"{dms.resident_tokens:.0f} of {dms.context_tokens:.0f} tokens",
     )
 
 
 def ending(output: Path, results: Mapping[str, Any]) -> str:
     """What was done, where it lies, and what to try next."""
     dms, seconds = results["caches"]["dms"], results["seconds"]
-    held = f"{dms['live_tokens']:.0f} of {dms['logical_tokens']:.0f} tokens ({dms['compression_ratio']:.1f}x fewer)"
+    held = f"{dms['resident_tokens']:.0f} of {dms['context_tokens']:.0f} tokens ({dms['compression_ratio']:.1f}x fewer)"
     return f"""
 [bold]Done[/bold] in {seconds["total"]:.0f} s, {seconds["compress"]:.0f} of them to compress.
 Each head of the cache decided for itself what to forget, before any question was known, and held {held}.

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from live_length import LiveTrace, draw_live_length, trace_live_length
+from live_length import LiveTrace, draw_resident_length, trace_resident_length
 from rich.console import Console
 from transformers import (
     AutoModelForCausalLM,
@@ -89,8 +89,10 @@ def run(output: Path, plan: Plan, seed: int, console: Console) -> dict[str, Any]
     length = max(plan.lengths)
     (episode,) = make_episodes("recall", tokenizer, length, 1, seed + 1)
     show_answer(model, tokenizer, episode, console)
-    budget = next(r for r in rows if r["method"] == "dms" and r["length"] == length)["live_tokens"]
-    draw_live_length(
+    budget = next(r for r in rows if r["method"] == "dms" and r["length"] == length)[
+        "resident_tokens"
+    ]
+    draw_resident_length(
         traces(model, episode, budget, seed),
         output / "live_length.png",
         "Live KV cache while one conversation is read, then answered token by token",
@@ -125,7 +127,7 @@ def compare(
     seed: int,
     console: Console,
 ) -> list[dict[str, Any]]:
-    """Rows of every method, task and length; the peers get the live tokens that DMS really had."""
+    """Rows of every method, task and length; the peers get the resident tokens that DMS really had."""
     rows = []
     full = peers.full_cache(model)
     for task in (*TASKS, TEXT):
@@ -140,9 +142,9 @@ def compare(
                 scores = {
                     "full": ask(full),
                     "dms": dms,
-                    "sliding_window": ask(peers.sliding_window(model, dms.end.live_tokens)),
+                    "sliding_window": ask(peers.sliding_window(model, dms.end.resident_tokens)),
                     "random": ask(
-                        random_peer(model, dms.end.live_tokens, dms.end.logical_tokens, seed)
+                        random_peer(model, dms.end.resident_tokens, dms.end.context_tokens, seed)
                     ),
                 }
             rows += [
@@ -153,11 +155,11 @@ def compare(
 
 
 def random_peer(
-    model: PreTrainedModel, live_tokens: float, logical_tokens: float, seed: int
+    model: PreTrainedModel, resident_tokens: float, context_tokens: float, seed: int
 ) -> PreTrainedModel:
-    """Random eviction that ends with as many live tokens."""
+    """Random eviction that ends with as many resident tokens."""
     window = gates(model)[0].window
-    fraction = peers.fraction_for_budget(live_tokens, logical_tokens, window)
+    fraction = peers.fraction_for_budget(resident_tokens, context_tokens, window)
     return peers.random_eviction(model, fraction, seed)
 
 
@@ -180,7 +182,7 @@ def show_answer(
 
 
 def traces(
-    model: PreTrainedModel, episode: Episode, live_tokens: float, seed: int
+    model: PreTrainedModel, episode: Episode, resident_tokens: float, seed: int
 ) -> dict[str, LiveTrace]:
     """Live length over one conversation, by method."""
     context = len(episode.context_ids)
@@ -190,10 +192,10 @@ def traces(
     methods = {
         "full": peers.full_cache(model),
         "dms": model,
-        "sliding_window": peers.sliding_window(model, live_tokens),
-        "random": random_peer(model, live_tokens, len(ids), seed),
+        "sliding_window": peers.sliding_window(model, resident_tokens),
+        "random": random_peer(model, resident_tokens, len(ids), seed),
     }
-    return {name: trace_live_length(peer, ids, context) for name, peer in methods.items()}
+    return {name: trace_resident_length(peer, ids, context) for name, peer in methods.items()}
 
 
 def versions() -> dict[str, str]:

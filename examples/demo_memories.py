@@ -150,7 +150,7 @@ def memories(plain: PreTrainedModel, model: PreTrainedModel, ids: list[int]) -> 
         ids: token ids of the text.
     """
     full, dms = read(plain, ids), read(model, ids)
-    kept = round(footprint(dms).live_tokens)
+    kept = round(footprint(dms).resident_tokens)
     return {
         "full": Memory(plain, full, ids),
         "dms": Memory(model, dms, ids),

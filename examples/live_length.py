@@ -20,7 +20,7 @@ class LiveTrace:
 
     Attributes:
         seen: tokens seen [N] at each measurement.
-        live: live tokens [N, layers, K].
+        live: resident tokens [N, layers, K].
         context: how many of the tokens were read; the rest were generated one by one.
     """
 
@@ -30,7 +30,7 @@ class LiveTrace:
 
 
 @torch.no_grad()
-def trace_live_length(
+def trace_resident_length(
     model: PreTrainedModel, ids: Sequence[int], context: int, chunk: int = 16
 ) -> LiveTrace:
     """Feed a text through the cache of a converted model, its `context` in chunks, the rest by token, and measure."""
@@ -41,11 +41,11 @@ def trace_live_length(
         out = model(input_ids=part, use_cache=True, logits_to_keep=1, **given)
         cache = cache_of(out)
         seen.append(seen[-1] + part.shape[1])
-        live.append(torch.stack([layer.live[0] for layer in kv_stats(cache).layers]))
+        live.append(torch.stack([layer.resident[0] for layer in kv_stats(cache).layers]))
     return LiveTrace(seen, torch.stack([torch.zeros_like(live[0]), *live]), context)
 
 
-def draw_live_length(traces: Mapping[str, LiveTrace], path: Path, title: str) -> None:
+def draw_resident_length(traces: Mapping[str, LiveTrace], path: Path, title: str) -> None:
     """Write a PNG: left the mean live length of each method, with "full"; right each layer and head of "dms"."""
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -67,7 +67,7 @@ def draw_live_length(traces: Mapping[str, LiveTrace], path: Path, title: str) ->
     for axes in (left, right):
         axes.axvline(dms.context, color="grey", lw=0.8, ls=":")
         axes.set_xlabel("tokens seen (dotted line: end of the context)")
-        axes.set_ylabel("live tokens")
+        axes.set_ylabel("resident tokens")
         axes.legend(fontsize=8)
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)

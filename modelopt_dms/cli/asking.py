@@ -69,7 +69,7 @@ def generate(
     if stats:
         held = kv_stats(network)
         out.print(str(held), highlight=False)
-        length = int(held.logical_tokens)
+        length = int(held.context_tokens)
         if (expected := expected_ratios(network, length)) is not None:
             low, high = expected
             out.print(
@@ -122,7 +122,7 @@ def evaluate(
         write_json(json_file, rows)
     out.print(results_table(rows))
     found = (
-        ratio_warning(network, row["compression_ratio"], int(row["logical_tokens"]), cr)
+        ratio_warning(network, row["compression_ratio"], int(row["context_tokens"]), cr)
         for row in rows
     )
     # One is enough: the table shows the others.

@@ -219,7 +219,7 @@ def _summary(session: "Session", last: int) -> str:
     size = stats.pages * model.page_bytes / 2**20
     end = "eos" if last in model.eos else "length"
     return (
-        f"{stats.seen[0]} tokens, {stats.live[0]:.1f} live in a list on average; {stats.pages} pages of all layers "
+        f"{stats.seen[0]} tokens, {stats.live[0]:.1f} resident on average; {stats.pages} pages of all layers "
         f"({size:.2f} MiB)\nprefill {1000 * stats.prefill_seconds:.1f} ms, decode {decode:.2f} ms a step, "
         f"{stats.decode_steps} steps; ended by {end}"
     )

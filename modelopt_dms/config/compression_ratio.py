@@ -5,7 +5,7 @@ Symbols: T tokens of a sequence, W delay window, P protected first tokens, e evi
 
 The last W + 1 tokens of a sequence are always live, and so are the first P. The others are its *evictable* tokens:
 
-    E = T - (W + 1) - P        live = T - e * E        CR = T / live
+    E = T - (W + 1) - P        resident = T - e * E        CR = T / resident
 
 So the plain target e = 1 - 1/CR (paper, arXiv 2506.05345) gives less than CR on a sequence of finite length. Solved
 for e:
@@ -24,7 +24,7 @@ def evictable_tokens(length: int, window: int, protect_first: int = 0) -> int:
 
 
 def physical_cr(evicted_fraction: float, length: int, window: int, protect_first: int = 0) -> float:
-    """Logical over live tokens of a head after `length` tokens, of whose evictable ones this share was evicted."""
+    """Context over resident tokens of a head after `length` tokens, of whose evictable ones this share was evicted."""
     return length / (length - evicted_fraction * evictable_tokens(length, window, protect_first))
 
 
@@ -46,7 +46,7 @@ def check_reachable(
     field: str = "sequence_length",
     wanted: str = "target_cr",
 ) -> None:
-    """Refuse a compression ratio that always-live tokens rule out at the length of the samples.
+    """Refuse a compression ratio that always-resident tokens rule out at the length of the samples.
 
     Args:
         target_cr: wanted compression ratio.
@@ -59,15 +59,15 @@ def check_reachable(
     Raises:
         ValueError: W + 1 + P is more than T / CR.
     """
-    always_live = window + 1 + protect_first
-    if target_cr == 1.0 or always_live * target_cr <= length:
+    always_resident = window + 1 + protect_first
+    if target_cr == 1.0 or always_resident * target_cr <= length:
         return
     protected = f" + protect_first={protect_first}" if protect_first else ""
     widest = int(length / target_cr) - 1 - protect_first
     raise ValueError(
         f"{wanted}={target_cr:g} cannot be reached with window={window}{protected} at "
-        f"{field}={length}: {always_live} tokens are always live, but only "
+        f"{field}={length}: {always_resident} tokens are always resident, but only "
         f"{length / target_cr:.0f} may be; use {field} >= "
-        f"{-int(-always_live * target_cr // 1)}"
+        f"{-int(-always_resident * target_cr // 1)}"
         + (f" or window <= {widest}" if widest >= 1 else "")
     )

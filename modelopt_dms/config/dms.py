@@ -13,7 +13,7 @@ class DMSConfig(Section):
     """The facts about a DMS model that its weights alone do not tell. Stored with the model."""
 
     target_cr: float = ModeloptField(default=4.0, ge=1.0, title="Target compression ratio")
-    """Wanted ratio of logical to live tokens in the KV cache, reached at the length trained on."""
+    """Wanted ratio of context to resident tokens in the KV cache, reached at the length trained on."""
     window: int = ModeloptField(default=256, ge=1, le=LONGEST, title="Delay window in tokens")
     """A token marked for eviction stays readable until it is more than this many tokens old."""
     gate: Literal["adapter", "residual", "neuron"] = ModeloptField(

@@ -42,7 +42,7 @@ class Comparison:
     marked: Tensor
     window: int
 
-    def live_tokens(self, length: int | None = None) -> float:
+    def resident_tokens(self, length: int | None = None) -> float:
         """Tokens that a head holds, on average, when `length` tokens have been read; all by default."""
         length = len(self.marked) if length is None else length
         gone = self.marked[: max(0, length - self.window - 1)]
@@ -62,7 +62,7 @@ class Fidelity:
         top1: share of tokens with the same most likely token.
         perplexity_full: with the full cache.
         perplexity: with eviction.
-        compression_ratio: physical, at the end of the samples: logical over live tokens.
+        compression_ratio: physical, at the end of the samples: context over resident tokens.
         compression_ratios: of each sample.
     """
 
@@ -131,7 +131,7 @@ def summarize(comparisons: Sequence[Comparison]) -> Fidelity:
         raise ValueError("no samples to compare")
     kl = torch.cat([x.kl for x in comparisons]).double()
     logical = [len(x.kl) for x in comparisons]
-    live = [x.live_tokens() for x in comparisons]
+    live = [x.resident_tokens() for x in comparisons]
 
     def perplexity(losses: list[Tensor]) -> float:
         return math.exp(torch.cat(losses).double().mean().item())

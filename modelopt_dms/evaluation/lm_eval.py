@@ -53,10 +53,10 @@ class Held:
 
     def add_cache(self, stats: KVStats) -> None:
         """Count a cache when its batch was done."""
-        count = len(stats.layers[0].logical)
+        count = len(stats.layers[0].context)
         self.sequences += count
-        self.context += stats.logical_tokens * count
-        self.resident += stats.live_tokens * count
+        self.context += stats.context_tokens * count
+        self.resident += stats.resident_tokens * count
         self.kv_bytes = (self.kv_bytes or 0) + stats.kv_bytes
         self.dense += stats.dense_bytes
         self.kept += stats.dense_bytes / stats.compression_ratio

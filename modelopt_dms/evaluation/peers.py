@@ -109,11 +109,13 @@ def full_cache(model: Model) -> Model:
     return peer
 
 
-def sliding_window(model: Model, live_budget: float, sinks: int = SINKS) -> Model:
-    """A copy whose KV heads hold `live_budget` tokens, the first `sinks` and the newest; learnt gates are not used."""
-    window = round(live_budget) - sinks - 1
+def sliding_window(model: Model, resident_budget: float, sinks: int = SINKS) -> Model:
+    """A copy whose KV heads hold `resident_budget` tokens, the first `sinks` and the newest; its gates are not used."""
+    window = round(resident_budget) - sinks - 1
     if window < 1:
-        raise ValueError(f"live_budget={live_budget:g} must be at least sinks + 2 = {sinks + 2}")
+        raise ValueError(
+            f"resident_budget={resident_budget:g} must be at least sinks + 2 = {sinks + 2}"
+        )
     return _with_gates(model, lambda gate: SlidingWindowGate(gate, window, sinks))
 
 
@@ -132,12 +134,12 @@ def _with_gates(model: Model, make: Callable[[EvictionGate], EvictionGate]) -> M
     return peer
 
 
-def fraction_for_budget(live_budget: float, logical_tokens: float, window: int) -> float:
-    """Share of tokens to mark so that `live_budget` live; the newest window + 1 always do."""
-    old = logical_tokens - window - 1
+def fraction_for_budget(resident_budget: float, context_tokens: float, window: int) -> float:
+    """Share of tokens to mark so that `resident_budget` live; the newest window + 1 always do."""
+    old = context_tokens - window - 1
     if old <= 0:
         return 0.0
-    return min(1.0, max(0.0, 1 - (live_budget - window - 1) / old))
+    return min(1.0, max(0.0, 1 - (resident_budget - window - 1) / old))
 
 
 # From keys [B, K, T, D] and a number to the tokens that stay [B, K, kept].

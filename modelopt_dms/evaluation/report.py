@@ -20,7 +20,7 @@ def results_table(rows: Sequence[Mapping[str, Any]], title: str = "") -> Table:
     named = any("method" in row for row in rows)
     for name in ("task", "context", *(["method"] if named else [])):
         table.add_column(name, no_wrap=True)
-    for name in ("result", "live", "logical", "KV kB", "CR"):
+    for name in ("result", "resident", "context", "KV kB", "CR"):
         table.add_column(name, justify="right", no_wrap=True)
     previous = None
     for row in rows:
@@ -33,8 +33,8 @@ def results_table(rows: Sequence[Mapping[str, Any]], title: str = "") -> Table:
             "" if group == previous else str(row["length"]),
             *([str(row.get("method", ""))] if named else []),
             f"{100 * row['value']:.1f} %" if is_accuracy else f"ppl {row['value']:.2f}",
-            f"{row['live_tokens']:.0f}",
-            f"{row['logical_tokens']:.0f}",
+            f"{row['resident_tokens']:.0f}",
+            f"{row['context_tokens']:.0f}",
             f"{row['kv_bytes'] / 1000:,.0f}",
             f"{row['compression_ratio']:.2f}x",
         )

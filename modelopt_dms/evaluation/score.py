@@ -33,14 +33,14 @@ class Footprint:
     """What the KV cache of one sequence held, on average over sequences.
 
     Attributes:
-        logical_tokens: tokens seen.
-        live_tokens: tokens held by a KV head, mean over layers and heads.
+        context_tokens: tokens seen.
+        resident_tokens: tokens held by a KV head, mean over layers and heads.
         kv_bytes: bytes allocated for keys and values.
-        compression_ratio: logical over live tokens, over layers and heads by bytes.
+        compression_ratio: context over resident tokens, over layers and heads by bytes.
     """
 
-    logical_tokens: float
-    live_tokens: float
+    context_tokens: float
+    resident_tokens: float
     kv_bytes: float
     compression_ratio: float
 
@@ -69,8 +69,8 @@ class Score:
             "metric": self.metric,
             "value": self.value,
             "count": self.count,
-            "logical_tokens": self.end.logical_tokens,
-            "live_tokens": self.end.live_tokens,
+            "context_tokens": self.end.context_tokens,
+            "resident_tokens": self.end.resident_tokens,
             "kv_bytes": self.end.kv_bytes,
             "compression_ratio": self.end.compression_ratio,
             "context_compression_ratio": self.context.compression_ratio,
@@ -81,10 +81,10 @@ def footprint(cache: Cache) -> Footprint:
     """What one sequence of a cache holds on average; a plain model's cache holds everything, unless it was `cut`."""
     if any(isinstance(layer, DMSLayer) for layer in cache.layers):
         stats = kv_stats(cache)
-        sequences = len(stats.layers[0].logical)
+        sequences = len(stats.layers[0].context)
         return Footprint(
-            stats.logical_tokens,
-            stats.live_tokens,
+            stats.context_tokens,
+            stats.resident_tokens,
             stats.kv_bytes / sequences,
             stats.compression_ratio,
         )
@@ -208,7 +208,7 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 8,
 ) -> list[Row]:
-    """Every task at every length, as rows {task, length, metric, value, live_tokens, ...}.
+    """Every task at every length, as rows {task, length, metric, value, resident_tokens, ...}.
 
     Args:
         model: a causal LM; plain ones report a dense cache. Left in eval mode.
@@ -258,8 +258,8 @@ def _mean(parts: list[tuple[int, Footprint]]) -> Footprint:
         return sum(count * value(part) for count, part in parts) / total
 
     return Footprint(
-        mean(lambda x: x.logical_tokens),
-        mean(lambda x: x.live_tokens),
+        mean(lambda x: x.context_tokens),
+        mean(lambda x: x.resident_tokens),
         mean(lambda x: x.kv_bytes),
         1.0 / mean(lambda x: 1.0 / x.compression_ratio),
     )

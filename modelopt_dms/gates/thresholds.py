@@ -73,18 +73,18 @@ class Curve:
         """The point at a compression ratio, interpolated between measured ones.
 
         Args:
-            cr: wanted ratio of logical to live tokens.
+            cr: wanted ratio of context to resident tokens.
             length: tokens of the sequence that shall have it; the curve's by default.
 
         Raises:
             CompressionError: out of what was measured, or impossible at this length.
         """
         length = self.length if length is None else length
-        always_live = self.window + 1 + self.protect_first
-        if cr < 1.0 or cr * always_live > length:
+        always_resident = self.window + 1 + self.protect_first
+        if cr < 1.0 or cr * always_resident > length:
             raise CompressionError(
-                f"cr={cr:g} must be at least 1 and, as {always_live} tokens are always live, at most "
-                f"{length / always_live:.3g} at length={length}"
+                f"cr={cr:g} must be at least 1 and, as {always_resident} tokens are always resident, at most "
+                f"{length / always_resident:.3g} at length={length}"
             )
         wanted = target_evicted_fraction(cr, length, self.window, self.protect_first)
         least, most = (x.evicted_fraction for x in (self.points[0], self.points[-1]))
@@ -240,7 +240,7 @@ def set_compression(model: PreTrainedModel, cr: float, *, length: int | None = N
 
     Args:
         model: a DMS model with a curve, such as `compress` makes.
-        cr: wanted ratio of logical to live tokens in the KV cache; about 1 evicts nothing.
+        cr: wanted ratio of context to resident tokens in the KV cache; about 1 evicts nothing.
         length: tokens of a sequence that shall have this ratio; by default the length the curve was measured at.
             Shorter sequences compress less, longer ones more.
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face's face of the slots: a cache layer with a logical and a live length, and what it costs."""
+"""The Hugging Face cache layer of a DMS model: its length in context and in resident tokens, and what it costs."""
 
 import inspect
 from collections.abc import Callable
@@ -377,16 +377,16 @@ class LayerStats:
 
     Attributes:
         layer_idx: index of the layer in the model.
-        live: tokens held [B, K], of the sequences that hold any.
-        logical: tokens seen [B], likewise.
+        resident: tokens held [B, K], of the sequences that hold any.
+        context: tokens seen [B], likewise.
         kv_bytes: bytes allocated for keys and values, scales included.
         dense_bytes: bytes that the same tokens need without eviction, in the same number format.
         bf16_bytes: bytes that the same tokens need without eviction, in bfloat16.
     """
 
     layer_idx: int
-    live: Tensor
-    logical: Tensor
+    resident: Tensor
+    context: Tensor
     kv_bytes: int
     dense_bytes: int
     bf16_bytes: int
@@ -399,16 +399,16 @@ class KVStats:
     layers: list[LayerStats]
 
     @property
-    def live_tokens(self) -> float:
-        """Mean live tokens of a KV head."""
-        return sum(x.live.sum().item() for x in self.layers) / sum(
-            x.live.numel() for x in self.layers
+    def resident_tokens(self) -> float:
+        """Mean resident tokens of a KV head."""
+        return sum(x.resident.sum().item() for x in self.layers) / sum(
+            x.resident.numel() for x in self.layers
         )
 
     @property
-    def logical_tokens(self) -> float:
+    def context_tokens(self) -> float:
         """Mean tokens seen by a sequence."""
-        return self.layers[0].logical.double().mean().item()
+        return self.layers[0].context.double().mean().item()
 
     @property
     def kv_bytes(self) -> int:
@@ -432,8 +432,8 @@ class KVStats:
 
     @property
     def compression_ratio(self) -> float:
-        """Logical over live tokens, averaged over layers and heads by bytes."""
-        rows = [(x.dense_bytes, x.live, x.logical) for x in self.layers]
+        """Context over resident tokens, averaged over layers and heads by bytes."""
+        rows = [(x.dense_bytes, x.resident, x.context) for x in self.layers]
         live = sum(
             dense * (held.sum() / (seen.sum() * held.shape[1])).item() for dense, held, seen in rows
         )
@@ -441,15 +441,15 @@ class KVStats:
 
     def __str__(self) -> str:
         """A table, one line a layer."""
-        lines = ["layer  logical  live (min / mean / max of heads)        bytes  compression"]
+        lines = ["layer  context  resident (min / mean / max of heads)    bytes  compression"]
         for x in self.layers:
-            live, logical = x.live.double(), x.logical.double().mean().item()
+            held, seen = x.resident.double(), x.context.double().mean().item()
             lines.append(
-                f"{x.layer_idx:5d} {logical:8.0f}  {live.min():8.0f} / {live.mean():8.1f} / {live.max():8.0f}"
-                f" {x.kv_bytes:12d} {x.logical.double().mean() / live.mean():11.2f}x"
+                f"{x.layer_idx:5d} {seen:8.0f}  {held.min():8.0f} / {held.mean():8.1f} / {held.max():8.0f}"
+                f" {x.kv_bytes:12d} {x.context.double().mean() / held.mean():11.2f}x"
             )
         lines.append(
-            f"total {self.logical_tokens:8.0f}  {self.live_tokens:8.1f} live on average {'':12s}"
+            f"total {self.context_tokens:8.0f}  {self.resident_tokens:8.1f} resident on average {'':12s}"
             f" {self.kv_bytes:12d} {self.compression_ratio:11.2f}x"
         )
         lines.append(
@@ -459,7 +459,7 @@ class KVStats:
 
 
 def kv_stats(source: nn.Module | Cache) -> KVStats:
-    """Live and logical tokens and bytes of a cache, or of the last cache that a model used.
+    """Resident and context tokens and bytes of a cache, or of the last cache that a model used.
 
     Args:
         source: a converted model after a forward or `generate`, or the cache it returned.

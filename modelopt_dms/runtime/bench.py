@@ -20,8 +20,8 @@ class Times:
         prefill_tokens_per_second: read, one prompt after the other.
         decode_ms: of one step for all prompts, choosing tokens included.
         tokens_per_second: generated for all prompts together, while decoding.
-        live_tokens: mean live slots of a list at the end.
-        logical_tokens: that its sequence has.
+        resident_tokens: mean live slots of a list at the end.
+        context_tokens: that its sequence has.
         filled_pages: that live slots fill at the end, of all layers together.
         filled_bytes: of them.
     """
@@ -33,8 +33,8 @@ class Times:
     prefill_tokens_per_second: float
     decode_ms: float
     tokens_per_second: float
-    live_tokens: float
-    logical_tokens: int
+    resident_tokens: float
+    context_tokens: int
     filled_pages: int
     filled_bytes: int
 
@@ -64,8 +64,8 @@ def bench(session: Session, prompt_length: int, new_tokens: int, seed: int = 0) 
         prefill_tokens_per_second=stats.prompt_tokens / stats.prefill_seconds,
         decode_ms=1000 * decode / max(stats.decode_steps, 1),
         tokens_per_second=stats.decode_tokens / decode if decode else 0.0,
-        live_tokens=sum(stats.live) / batch,
-        logical_tokens=stats.seen[0],
+        resident_tokens=sum(stats.live) / batch,
+        context_tokens=stats.seen[0],
         filled_pages=stats.pages,
         filled_bytes=stats.pages * model.page_bytes,
     )

@@ -54,7 +54,7 @@ class RetrofitResult:
     """What a retrofit did, and what it achieved on samples it never trained on.
 
     Evicted fractions are shares of the tokens whose eviction takes effect (all but a document's last window + 1);
-    compression ratios are physical ones, logical over live tokens of a sequence of `sequence_length` tokens.
+    compression ratios are physical ones, context over resident tokens of a sequence of `sequence_length` tokens.
 
     Attributes:
         steps: optimizer steps.

@@ -137,7 +137,7 @@ def test_a_checkpoint_of_nvidia_computes_what_their_formulae_say(
         logits, cache = feed(model, ids, split)
         assert distance(logits, expected) < 1e-5
     # The check is worth something only if much is evicted.
-    assert kv_stats(cache).live_tokens < 0.8 * LENGTH
+    assert kv_stats(cache).resident_tokens < 0.8 * LENGTH
 
 
 @torch.no_grad()
@@ -173,7 +173,7 @@ def test_a_checkpoint_that_disables_eviction_evicts_nothing(tmp_path: Path) -> N
     for loaded in (model, load(tmp_path / "ours")):
         logits, cache = feed(loaded, ids, [17] + [1] * (LENGTH - 17))
         assert distance(logits, expected) < 1e-5
-        assert kv_stats(cache).live_tokens == LENGTH
+        assert kv_stats(cache).resident_tokens == LENGTH
         with pytest.raises(CompressionError, match="dms_config.evict=false"):
             set_compression(loaded, 2.0)
 

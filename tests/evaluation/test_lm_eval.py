@@ -128,8 +128,8 @@ def check(row: dict[str, Any], expected: list[KVStats]) -> None:
     ratio = sum(x.dense_bytes for x in expected) / kept
     assert row["sequences"] == n
     assert row["compression_ratio"] == pytest.approx(ratio) and ratio > 1.2
-    assert row["context_tokens"] == pytest.approx(sum(x.logical_tokens for x in expected) / n)
-    assert row["resident_tokens"] == pytest.approx(sum(x.live_tokens for x in expected) / n)
+    assert row["context_tokens"] == pytest.approx(sum(x.context_tokens for x in expected) / n)
+    assert row["resident_tokens"] == pytest.approx(sum(x.resident_tokens for x in expected) / n)
 
 
 def test_the_command_scores_a_directory_and_reports_the_cache_that_it_was_scored_on(

@@ -124,8 +124,8 @@ def test_a_plain_model_is_scored_with_its_dense_cache(
     row_bytes = 2 * 2 * 2 * 8 * 4  # layers, heads, key and value, head dim, float32
     for row in rows:
         assert row["compression_ratio"] == 1.0
-        assert row["live_tokens"] == row["logical_tokens"]
-        assert row["kv_bytes"] == row_bytes * row["logical_tokens"]
+        assert row["resident_tokens"] == row["context_tokens"]
+        assert row["kv_bytes"] == row_bytes * row["context_tokens"]
 
 
 def test_the_converted_model_with_eviction_off_scores_as_the_plain_one(
@@ -160,7 +160,7 @@ def test_a_sliding_window_holds_its_budget_and_the_sinks(forgetful: Any, budget:
             cache = peer(
                 input_ids=ids[:, :1], past_key_values=cache, use_cache=True
             ).past_key_values
-    assert all((layer.live == round(budget)).all() for layer in kv_stats(cache).layers)
+    assert all((layer.resident == round(budget)).all() for layer in kv_stats(cache).layers)
     # The first layer's keys depend on their own token only.
     dense = random_like(peer, ids)
     for sequence in range(2):
@@ -208,7 +208,7 @@ def test_the_fraction_for_a_budget_gives_that_budget(forgetful: Any) -> None:
     peer = peers.random_eviction(forgetful, peers.fraction_for_budget(250, 1000, WINDOW))
     with torch.no_grad():
         cache = peer(input_ids=ids, use_cache=True).past_key_values
-    assert kv_stats(cache).live_tokens == pytest.approx(250, rel=0.08)
+    assert kv_stats(cache).resident_tokens == pytest.approx(250, rel=0.08)
     assert peers.fraction_for_budget(1000, 1000, WINDOW) == 0.0
     assert peers.fraction_for_budget(10, 1000, WINDOW) == 1.0
     assert peers.fraction_for_budget(10, 10, WINDOW) == 0.0
@@ -230,7 +230,7 @@ def test_peers_leave_the_model_alone(forgetful: Any) -> None:
 
 
 def test_impossible_peers_are_refused(forgetful: Any) -> None:
-    with pytest.raises(ValueError, match="live_budget=5 must be at least"):
+    with pytest.raises(ValueError, match="resident_budget=5 must be at least"):
         peers.sliding_window(forgetful, 5)
     with pytest.raises(ValueError, match="evicted_fraction=1.5"):
         peers.random_eviction(forgetful, 1.5)
@@ -238,12 +238,14 @@ def test_impossible_peers_are_refused(forgetful: Any) -> None:
 
 def test_a_trace_ends_with_what_the_cache_holds(forgetful: Any) -> None:
     ids = list(range(3, 93))
-    trace = load("examples/live_length.py").trace_live_length(forgetful, ids, context=80, chunk=16)
+    trace = load("examples/live_length.py").trace_resident_length(
+        forgetful, ids, context=80, chunk=16
+    )
     assert trace.seen == [0, 16, 32, 48, 64, 80, *range(81, 91)]
     assert trace.live.shape == (16, 2, 2)
     with torch.no_grad():
         cache = forgetful(input_ids=torch.tensor([ids]), use_cache=True).past_key_values
-    held = torch.stack([layer.live[0] for layer in kv_stats(cache).layers])
+    held = torch.stack([layer.resident[0] for layer in kv_stats(cache).layers])
     assert torch.equal(trace.live[-1], held)
 
 

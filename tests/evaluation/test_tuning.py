@@ -42,7 +42,7 @@ def test_it_answers_from_what_calibrated_gates_kept_and_a_window_of_equal_budget
 ):
     dms.set_compression(model, 4.0)
     ours = measure(model, tokenizer, task, LENGTH, 2, 0)
-    window = peers.sliding_window(model, ours.end.live_tokens)
+    window = peers.sliding_window(model, ours.end.resident_tokens)
     assert ours.end.compression_ratio > 3.0
     assert ours.value > 0.9
     assert measure(window, tokenizer, task, LENGTH, 2, 0).value < 0.6

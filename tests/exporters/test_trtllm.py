@@ -285,7 +285,7 @@ def test_the_lists_are_as_long_as_those_of_our_own_cache(
     generated(llama, prompt, 20)
     for i, layer in enumerate(kv_stats(llama).layers):
         live = next(x for name, x in server.caches.items() if name == f"r{9 * i + 5}_live")
-        assert torch.equal(live[1].long(), layer.live[0])
+        assert torch.equal(live[1].long(), layer.resident[0])
         assert live[1].max() < 49  # something was evicted
         table = server.caches[f"r{9 * i + 4}_table"]
         assert not table[0].any() and table[1].any()

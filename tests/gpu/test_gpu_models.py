@@ -39,7 +39,7 @@ def test_logits_and_live_lengths_are_those_of_the_cpu(family: str) -> None:
         model = build_dms(family).to(device)
         with torch.no_grad():
             logits, cache = feed(model, ids.to(device), [100, 1, 1, 1, 30, *[1] * 17])
-        found.append((logits.cpu(), [x.live.cpu() for x in kv_stats(cache).layers]))
+        found.append((logits.cpu(), [x.resident.cpu() for x in kv_stats(cache).layers]))
     assert all(
         isinstance(x.slots, PagedHeadCaches) for x in cache.layers if isinstance(x, DMSLayer)
     )

@@ -126,7 +126,7 @@ def test_eviction_off_equals_the_untouched_eager_model(family: str, ids: Tensor)
         assert distance(model(ids, use_cache=True).logits, expected) < 1e-6
         chunked, cache = feed(model, ids, [10, 1, 9, 4])
     assert distance(chunked, expected) < 1e-6
-    assert kv_stats(cache).live_tokens == LENGTH
+    assert kv_stats(cache).resident_tokens == LENGTH
 
 
 @torch.no_grad()
@@ -188,8 +188,8 @@ def test_live_length_is_what_the_decisions_say(
     for stats in kv_stats(cache).layers:
         outside = ~record.hard[stats.layer_idx][..., : LENGTH - WINDOW - 1]
         expected = outside.sum(-1) + WINDOW + 1
-        assert torch.equal(stats.live, expected.expand_as(stats.live))
-        assert stats.logical.tolist() == [LENGTH] * 2
+        assert torch.equal(stats.resident, expected.expand_as(stats.resident))
+        assert stats.context.tolist() == [LENGTH] * 2
     if family in LATENT:
         assert {x.shape[1] for x in record.hard.values()} == {1}
 

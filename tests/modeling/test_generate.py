@@ -82,10 +82,10 @@ def test_several_samples_of_one_prompt_have_lists_of_their_own(llama: PreTrained
         llama, tokens(1, PROMPT), do_sample=True, num_return_sequences=4, max_new_tokens=40
     )
     assert len({tuple(row) for row in out.tolist()}) == 4
-    live = torch.stack([layer.live for layer in kv_stats(llama).layers])
+    live = torch.stack([layer.resident for layer in kv_stats(llama).layers])
     assert live.shape[1] == 4 and len(live.sum((0, 2)).unique()) > 1
     rows = [generate(llama, row[None], max_new_tokens=1) for row in out[:, :-1]]
-    assert torch.equal(kv_stats(llama).layers[0].live[0], live[0, 3])
+    assert torch.equal(kv_stats(llama).layers[0].resident[0], live[0, 3])
     assert len(rows) == 4
 
 
@@ -95,14 +95,14 @@ def test_a_left_padded_batch_equals_each_row_alone(model: PreTrainedModel) -> No
     lives = []
     for ids in prompts:
         generate(model, ids)
-        lives.append(torch.stack([x.live[0] for x in kv_stats(model).layers]))
+        lives.append(torch.stack([x.resident[0] for x in kv_stats(model).layers]))
     padded = torch.stack([torch.nn.functional.pad(x[0], (PROMPT - x.shape[1], 0)) for x in prompts])
     mask = (padded != 0).long()
     together = model.generate(padded, attention_mask=mask, max_new_tokens=NEW)
     assert torch.equal(together[:, PROMPT:], torch.stack(alone))
     stats = kv_stats(model)
-    assert torch.equal(torch.stack([x.live for x in stats.layers]), torch.stack(lives, dim=1))
-    assert stats.layers[0].logical.tolist() == [n + NEW - 1 for n in (5, 11, PROMPT)]
+    assert torch.equal(torch.stack([x.resident for x in stats.layers]), torch.stack(lives, dim=1))
+    assert stats.layers[0].context.tolist() == [n + NEW - 1 for n in (5, 11, PROMPT)]
 
 
 def test_streaming_gives_the_same_tokens(llama: PreTrainedModel) -> None:
@@ -220,9 +220,11 @@ def test_stats_count_what_is_really_allocated(llama: PreTrainedModel, storage: s
     rows = sum(k.numel() + v.numel() for _, _, k, v in held)
     assert stats.kv_bytes == 4 * (sum(x.numel() for x in buffers) + rows)
     assert stats.dense_bytes == 2 * 60 * 2 * 2 * (8 + 8) * 4  # B, T, layers, K, D of k and v, bytes
-    assert [x.live.tolist() for x in stats.layers] == [x.slots.live.tolist() for x in cache.layers]
-    assert stats.logical_tokens == 60 and 20 < stats.live_tokens < 45
-    assert stats.compression_ratio == pytest.approx(60 / stats.live_tokens)
+    assert [x.resident.tolist() for x in stats.layers] == [
+        x.slots.live.tolist() for x in cache.layers
+    ]
+    assert stats.context_tokens == 60 and 20 < stats.resident_tokens < 45
+    assert stats.compression_ratio == pytest.approx(60 / stats.resident_tokens)
     assert f"{stats.compression_ratio:.2f}x" in str(stats)
 
 
@@ -245,7 +247,7 @@ def test_every_option_means_the_same_in_every_path(facts: dict[str, Any]) -> Non
             logits, cache = feed(model, ids, sizes)
             assert distance(logits, full) < 1e-5
     first = facts.get("protect_first", 0)
-    alone = kv_stats(cache).layers[0].live
+    alone = kv_stats(cache).layers[0].resident
     assert bool((alone < 40).all()) and bool((alone >= first).all())
     if facts.get("granularity") == "layer":
         assert torch.equal(alone[:, 0], alone[:, 1])

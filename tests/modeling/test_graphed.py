@@ -41,7 +41,7 @@ def left_padded() -> tuple[Tensor, Tensor]:
 
 
 def live(model: PreTrainedModel) -> Tensor:
-    return torch.stack([x.live for x in kv_stats(model).layers])
+    return torch.stack([x.resident for x in kv_stats(model).layers])
 
 
 def test_greedy_tokens_and_live_lengths_are_those_of_generate(model: PreTrainedModel) -> None:
@@ -77,8 +77,8 @@ def test_finished_sequences_are_padded_and_give_their_pages_back(llama: PreTrain
     released = ~cache.active
     assert released.any()
     left = int(cache.active.sum())
-    assert [x.live.shape[0] for x in kv_stats(cache).layers] == [left] * 2
-    assert kv_stats(cache).logical_tokens > PROMPT
+    assert [x.resident.shape[0] for x in kv_stats(cache).layers] == [left] * 2
+    assert kv_stats(cache).context_tokens > PROMPT
     for layer in cache.layers:
         assert not layer.slots.state.live[released].any()
         assert not layer.slots.state.table[released].any()

@@ -47,7 +47,7 @@ def test_a_window_that_holds_the_longest_sequence_is_full_attention(config: str,
     assert distance(full, expected) > 0.01
     logits, cache = feed(model, ids, [10] + [1] * 14)
     assert distance(logits, full) < 1e-5
-    assert kv_stats(cache).live_tokens < 24
+    assert kv_stats(cache).resident_tokens < 24
     model.save_pretrained(tmp_path)
     assert torch.equal(load(tmp_path)(ids, use_cache=False).logits, full)
 

@@ -247,7 +247,7 @@ def test_bytes_are_those_of_the_format_scales_included(recipe: str, row: int) ->
     _, cache = feed(model, tokens(1, 200), [200])
     stats = kv_stats(cache)
     for layer in stats.layers:
-        rows = int(layer.live.sum())
+        rows = int(layer.resident.sum())
         assert rows * 2 * row <= layer.kv_bytes <= (rows + 2 * (16 + 200 // 16 + 1)) * 2 * row
         assert layer.bf16_bytes == 200 * 2 * 2 * 128 * 2
     assert stats.memory_reduction == pytest.approx(
@@ -439,7 +439,7 @@ def test_gates_opened_after_quantization_evict_from_the_quantized_cache(ids: Ten
         full = model(ids, use_cache=False).logits
         logits, cache = feed(model, ids, [1] * LENGTH)
     assert distance(logits, full) < FLIPS
-    assert kv_stats(cache).live_tokens < LENGTH
+    assert kv_stats(cache).resident_tokens < LENGTH
 
 
 @torch.no_grad()

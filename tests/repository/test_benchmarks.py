@@ -81,10 +81,10 @@ def test_whole_models_are_measured_dense_and_compressed(load, tmp_path: Path) ->
     }
     for row in rows:
         assert row["tokens_per_s"] == pytest.approx(1e3 * row["batch"] / row["ms_per_step"])
-        assert row["context"] / row["live_tokens"] == pytest.approx(row["cr"], rel=0.1)
+        assert row["context"] / row["resident_tokens"] == pytest.approx(row["cr"], rel=0.1)
         assert row["limit_ms"] > 0
     eight, sixteen = (
-        row["kv_bytes"] / row["live_tokens"]
+        row["kv_bytes"] / row["resident_tokens"]
         for row in (rows[-1], next(x for x in rows if x["cr"] == 4 and x["batch"] == 2))
     )
     assert eight == sixteen / 4  # float32 on a CPU

@@ -75,7 +75,7 @@ def test_a_cut_cache_holds_exactly_so_many_rows_of_every_head(choose: Any, embed
             assert after.values[0, k].equal(before.values[0, k, index[0, k]])
     assert full.layers[0].keys.shape[2] == 50  # not changed
     held, whole = footprint(left), footprint(full)
-    assert (held.logical_tokens, held.live_tokens) == (50, 13)
+    assert (held.context_tokens, held.resident_tokens) == (50, 13)
     assert held.compression_ratio == pytest.approx(50 / 13)
     assert held.kv_bytes == pytest.approx(whole.kv_bytes * 13 / 50)
 
@@ -119,10 +119,10 @@ def test_a_cut_that_cannot_be_is_refused(kept: int, embedded: Any) -> None:
 def test_the_peers_hold_as_many_tokens_as_dms_on_average(output: Path) -> None:
     found = json.loads((output / "results.json").read_text())
     caches = found["answer_caches"]
-    live = {method: x["live_tokens"] for method, x in caches.items()}
+    live = {method: x["resident_tokens"] for method, x in caches.items()}
     assert live["keydiff"] == live["streaming"] == round(live["dms"]) < live["full"]
     for x in caches.values():
-        assert x["logical_tokens"] == live["full"]
+        assert x["context_tokens"] == live["full"]
     assert caches["keydiff"]["kv_bytes"] / live["keydiff"] == pytest.approx(
         caches["full"]["kv_bytes"] / live["full"]
     )
@@ -147,9 +147,9 @@ def test_what_the_picture_shows_is_what_the_cache_holds(demo: ModuleType, output
     tokenizer = load_base("embedded", dtype="float32")[1]
     told = demo.story(tokenizer, 400)
     held = demo.heads_holding(model, told.ids)
-    heads = sum(x.live.shape[1] for x in modelopt_dms.kv_stats(model).layers)
+    heads = sum(x.resident.shape[1] for x in modelopt_dms.kv_stats(model).layers)
     assert held.max() == heads
-    assert held.sum() == sum(x.live.sum() for x in modelopt_dms.kv_stats(model).layers)
+    assert held.sum() == sum(x.resident.sum() for x in modelopt_dms.kv_stats(model).layers)
     for span, fact in zip(told.spans, demo.FACTS, strict=True):
         assert tokenizer.decode(told.ids[span.start : span.stop]).strip() == fact.text
 

@@ -418,7 +418,7 @@ def test_the_command_line_runs_benches_and_inspects_a_directory(
     given = ("engine", "bench", str(tmp_path), "--batch", "2", "--prompt-length", "9")
     assert command(monkeypatch, *given, "--new-tokens", "4", "--json", str(figures)) == 0
     found = json.loads(figures.read_text())
-    assert (found["batch"], found["logical_tokens"]) == (2, 12)
+    assert (found["batch"], found["context_tokens"]) == (2, 12)
 
     capsys.readouterr()
     assert command(monkeypatch, "engine", "inspect", str(tmp_path)) == 0

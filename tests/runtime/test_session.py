@@ -246,8 +246,8 @@ def test_a_prompt_may_fill_the_lists_to_the_last_slot() -> None:
 
 def test_a_benchmark_counts_what_was_run() -> None:
     times = bench(session(2, toy_manifest(eos=tuple(range(V)))), prompt_length=20, new_tokens=12)
-    assert (times.batch, times.logical_tokens) == (2, 31)
-    assert 0 < times.live_tokens < 31
+    assert (times.batch, times.context_tokens) == (2, 31)
+    assert 0 < times.resident_tokens < 31
     assert times.decode_ms > 0
     assert times.tokens_per_second > 0
     assert times.filled_pages == 8

@@ -227,7 +227,7 @@ def test_the_saved_directory_is_the_one_of_a_single_process(place, tmp_path):
     assert [x["kl"] for x in curves[0]] == pytest.approx([x["kl"] for x in curves[1]], abs=1e-5)
     ids = torch.tensor(make_data(1)[0])[None]
     two.generate(input_ids=ids, max_new_tokens=2, do_sample=False)
-    assert dms.kv_stats(two).logical_tokens >= LENGTH
+    assert dms.kv_stats(two).context_tokens >= LENGTH
 
 
 def test_a_resume_with_other_samples_a_step_is_refused_by_name(place):
