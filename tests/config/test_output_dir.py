@@ -14,11 +14,11 @@ from modelopt_dms.config import output_dir
 from modelopt_dms.config.output_dir import (
     MARKER,
     OutputError,
+    atomic_dir,
+    atomic_file,
     check_output,
     own,
     remove,
-    staged,
-    whole,
 )
 from modelopt_dms.training.checkpoint import ResumeError
 from modelopt_dms.training.traces import check_traces_output
@@ -27,7 +27,7 @@ FILES = ("a.txt", "kernels/one.ptx", "kernels/two.ptx", "dms_engine.json")
 
 
 def write(target: Path, text: str, more: tuple[str, ...] = ()) -> None:
-    with staged(check_output(target)) as place:
+    with atomic_dir(check_output(target)) as place:
         (place / "kernels").mkdir()
         for name in (*FILES, *more):
             (place / name).write_text(text)
@@ -68,7 +68,7 @@ def test_a_finished_run_is_not_done_again(tmp_path: Path) -> None:
 def test_an_error_takes_away_what_was_made_and_only_that(tmp_path: Path) -> None:
     for target in (tmp_path / "new", tmp_path / "there"):
         (tmp_path / "there").mkdir(exist_ok=True)
-        with pytest.raises(ZeroDivisionError), staged(target) as place:
+        with pytest.raises(ZeroDivisionError), atomic_dir(target) as place:
             (place / "a.txt").touch()
             raise ZeroDivisionError
     assert [x.name for x in tmp_path.rglob("*")] == ["there"]
@@ -152,7 +152,7 @@ def test_a_marker_cannot_point_out_of_its_directory(tmp_path: Path) -> None:
 
 def test_a_hidden_file_beside_the_one_that_is_written_stays(tmp_path: Path) -> None:
     (tmp_path / ".rows.json").write_text("mine")
-    with whole(tmp_path / "rows.json") as temporary:
+    with atomic_file(tmp_path / "rows.json") as temporary:
         temporary.write_text("[]")
     assert content(tmp_path) == {".rows.json": "mine", "rows.json": "[]"}
     assert (tmp_path / "rows.json").stat().st_mode == (tmp_path / ".rows.json").stat().st_mode
