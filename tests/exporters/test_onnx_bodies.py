@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The bodies of our ops that read, run by onnxruntime, against `kernels.*_reference`; appending: test_conformance.py."""
+"""The bodies of our ops that read, run by onnxruntime, against `kernels.*_reference`; see also test_conformance.py."""
 
 import pytest
 import torch

@@ -87,15 +87,17 @@ class OnnxCaches(PagedHeadCaches):
 KINDS = ("lists", "reference", "triton", "onnx")
 
 
-def empty_caches(kind: str, window: int, shift: int, formats: Formats) -> list[LayerCache]:
-    """Layers of one cache."""
+def empty_caches(
+    kind: str, window: int, shift: int, formats: Formats, layers: int
+) -> list[LayerCache]:
+    """Layers of one cache; only those with pages share anything, so that there is one of the others."""
     if kind == "lists":
         return [EncodingHeadCaches(window, shift, formats)]
     if kind == "onnx":
         shared = SharedPool(CPU, "reference", width=6, max_bytes=1 << 20)
         return [OnnxCaches(window, shift, shared, formats)]
-    shared = SharedPool(CPU, kind, layers=2)
-    return [PagedHeadCaches(window, shift, shared, formats) for _ in range(2)]
+    shared = SharedPool(CPU, kind, layers=layers)
+    return [PagedHeadCaches(window, shift, shared, formats) for _ in range(layers)]
 
 
 class Histories:
@@ -109,12 +111,21 @@ class Histories:
     """
 
     def __init__(
-        self, kind: str, window: int, shift: int, name: str, rollback: int, batch: int, seed: int
+        self,
+        kind: str,
+        window: int,
+        shift: int,
+        name: str,
+        *,
+        rollback: int,
+        batch: int,
+        layers: int = 1,
+        seed: int = 0,
     ) -> None:
         self.kind, self.formats = kind, FORMATS[name]
         self.dtype = torch.float32 if kind == "onnx" else torch.bfloat16
         self.generator = torch.Generator().manual_seed(seed)
-        self.caches = empty_caches(kind, window, shift, self.formats)
+        self.caches = empty_caches(kind, window, shift, self.formats, layers)
         self.models = [
             [ListModel(window, shift) for _ in range(batch * K)] for _ in range(len(self.caches))
         ]
@@ -252,7 +263,9 @@ class AnyHistory(RuleBasedStateMachine):
         window = data.draw(st.sampled_from(self.windows), label="window")
         name = data.draw(st.sampled_from(self.names), label="name")
         first, later = (0, 0) if self.kind == "onnx" else rollbacks
-        self.histories = Histories(self.kind, window, shift, name, first, batch, seed)
+        self.histories = Histories(
+            self.kind, window, shift, name, rollback=first, batch=batch, layers=2, seed=seed
+        )
         self.histories.append(T, 0.6, padding)
         self.histories.record(later)
 
@@ -310,8 +323,8 @@ def any_history(kind: str, examples: int, steps: int, **options: object) -> type
 
 test_lists = any_history("lists", 40, 10)
 test_paged_reference = any_history("reference", 20, 8)
-test_paged_triton = any_history("triton", 2, 4)
-test_onnx_bodies = any_history("onnx", 6, 5, names=["plain", "fp8", "int8"], windows=[0, 3])
+test_paged_triton = any_history("triton", 3, 4)
+test_onnx_bodies = any_history("onnx", 5, 4, names=["plain", "fp8", "int8"], windows=[0, 3])
 
 # Window, shift, number format, tokens that can be taken back, and what happens.
 SCRIPTS = {
@@ -355,7 +368,7 @@ def can_run(kind: str, script: str) -> bool:
 )
 def test_script(kind: str, script: str) -> None:
     window, shift, name, rollback, steps = SCRIPTS[script]
-    histories = Histories(kind, window, shift, name, rollback, batch=2, seed=0)
+    histories = Histories(kind, window, shift, name, rollback=rollback, batch=2)
     for method, *arguments in steps:
         getattr(histories, method)(*arguments)
         histories.check()
