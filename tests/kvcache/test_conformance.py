@@ -336,7 +336,7 @@ SCRIPTS = {
     "a window longer than the text": (100, 1, "plain", 0, [("append", 9, 1.0), ("decode", 3)]),
     "padding shrinks lists": (
         *(6, 1, "fp8 rows", 0),
-        [("append", 12, 1.0), ("append", 4, 0.5, 0.7), ("append", 3, 1.0), ("append", 3, 0.5, 1.0)],
+        [("append", 12, 1.0), ("append", 4, 0.5, 0.6), ("append", 3, 1.0), ("append", 3, 0.5, 1.0)],
     ),
     "a draft is taken back": (
         *(3, 0, "fp8 rows", 6),
