@@ -283,9 +283,14 @@ class PageTables:
 
     def ring_positions(self) -> Tensor:
         """Position [B, K, R] of the token in each column of the ring; negative where there was none yet."""
-        last = self.seen[..., None] - 1
-        columns = torch.arange(self.ring, device=self.live.device)
-        return last - (last - columns) % self.ring
+        return ring_positions(self.seen, self.ring)
+
+
+def ring_positions(seen: Tensor, ring: int) -> Tensor:
+    """Position [..., R] of the token in each column of a ring of size R, after `seen` [...] tokens; see above."""
+    last = seen[..., None] - 1
+    columns = torch.arange(ring, device=seen.device)
+    return last - (last - columns) % ring
 
 
 def _scales(form: RowFormat | None, heads: int) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,18 @@ ROLLBACK = 24  # tokens that can be taken back unless more is asked for; assiste
 LONGEST_DRAFT = 65
 
 
+def one_by_one(tokens: int, rollback: int) -> int:
+    """How many of the last of these tokens are appended one by one, so that they can be taken back one by one.
+
+    Args:
+        tokens: appended together, none of them padding.
+        rollback: tokens that must be recoverable; 0 if nothing is ever taken back.
+    """
+    if tokens == 1 or (rollback and tokens <= max(rollback, LONGEST_DRAFT)):
+        return tokens
+    return rollback
+
+
 @dataclass(frozen=True)
 class UndoLog:
     """A ring of what U appended tokens replaced.

@@ -4,7 +4,7 @@
 import torch
 from torch import Tensor
 
-from modelopt_dms.kernels.layout import PagePool, PageTables, RowLayout
+from modelopt_dms.kernels.layout import PAGE, PagePool, PageTables, RowLayout
 from modelopt_dms.kernels.number_formats import RowFormat
 
 
@@ -27,6 +27,21 @@ def read_rows(
     # What lies where no token is may be NaN, and weights of 0 do not make it 0.
     nothing = (slots < 0)[..., None]
     return k.masked_fill(nothing, 0.0), v.masked_fill(nothing, 0.0)
+
+
+def stored_rows(pool: PagePool, lists: PageTables, index: int) -> tuple[Tensor, Tensor]:
+    """Keys [L, .] and values [L, .] of list `index` = b * K + k in slot order, as they are stored: scales behind codes.
+
+    Synchronizes with the host.
+    """
+    b, h = divmod(index, lists.heads)
+    slots = torch.arange(int(lists.live[b, h]), device=lists.live.device)
+    rows = lists.table[b, h, slots // PAGE].long() * PAGE + slots % PAGE
+    k, v = (
+        _with_scales(codes, scales, rows)
+        for codes, scales in ((pool.keys, pool.key_scales), (pool.values, pool.value_scales))
+    )
+    return k, v
 
 
 def _put(
@@ -54,10 +69,13 @@ def _get(
     rows: Tensor,
     dtype: torch.dtype,
 ) -> Tensor:
+    stored = _with_scales(codes, scales, rows)
+    return stored.to(dtype) if form is None else form.decode(stored, layout.dim, dtype)
+
+
+def _with_scales(codes: Tensor, scales: Tensor | None, rows: Tensor) -> Tensor:
     stored = codes.flatten(0, 1)[rows]
-    if form is None:
-        return stored.to(dtype)
-    if scales is not None:
-        scale = scales.flatten(0, 1)[rows].contiguous().view(torch.uint8)
-        stored = torch.cat([stored, scale], dim=-1)
-    return form.decode(stored, layout.dim, dtype)
+    if scales is None:
+        return stored
+    scale = scales.flatten(0, 1)[rows].contiguous().view(torch.uint8)
+    return torch.cat([stored, scale], dim=-1)

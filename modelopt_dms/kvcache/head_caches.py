@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from modelopt_dms.kernels import assign_slots, shift_decisions
-from modelopt_dms.kernels.rollback import LONGEST_DRAFT, ROLLBACK
+from modelopt_dms.kernels.layout import ring_positions
+from modelopt_dms.kernels.rollback import ROLLBACK, one_by_one
+from modelopt_dms.kvcache.layer_cache import check_recoverable, check_slots
 from modelopt_dms.kvcache.usage import Usage
 
 PAGE = 16  # rows; a buffer is a whole number of pages, at most one page + 1/16 larger than its list
@@ -30,7 +32,7 @@ class _Undo:
 
 
 class HeadCaches:
-    """The slots of one layer for B sequences and K KV heads."""
+    """The `LayerCache` of a CPU: B sequences and K KV heads."""
 
     def __init__(self, window: int, shift: int) -> None:
         """Make an empty cache; shapes are taken from the first append.
@@ -73,8 +75,9 @@ class HeadCaches:
         row_bytes = k.shape[-1] * k.element_size() + v.shape[-1] * v.element_size()
         self.usage = Usage(self.live, self.tokens, 0, row_bytes, k.shape[-1] + v.shape[-1])
 
-    def rows(self, index: int, live: int) -> tuple[Tensor, Tensor]:
+    def rows(self, index: int) -> tuple[Tensor, Tensor]:
         """Keys [L, Dk] and values [L, Dv] of list `index` = b * K + k, as views."""
+        live = int(self.live.view(-1)[index])
         return self.keys[index][:live], self.values[index][:live]
 
     def pending(self, index: int) -> tuple[Tensor, Tensor]:
@@ -90,22 +93,13 @@ class HeadCaches:
             self.ring_evict[..., (self.seen - 1) % self.ring] = decisions
 
     def append(self, k: Tensor, v: Tensor, decisions: Tensor, valid: Tensor | None) -> None:
-        """Take in T tokens and drop what is marked and has left the window.
-
-        Args:
-            k: key rows [B, K, T, Dk].
-            v: value rows [B, K, T, Dv].
-            decisions: eviction decisions [B, K, T] bool, as made by these tokens' hidden states.
-            valid: False [B, T] for padding, which is never kept; None if there is none.
-        """
+        """See `LayerCache.append`."""
         if not self.keys:
             self._initialize(k, v)
         T = k.shape[2]
         if valid is not None and bool(valid.all()):
             valid = None
-        # The last tokens go in one by one so that they can be taken back one by one.
-        rollback = max(self.rollback, T) if T <= LONGEST_DRAFT else self.rollback
-        single = 0 if valid is not None else min(T, rollback)
+        single = 0 if valid is not None else one_by_one(T, self.rollback)
         bulk = T - single
         if bulk:
             self._forget_undo(len(self._undo))
@@ -118,7 +112,7 @@ class HeadCaches:
             )
         for t in range(bulk, T):
             self._append_one(k[:, :, t], v[:, :, t], decisions[..., t])
-        self._forget_undo(len(self._undo) - rollback)
+        self._forget_undo(len(self._undo) - (self.rollback and max(self.rollback, single)))
         self.usage.live, self.usage.tokens = self.live, self.tokens
 
     def _append_one(self, k: Tensor, v: Tensor, decisions: Tensor) -> None:
@@ -210,17 +204,8 @@ class HeadCaches:
             buffers[index] = grown
 
     def crop(self, tokens: int) -> None:
-        """Take back the last `tokens` tokens, bringing back the rows they overwrote.
-
-        Raises:
-            ValueError: more tokens than can be taken back.
-        """
-        if tokens > len(self._undo):
-            raise ValueError(
-                f"cannot take back {tokens} tokens: the evicted rows of only the last {len(self._undo)} are still held "
-                f"(delay window {self.window}, limit {self.rollback}); call activate_past_recording() on the cache "
-                "after its first forward to hold as many as the delay window"
-            )
+        """See `LayerCache.crop`."""
+        check_recoverable(self, tokens, len(self._undo))
         for _ in range(tokens):
             undo = self._undo.pop()
             self.usage.kv_bytes -= len(undo.rows) * self.usage.row_bytes
@@ -265,20 +250,12 @@ class HeadCaches:
 
     def check_integrity(self) -> None:
         """Raise AssertionError if a slot is shared, out of range, or misses its buffer."""
-        positions = self._ring_positions()
+        check_slots(self.live, self.ring_slot, self._ring_positions().expand_as(self.ring_slot))
         for i, live in enumerate(self.live.flatten().tolist()):
-            b, h = divmod(i, self.K)
-            held = self.ring_slot[b, h][(positions >= 0) & (self.ring_slot[b, h] >= 0)]
-            assert live <= len(self.keys[i]) == len(self.values[i]), (
-                f"list {i} is longer than its buffer"
-            )
-            assert len(held.unique()) == len(held), f"list {i}: two tokens share a slot"
-            assert bool((held < live).all()), f"list {i}: a pending token lies beyond the list"
-            assert live >= len(held), f"list {i}: pending tokens are missing"
-            assert len(self.keys[i]) % PAGE == 0, f"list {i}: buffer is not whole pages"
+            capacity = len(self.keys[i])
+            assert live <= capacity == len(self.values[i]), f"list {i} is longer than its buffer"
+            assert capacity % PAGE == 0, f"list {i}: buffer is not whole pages"
 
     def _ring_positions(self) -> Tensor:
         """Position [R] of the token in each column of the ring; negative where there is none yet."""
-        last = self.seen - 1
-        columns = torch.arange(self.ring, device=self.ring_slot.device)
-        return last - (last - columns) % self.ring
+        return ring_positions(torch.tensor(self.seen, device=self.ring_slot.device), self.ring)

@@ -15,6 +15,7 @@ from modelopt_dms.kernels.gating import GateInput
 from modelopt_dms.kernels.number_formats import RowFormat
 from modelopt_dms.kernels.rollback import ROLLBACK
 from modelopt_dms.kvcache.head_caches import HeadCaches
+from modelopt_dms.kvcache.layer_cache import LayerCache
 from modelopt_dms.kvcache.page_pool import SharedPool
 from modelopt_dms.kvcache.paged_head_caches import PagedHeadCaches
 from modelopt_dms.kvcache.usage import Usage
@@ -33,7 +34,7 @@ class DMSLayer(CacheLayerMixin):
 
     def __init__(
         self,
-        slots: HeadCaches | PagedHeadCaches,
+        slots: LayerCache,
         formats: Formats = (None, None),
         depth: int | None = None,
     ) -> None:
@@ -78,7 +79,7 @@ class DMSLayer(CacheLayerMixin):
         return self._incoming[0].shape[1]
 
     def append(self, evict: Tensor, valid: Tensor | None) -> None:
-        """Take in the rows given to the last `update`; see `HeadCaches.append`."""
+        """Take in the rows given to the last `update`; see `LayerCache.append`."""
         self.slots.append(*self.take_incoming(), evict, valid)
         self.slots.usage.row_values = sum(self._row_dims)
 
@@ -112,9 +113,8 @@ class DMSLayer(CacheLayerMixin):
         self.slots.rollback = max(self.slots.rollback, tokens)
 
     def rows(self, index: int) -> tuple[Tensor, Tensor]:
-        """Live keys [L, Dk] and values [L, Dv] of list `index` = b * K + k, where lists have buffers of their own."""
-        assert isinstance(self.slots, HeadCaches)
-        stored = self.slots.rows(index, int(self.slots.live.view(-1)[index]))
+        """Live keys [L, Dk] and values [L, Dv] of list `index` = b * K + k."""
+        stored = self.slots.rows(index)
         head = index % self.slots.K
         k, v = (
             x if form is None else form.decode(x, dim, self.dtype, head)
@@ -342,7 +342,7 @@ def adopt(
             "empty DynamicCache or one that this model returned"
         )
     found = formats()
-    slots: HeadCaches | PagedHeadCaches
+    slots: LayerCache
     if uses_pages(device):
         slots = PagedHeadCaches(window, shift, _pool_of(cache, device, found), found, ROLLBACK)
     else:

@@ -17,8 +17,15 @@ from modelopt_dms.kernels.gating import Decided, GateInput
 from modelopt_dms.kernels.layout import NO_PAGE, PAGE, PagePool, PageTables, RowLayout
 from modelopt_dms.kernels.number_formats import RowFormat
 from modelopt_dms.kernels.prefill_reference import expiry
-from modelopt_dms.kernels.rollback import LONGEST_DRAFT, UndoLog, decide_previous, take_back
-from modelopt_dms.kernels.rows import read_rows
+from modelopt_dms.kernels.rollback import (
+    LONGEST_DRAFT,
+    UndoLog,
+    decide_previous,
+    one_by_one,
+    take_back,
+)
+from modelopt_dms.kernels.rows import read_rows, stored_rows
+from modelopt_dms.kvcache.layer_cache import check_recoverable, check_slots
 from modelopt_dms.kvcache.page_pool import SharedPool
 from modelopt_dms.kvcache.usage import Usage
 
@@ -57,7 +64,7 @@ class PagedUsage:
 
 
 class PagedHeadCaches:
-    """The slots of one layer for B sequences and K KV heads, in pages.
+    """The `LayerCache` of a device: B sequences and K KV heads, in pages.
 
     Attributes:
         seen: positions, padding included, as the host knows; those of a sequence stand in `state`.
@@ -141,6 +148,16 @@ class PagedHeadCaches:
         slots = torch.where(slots < self.live[..., None], slots, -1)
         return read_rows(self.pool, self.state, slots, dtype)
 
+    def rows(self, index: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of list `index` = b * K + k; see `rows.stored_rows`."""
+        return stored_rows(self.pool, self.state, index)
+
+    def pending(self, index: int) -> tuple[Tensor, Tensor]:
+        """Positions [N] and slots [N] of list `index`'s tokens that are marked and not yet evicted."""
+        state, at = self.state, divmod(index, self.K)
+        marked = state.ring_evict[at] & (state.ring_slot[at] >= 0)
+        return state.ring_positions()[at][marked], state.ring_slot[at][marked]
+
     def append_token(
         self, k: Tensor, v: Tensor, gate: GateInput, valid: Tensor | None = None
     ) -> None:
@@ -163,19 +180,12 @@ class PagedHeadCaches:
             self._recoverable = min(self._recoverable + 1, self._log.tokens)
 
     def append(self, k: Tensor, v: Tensor, decisions: Tensor, valid: Tensor | None) -> None:
-        """Take in T tokens of every active sequence, and drop what is marked and has left the window.
-
-        Args:
-            k: key rows [B, K, T, Dk], not encoded.
-            v: value rows [B, K, T, Dv].
-            decisions: eviction decisions [B, K, T] bool, as made by these tokens' hidden states.
-            valid: False [B, T] for padding, which is never kept; None if there is none.
-        """
+        """See `LayerCache.append`; sequences that are not active take in nothing."""
         if self.rollback and valid is not None and bool(valid.all()):
             valid = None
         self.prepare(k, v)
         T = k.shape[2]
-        bulk = T - (self._single(T) if valid is None else 0)
+        bulk = T - (one_by_one(T, self.rollback) if valid is None else 0)
         if bulk:
             self._append_many(k[:, :, :bulk], v[:, :, :bulk], decisions[..., :bulk], valid)
         for t in range(bulk, T):
@@ -187,17 +197,8 @@ class PagedHeadCaches:
         self._recoverable = 0
 
     def crop(self, tokens: int) -> None:
-        """Take back the last `tokens` tokens, bringing back the rows they overwrote.
-
-        Raises:
-            ValueError: more tokens than can be taken back.
-        """
-        if tokens > self._recoverable:
-            raise ValueError(
-                f"cannot take back {tokens} tokens: the evicted rows of only the last {self._recoverable} are still "
-                f"held (delay window {self.window}, limit {self.rollback}); call activate_past_recording() on the "
-                "cache after its first forward to hold as many as the delay window"
-            )
+        """See `LayerCache.crop`; sequences that are not active keep what they have."""
+        check_recoverable(self, tokens, self._recoverable)
         for _ in range(tokens):
             assert self._log is not None
             take_back(self._log, self.pool, self.state)
@@ -256,14 +257,8 @@ class PagedHeadCaches:
         state = self.state
         own = append_reference.spanned_pages(state, state.live)
         assert bool((state.table[own] != NO_PAGE).all()), "a list lacks a page"
-        held = (state.ring_slot >= 0) & (state.ring_positions() >= 0)
-        for b in range(self.B):
-            assert len(state.seen[b].unique()) == 1, f"heads of sequence {b} saw different lengths"
-            for h in range(self.K):
-                slots, live = state.ring_slot[b, h][held[b, h]], int(state.live[b, h])
-                assert len(slots.unique()) == len(slots), f"list {b, h}: two tokens share a slot"
-                assert bool((slots < live).all()), f"list {b, h}: a pending token beyond the list"
-                assert live >= len(slots), f"list {b, h}: pending tokens are missing"
+        assert bool((state.seen == state.seen[:, :1]).all()), "heads saw different lengths"
+        check_slots(state.live, state.ring_slot, state.ring_positions())
 
     def _append_many(self, k: Tensor, v: Tensor, decisions: Tensor, valid: Tensor | None) -> None:
         T = k.shape[2]
@@ -274,12 +269,6 @@ class PagedHeadCaches:
         self._recoverable = 0
         if valid is not None:
             self.padding += torch.where(self.state.active, (~valid).sum(-1), 0)
-
-    def _single(self, tokens: int) -> int:
-        """How many of the last of these tokens go in one by one, so that they can be taken back one by one."""
-        if self._log is None:
-            return tokens if tokens == 1 else 0
-        return tokens if tokens <= self._log.tokens else self.rollback
 
     def prepare(self, k: Tensor, v: Tensor) -> None:
         """Make what is not there yet: the lists, room in their tables, the log."""

@@ -24,7 +24,6 @@ from modelopt_dms.kernels import (
     prefill_partial,
     with_sinks,
 )
-from modelopt_dms.kvcache.head_caches import HeadCaches
 from modelopt_dms.kvcache.hf_cache import DMSLayer, LayerStep
 from modelopt_dms.kvcache.paged_head_caches import PagedHeadCaches
 from modelopt_dms.modeling.masks import read_mask
@@ -252,7 +251,6 @@ def _cached_attention(
     """Attention of T new tokens over what lives and among themselves, after which they are taken in."""
     layer, evict = step.layer, step.evict
     assert layer is not None and evict is not None and step.log_keep is not None
-    assert isinstance(layer.slots, HeadCaches)
     # MLA caches one latent a token, and expands it to the keys and values of all heads for attention.
     expand = _expander(module) if hasattr(module, "expand_kv") else _as_one_head
     evict = evict.expand(-1, layer.heads, -1)
@@ -280,7 +278,6 @@ def _attend_past(
 ) -> tuple[Tensor, Tensor]:
     """Attention of new tokens [B, H, T, D] over the slots that lived before them, list by list."""
     slots = layer.slots
-    assert isinstance(slots, HeadCaches)
     B, H, T, _ = q.shape
     queries = torch.arange(slots.seen, slots.seen + T, device=q.device)
     grouped = q.reshape(slots.lists, -1, T, q.shape[-1])  # [B, H, T, D] -> [B*K, H/K, T, D]

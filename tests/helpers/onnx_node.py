@@ -4,7 +4,6 @@
 from functools import cache
 from typing import Any
 
-import numpy as np
 import onnx
 import onnxruntime
 import torch
@@ -87,12 +86,3 @@ class Layer:
         stored = {x: y.view(torch.int8) if y.dtype == torch.uint8 else y for x, y in stored.items()}
         held = ("table", "live", "seen", "ring_slot", "ring_evict", "active", "scales")
         return stored | {name: getattr(lists, name) for name in held}
-
-
-def same(found: Tensor, expected: Tensor) -> bool:
-    """Whether stored rows are equal, but for page 0, which takes what nobody wants, and the sign of zero."""
-    found, expected = found[1:], expected[1:]
-    if found.dtype == torch.int8:
-        found, expected = found.view(torch.uint8), expected.view(torch.uint8)
-        return bool(np.all((found == expected).numpy() | ((found | expected) == 128).numpy()))
-    return torch.equal(found, expected)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Taking tokens into paged lists: kernels (interpreted) and their meaning in PyTorch, against the CPU's HeadCaches."""
+"""Taking tokens into paged lists: kernels (interpreted) and their meaning in PyTorch, one op at a time."""
 
 from types import ModuleType
 
@@ -7,17 +7,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from paged_oracle import (
-    FORMATS,
-    Formats,
-    Sequences,
-    assert_every_page_has_one_owner,
-    assert_same,
-    held,
-    stored,
-)
+from paged_oracle import FORMATS, Formats, stored
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -28,6 +18,7 @@ from modelopt_dms.kernels.gating import Decided, LinearGate
 from modelopt_dms.kernels.layout import PAGE, OutOfPagesError, PagePool, PageTables, RowLayout
 from modelopt_dms.kernels.number_formats import _to_e2m1
 from modelopt_dms.kernels.rollback import UndoLog, take_back
+from modelopt_dms.kernels.rows import stored_rows
 
 IMPLS = {"triton": append, "reference": append_reference}
 CPU = torch.device("cpu")
@@ -141,10 +132,9 @@ def test_stored_bytes_are_the_row_formats(
     evict = torch.zeros(B, K, T, dtype=torch.bool)
     ops.pack(k[:, :, :-1], v[:, :, :-1], evict[..., :-1], None, pool, lists)
     ops.append_token(k[:, :, -1], v[:, :, -1], Decided(evict[..., -1]), pool, lists)
-    for b in range(B):
-        for h in range(K):
-            for got, form, x in zip(held(pool, lists, b, h), formats, (k, v), strict=True):
-                assert torch.equal(got, stored(form, x)[b, h])
+    for i in range(B * K):
+        for got, form, x in zip(stored_rows(pool, lists, i), formats, (k, v), strict=True):
+            assert torch.equal(got, stored(form, x).flatten(0, 1)[i])
 
 
 # Decisions
@@ -186,136 +176,6 @@ def test_decisions_are_the_gates(
         assert torch.equal(lists.ring_evict[..., 0], expected)
 
 
-# Histories
-
-
-@st.composite
-def histories(draw: st.DrawFn, chunk: int) -> list[tuple[int, float, float | None, int, bool]]:
-    """Steps: tokens, chance of eviction, chance of being valid (None: no padding), seed, both sequences active."""
-    return draw(
-        st.lists(
-            st.tuples(
-                st.one_of(st.just(1), st.integers(2, chunk)),
-                st.sampled_from([0.2, 0.8, 1.0]),
-                st.sampled_from([None, None, 0.5, 0.0]),
-                st.integers(0, 9999),
-                st.sampled_from([True, True, True, False]),
-            ),
-            min_size=2,
-            max_size=7,
-        )
-    )
-
-
-def follow(
-    ops: ModuleType,
-    steps: list[tuple[int, float, float | None, int, bool]],
-    window: int,
-    shift: int,
-    formats: Formats,
-) -> None:
-    """Drive paged lists and HeadCaches alike; they must agree after every step."""
-    pool, lists = made(formats, window, shift)
-    sequences = Sequences(B, window, shift, formats)
-    for T, rate, valid_chance, seed, together in steps:
-        lists.active[1] = together
-        k, v = rows(seed, B, K, T, D), rows(seed + 1, B, K, T, D)
-        evict = coin(seed, rate, B, K, T)
-        valid = None if valid_chance is None else coin(seed + 1, valid_chance, B, T)
-        if T == 1 and valid is None:
-            ops.append_token(k[:, :, 0], v[:, :, 0], Decided(evict[..., 0]), pool, lists)
-        else:
-            ops.pack(k, v, evict, valid, pool, lists)
-        sequences.append(k, v, evict, valid, lists.active)
-        assert_same(sequences, pool, lists)
-        assert_every_page_has_one_owner(pool, lists)
-    pool.check("")
-
-
-windows = st.integers(0, 6)
-
-
-@given(histories(chunk=20), windows, st.integers(0, 1), st.sampled_from(sorted(FORMATS)))
-@settings(max_examples=60, derandomize=True, deadline=None)
-def test_the_references_lists_are_slot_lists(
-    steps: list[tuple[int, float, float | None, int, bool]], window: int, shift: int, name: str
-) -> None:
-    follow(append_reference, steps, window, shift, FORMATS[name])
-
-
-@given(histories(chunk=9), windows, st.integers(0, 1), st.sampled_from(sorted(FORMATS)))
-@settings(max_examples=12, derandomize=True, deadline=None)
-def test_the_kernels_lists_are_slot_lists(
-    steps: list[tuple[int, float, float | None, int, bool]], window: int, shift: int, name: str
-) -> None:
-    follow(append, steps, window, shift, FORMATS[name])
-
-
-@pytest.mark.parametrize("window", [0, 1])
-@pytest.mark.parametrize("shift", [0, 1])
-def test_with_hardly_a_window_slots_are_reused_at_once(
-    shift: int, window: int, ops: ModuleType
-) -> None:
-    steps = [(1, 0.7, None, seed, seed != 3) for seed in range(7)]
-    follow(ops, steps, window, shift, (None, None))
-
-
-@pytest.mark.parametrize("tokens", [PAGE - 1, PAGE, PAGE + 1, 2 * PAGE + 1])
-def test_lists_grow_over_page_borders(tokens: int, ops: ModuleType) -> None:
-    follow(
-        ops,
-        [(tokens, 0.3, None, 0, True), (1, 0.0, None, 1, True), (1, 0.0, None, 2, True)],
-        4,
-        0,
-        (None, None),
-    )
-
-
-def test_lists_that_shrink_move_their_last_rows_into_holes(ops: ModuleType) -> None:
-    steps = [(12, 0.8, None, 0, True), (5, 0.5, 0.0, 1, True), (3, 0.5, 0.3, 2, True)]
-    follow(ops, steps, 6, 0, FORMATS["nvfp4"])
-    follow(ops, steps, 6, 1, FORMATS["fp8 rows"])
-
-
-# Going back
-
-
-@pytest.mark.parametrize(("name", "shift"), [("fp8 rows", 0), ("nvfp4", 1)])
-def test_taking_back_brings_back_everything(name: str, shift: int, ops: ModuleType) -> None:
-    formats = FORMATS[name]
-    pool, lists = made(formats, 3, shift)
-    T, back = 10, 4
-    k, v, evict = rows(0, B, K, T, D), rows(1, B, K, T, D), coin(2, 0.7, B, K, T)
-    log = UndoLog.make(6, pool, lists)
-    sequences = Sequences(B, 3, shift, formats)
-
-    def take_in(start: int, end: int, active: list[bool]) -> None:
-        for t in range(start, end):
-            lists.active.copy_(torch.tensor(active))
-            gate = Decided(evict[..., t])
-            ops.append_token(k[:, :, t], v[:, :, t], gate, pool, lists, log)
-
-    take_in(0, T, [True, True])
-    # The sequence that is not active keeps what it has.
-    lists.active.copy_(torch.tensor([True, False]))
-    for _ in range(back):
-        take_back(log, pool, lists)
-    both, first = torch.tensor([True, True]), torch.tensor([True, False])
-    for t in range(T):
-        some = slice(t, t + 1)
-        active = both if t < T - back else ~first
-        sequences.append(k[:, :, some], v[:, :, some], evict[..., some], None, active)
-    if shift:  # what the token taken back said about the one before it is gone
-        ring_evict = sequences.each[0].ring_evict
-        ring_evict[..., (T - back - 1) % 4] = False
-    assert_same(sequences, pool, lists)
-    take_in(T - back, T, [True, False])
-    for t in range(T - back, T):
-        some = slice(t, t + 1)
-        sequences.append(k[:, :, some], v[:, :, some], evict[..., some], None, first)
-    assert_same(sequences, pool, lists)
-
-
 # Limits
 
 
@@ -345,7 +205,7 @@ def test_a_list_that_outgrows_its_table_loses_rows_and_harms_nobody(
     else:
         ops.pack(k[:, :, 60:], k[:, :, 60:], keep[..., 60:], None, pool, lists)
     assert lists.live.tolist() == [[PAGE] * K] * B
-    assert torch.equal(held(pool, lists, 1, 1)[0], k[1, 1, :PAGE])
+    assert torch.equal(stored_rows(pool, lists, 3)[0], k[1, 1, :PAGE])
     with pytest.raises(OutOfPagesError):
         pool.check("")
 
@@ -372,6 +232,3 @@ def test_no_op_asks_the_device() -> None:
         append_reference.pack(k, k, evict, valid, pool, lists)
         append_reference.append_token(k[:, :, 0], k[:, :, 0], gate, pool, lists, log)
         take_back(log, pool, lists)
-
-
-# Hopper
