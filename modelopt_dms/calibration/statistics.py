@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ridge regression from running sums: a gate's rows in closed form, however long the stream. Knows tensors only."""
+"""Ridge regression from running sums: a gate's rows in closed form, however long the stream."""
 
 from dataclasses import dataclass, fields
 

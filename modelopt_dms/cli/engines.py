@@ -84,6 +84,9 @@ def run(
     ],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Draw from the most probable tokens only.")
+    ] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed for sampling.")] = 0,
     backend: BackendOpt = BackendChoice.auto,
     stats: Annotated[
@@ -106,7 +109,8 @@ def run(
         [tokenizer(text)["input_ids"]],
         max_new_tokens,
         temperature,
-        seed=seed,
+        top_p,
+        seed,
         on_token=lambda row, token: streamer.put(torch.tensor([token])),
     )
     streamer.end()

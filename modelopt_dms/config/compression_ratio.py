@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a share of evicted tokens to a compression ratio, and back. Knows numbers only.
+"""From a share of evicted tokens to a compression ratio, and back.
 
 Symbols: T tokens of a sequence, W delay window, P protected first tokens, e evicted share of the evictable tokens.
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Chats -> texts in which every word of the chat stands, thoughts included. Knows templates only as functions to text.
+"""Chats -> texts in which every word of the chat stands, thoughts included.
 
 Templates drop thoughts from history: Qwen3's keeps those after the last question, DeepSeek-R1's none. A chat whose
 template does that becomes several texts, each ending with a turn whose thought was dropped, just as the model saw it

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Long-memory tasks: facts scattered far back among Python source and decoys, then questions.
 
-Knows tokenizers and text, not models. A fact is a line `keep <key> <value>`; a decoy is a line
+A fact is a line `keep <key> <value>`; a decoy is a line
 `skip <key> <value>` that no question ever needs, even when it names the key of a fact. Whether a
 token will be needed is therefore visible when it is read, which is what an eviction gate can learn.
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model's directory once more, with other thresholds: nothing else in it changes. Knows safetensors."""
+"""A model's directory once more, with other thresholds: nothing else in it changes."""
 
 import shutil
 from pathlib import Path

@@ -3,7 +3,7 @@
 
 Rounding and scales are bit for bit those of ModelOpt's quantizers, so that what a cache holds is what ModelOpt's fake
 quantization computed. A scale is calibrated (amax, one for all KV heads or one for each) or found row by row and stored
-with the row. Knows tensors only.
+with the row.
 """
 
 from abc import ABC, abstractmethod

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Refuses weights with which nothing can be computed. Knows tensors and their names only."""
+"""Refuses weights with which nothing can be computed."""
 
 import torch
 from torch import Tensor, nn

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which token comes next: greedy, or drawn with a temperature from the most probable ones. Knows logits only."""
+"""Which token comes next: greedy, or drawn with a temperature from the most probable ones."""
 
 import torch
 from torch import Tensor

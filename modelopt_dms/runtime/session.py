@@ -2,7 +2,7 @@
 """A static batch on an exported directory: reads prompts by chunks, then decodes until every row has ended.
 
 Proves that a directory generates what PyTorch does, and times it; it is no server: no prompt joins a running batch.
-Knows what graphs take and give, not what runs them, and loads no library before a backend is chosen.
+Independent of what runs the graphs; loads no library before a backend is chosen.
 """
 
 import time

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Nodes of our own ops in a graph that torch.onnx is tracing. Knows the table of ops, and nothing about models."""
+"""Nodes of our own ops in a graph that torch.onnx is tracing."""
 
 from typing import Any
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One file of weights for several graphs, each weight in it once. Knows onnx_ir."""
+"""One file of weights for several graphs, each weight in it once."""
 
 import hashlib
 from pathlib import Path

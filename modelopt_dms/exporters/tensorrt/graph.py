@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The variant of an exported graph that TensorRT parses: our ops are plugins, no longer functions with a body.
 
-Knows ONNX and nothing of TensorRT. An exported graph runs as it is where functions are inlined; TensorRT's parser would
+An exported graph runs as it is where functions are inlined; TensorRT's parser would
 inline them too, and never ask for a plugin.
 """
 
