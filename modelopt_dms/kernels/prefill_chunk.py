@@ -205,8 +205,8 @@ def _chunk_kernel(
 ):
     """One block of queries of one head: first over the pages of its list, then over the chunk."""
     K: tl.constexpr = H // G
-    m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
-    index = tl.program_id(1)
+    m0 = (tl.num_programs(1) - 1 - tl.program_id(1)) * M
+    index = tl.program_id(0)
     batch = index // H
     kv = (index // G).to(tl.int64)  # = batch * K + KV head
     q += index.to(tl.int64) * T * D
@@ -309,7 +309,7 @@ def attend_chunk(
         expiry = F.pad(expiry, (0, -expiry.shape[2] % PAGE)).contiguous()
     out = torch.empty(B, H, T, DV, dtype=v.dtype, device=q.device)
     dot = dot_type(q.dtype)
-    _chunk_kernel[(triton.cdiv(T, tile.queries), B * H)](
+    _chunk_kernel[(B * H, triton.cdiv(T, tile.queries))](
         q,
         k,
         v,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What recycled pages hold behind the last row, NaN here, reaches no result of a kernel or reference that reads pages."""
+"""What recycled pages hold behind the last row, NaN here, is read by no kernel and no reference."""
 
 from collections.abc import Callable
 
