@@ -64,6 +64,28 @@ def test_an_op_keeps_what_its_schema_promises(name: str) -> None:
     opcheck(op, args, kwargs, test_utils=PROMISES)
 
 
+def strided(x: Any) -> Any:
+    """The same numbers with the last two dims apart in memory, as transposed projections have them."""
+    if not isinstance(x, Tensor) or x.ndim < 3:
+        return x
+    found = x.detach().transpose(-1, -2).contiguous().transpose(-1, -2)
+    return found.requires_grad_(x.requires_grad)
+
+
+@pytest.mark.parametrize(
+    "name", ["decode", "append_token", "pack", "attend_chunk", "prefill", "prefill_backward"]
+)
+def test_results_of_strided_inputs_lie_as_the_fake_says(name: str) -> None:
+    if name == "prefill_backward":
+        args, kwargs = arguments("prefill")
+        out, lse = torch.ops.modelopt_dms.prefill(*args)
+        args = tuple(x.detach() if isinstance(x, Tensor) else x for x in (out, out, lse, *args))
+    else:
+        args, kwargs = arguments(name)
+    op = getattr(torch.ops.modelopt_dms, name).default
+    opcheck(op, tuple(map(strided, args)), kwargs, test_utils=PROMISES)
+
+
 @pytest.mark.parametrize("rows", ["plain", "fp8 rows", "mixed"])
 @pytest.mark.parametrize("name", ["decode", "append_token", "pack", "attend_chunk"])
 def test_on_a_cpu_without_triton_an_op_is_its_reference(
