@@ -241,6 +241,7 @@ class PagedHeadCaches:
             return
         if self.shared.max_bytes is not None:
             reorder.drop(self.state, self.pool, torch.ones_like(self.state.active))
+            self.pool.forget_shortage()
             self.padding.zero_()
             self.state.active.fill_(True)
             return
