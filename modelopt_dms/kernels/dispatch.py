@@ -2,9 +2,11 @@
 """One function per op that picks its implementation.
 
 `impl`: "triton" is the op of `kernels.library`, which runs the kernel on CUDA, or anywhere under TRITON_INTERPRET=1.
-"reference" is what it means, in plain PyTorch, on any device. "auto" is triton on CUDA, and reference elsewhere.
+"reference" is what it means, in plain PyTorch, on any device. "auto" is triton on GPUs that run the kernels, and
+reference elsewhere.
 """
 
+import warnings
 from typing import Literal
 
 import torch
@@ -23,6 +25,8 @@ from modelopt_dms.kernels.prefill_reference import Chunk
 from modelopt_dms.kernels.reference import Prompt, Scoring
 from modelopt_dms.kernels.rollback import UndoLog
 
+_NEEDED = "a GPU of compute capability 9.0 to 11.x (Hopper, data center Blackwell)"
+
 
 def choose(impl: str, device: torch.device) -> Literal["triton", "reference"]:
     """The implementation that `impl` means on this device.
@@ -34,6 +38,14 @@ def choose(impl: str, device: torch.device) -> Literal["triton", "reference"]:
         raise ValueError(f"impl={impl!r} must be 'auto', 'triton' or 'reference'")
     if impl == "reference" or (impl == "auto" and device.type != "cuda"):
         return "reference"
+    if device.type == "cuda" and not kernels_fit(_capability(device)):
+        if impl == "auto":
+            _say_what_computes(device)
+            return "reference"
+        raise ValueError(
+            f"impl='triton' needs {_NEEDED}, and {torch.cuda.get_device_name(device)} has "
+            f"{'.'.join(map(str, _capability(device)))}; accepted here: 'auto', 'reference'"
+        )
     if torch.compiler.is_compiling():  # what cannot run was refused when the cache was made
         return "triton"
     if not library.has_triton():
@@ -46,6 +58,28 @@ def choose(impl: str, device: torch.device) -> Literal["triton", "reference"]:
             "TRITON_INTERPRET=1 in the environment (slow, for tests)"
         )
     return "triton"
+
+
+def kernels_fit(capability: tuple[int, int]) -> bool:
+    """Whether GPUs of this compute capability have what the kernels use: 227 KB of shared memory, bfloat16 in pairs.
+
+    8.0 (A100) has 163 KB; 8.6, 8.9 (Ada) and 12.x (GeForce and RTX Blackwell) have 99.
+    """
+    return (9, 0) <= capability < (12, 0)
+
+
+@torch.compiler.assume_constant_result
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@torch.compiler.assume_constant_result
+def _say_what_computes(device: torch.device) -> None:
+    warnings.warn(
+        f"the kernels need {_NEEDED}, and {torch.cuda.get_device_name(device)} has "
+        f"{'.'.join(map(str, _capability(device)))}: plain PyTorch computes instead, slower",
+        stacklevel=3,
+    )
 
 
 def append_token(

@@ -158,10 +158,37 @@ def test_kernels_are_refused_where_they_cannot_run(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(library, "interpreting", lambda: False)
     with pytest.raises(ValueError, match="impl='triton' needs a CUDA device, got 'cpu'"):
         dispatch.choose("triton", torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(library, "has_triton", lambda: False)
     with pytest.raises(ValueError, match="needs Triton"):
         dispatch.choose("triton", torch.device("cuda"))
     assert dispatch.choose("auto", torch.device("cpu")) == "reference"
+
+
+@pytest.mark.parametrize(
+    ("capability", "fits"),
+    [
+        ((7, 5), False),
+        ((8, 0), False),
+        ((8, 9), False),
+        ((9, 0), True),
+        ((10, 3), True),
+        ((12, 0), False),
+    ],
+)
+def test_gpus_that_the_kernels_do_not_fit_compute_in_pytorch(
+    capability: tuple[int, int], fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert dispatch.kernels_fit(capability) == fits
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "GPU")
+    if fits:
+        assert dispatch.choose("auto", torch.device("cuda")) == "triton"
+        return
+    with pytest.warns(UserWarning, match=r"9\.0 to 11\.x .* GPU has \d+\.\d: plain PyTorch"):
+        assert dispatch.choose("auto", torch.device("cuda")) == "reference"
+    with pytest.raises(ValueError, match=r"9\.0 to 11\.x .* GPU has .* 'auto', 'reference'"):
+        dispatch.choose("triton", torch.device("cuda"))
 
 
 def test_masks_that_kernels_do_not_know_are_refused() -> None:
