@@ -6,7 +6,9 @@
 reference elsewhere.
 """
 
+import threading
 import warnings
+import weakref
 from typing import Literal
 
 import torch
@@ -25,6 +27,8 @@ from modelopt_dms.kernels.prefill_reference import Chunk
 from modelopt_dms.kernels.reference import Prompt, Scoring
 from modelopt_dms.kernels.rollback import UndoLog
 
+# Per thread: the mask that `starts_of` was asked about last, and what it said.
+_LAST = threading.local()
 _NEEDED = "a GPU of compute capability 9.0 to 11.x (Hopper, data center Blackwell)"
 
 
@@ -194,20 +198,34 @@ def prefill_attention(prompt: Prompt, scoring: Scoring, *, impl: str = "auto") -
 
 
 def starts_of(mask: Tensor | None, batch: int) -> Tensor | None:
-    """First key [B, T] int32 that each query sees, from a bool mask [B or 1, 1, T, T]; None stays None (causal).
+    """First of the new keys [B, T] int32 that each query sees, from a mask [B or 1, 1, T, S] of which T keys are new.
 
-    The kernels take masks of this kind only: documents in a row, and padding. A row that sees nothing sees itself.
+    None stays None (causal). The kernels take masks of this kind only: documents in a row, and padding. A row that sees
+    nothing sees itself. Waits for the device once for all layers of a forward, which share their mask.
 
     Raises:
         ValueError: a query that does not see everything between its first key and itself.
     """
     if mask is None:
         return None
-    seen = mask[:, 0]  # [B, T, T]
-    T = seen.shape[-1]
+    # Tensors made under inference_mode do not count what is written to them.
+    if torch.compiler.is_compiling() or mask.is_inference():
+        return _first_seen(mask, batch)
+    state = (batch, mask._version)
+    last = getattr(_LAST, "mask", None)
+    if last is None or last[0]() is not mask or last[1] != state:
+        # Weak: a mask takes memory with the square of the length.
+        last = _LAST.mask = (weakref.ref(mask), state, _first_seen(mask, batch))
+    return last[2]
+
+
+def _first_seen(mask: Tensor, batch: int) -> Tensor:
+    T = mask.shape[-2]
+    seen = mask[:, 0, :, -T:]  # [B, T, T]
     itself = torch.arange(T, device=mask.device)
     count = seen.sum(-1)
-    starts = torch.where(count > 0, seen.int().argmax(-1), itself)
+    # As bytes, not as integers: those would be a copy of four times the mask's size.
+    starts = torch.where(count > 0, seen.view(torch.uint8).argmax(-1), itself)
     if not bool((torch.where(count > 0, count, 1) == itself + 1 - starts).all()):
         raise ValueError(
             "the kernels take masks where a query sees all keys from some position to itself (causal, padding, packed "

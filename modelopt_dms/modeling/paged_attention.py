@@ -105,7 +105,7 @@ def _starts(mask: Tensor | None, batch: int, tokens: int) -> Tensor | None:
     """First of the new tokens [B, T] that each of them sees; -1 where it sees older ones, too. None: it sees all."""
     if mask is None:
         return None
-    starts = dispatch.starts_of(mask[..., -tokens:], batch)
+    starts = dispatch.starts_of(mask, batch)
     sees_older = mask[:, 0, :, :-tokens].any(-1)
     return torch.where(sees_older, -1, starts)  # type: ignore[arg-type]
 
@@ -135,7 +135,8 @@ def _attend_latents(
     slots = _slots(step)
     assert step.layer is not None and step.evict is not None and step.log_keep is not None
     log_keep = step.log_keep.expand(-1, k.shape[1], -1)
-    mask = None if mask is None else mask[..., -q.shape[2] :]
+    if mask is not None and slots.seen:
+        mask = mask[..., -q.shape[2] :]
     valid = _valid(mask, len(q), q.shape[2])
     incoming = step.layer.take_incoming()
     slots.prepare(*incoming)

@@ -9,6 +9,7 @@ from families import build_dms, tokens
 from paged_oracle import FORMATS
 from torch import Tensor
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import modelopt_dms as dms
 from modelopt_dms.kernels import dispatch, library
@@ -200,6 +201,41 @@ def test_masks_that_kernels_do_not_know_are_refused() -> None:
     documents[..., 5, 4] = False
     with pytest.raises(ValueError, match="use impl='reference'"):
         dispatch.starts_of(documents, 1)
+
+
+class Copies(TorchDispatchMode):
+    """The largest tensor of more than a byte a number that anything made, in numbers."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = op(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.element_size() > 1:
+            self.largest = max(self.largest, out.numel())
+        return out
+
+
+def test_starts_are_derived_without_a_wider_copy_and_once_for_all_layers() -> None:
+    mask = torch.ones(2, 1, 64, 64).tril().bool()
+    with Copies() as copies:
+        starts = dispatch.starts_of(mask, 2)
+    assert copies.largest < mask.numel() // 8
+    assert dispatch.starts_of(mask, 2) is starts
+    mask[:, :, 30:, :30] = False
+    again = dispatch.starts_of(mask, 2)
+    assert again is not None and again[0].tolist() == [0] * 30 + [30] * 34
+
+
+@torch.no_grad()
+def test_layers_of_one_forward_share_the_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, first_seen = [], dispatch._first_seen
+    monkeypatch.setattr(dispatch, "_first_seen", lambda *a: asked.append(a) or first_seen(*a))
+    padding = torch.ones(2, 12, dtype=torch.long)
+    padding[1, :5] = 0
+    model = build_dms("llama")
+    cache = dms.DMSCache(model, batch_size=2, max_length=PAGE, impl="triton")
+    model(tokens(2, 12), attention_mask=padding, past_key_values=cache)
+    assert len(asked) == 1
 
 
 def test_a_linear_gate_and_decisions_append_the_same() -> None:
