@@ -305,8 +305,9 @@ def attend_chunk(
     K, DV = k.shape[1], v.shape[-1]
     tile = tile or chunk_tile(D, DV, q.dtype)
     starts, sinks = own_starts(chunk.starts), scoring.sinks
-    if expiry is not None:  # the kernel reads whole pages of it
-        expiry = F.pad(expiry, (0, -expiry.shape[2] % PAGE)).contiguous()
+    if expiry is not None and expiry.shape[2] % PAGE:  # the kernel reads whole pages of it
+        expiry = F.pad(expiry, (0, -expiry.shape[2] % PAGE))
+    expiry = None if expiry is None else expiry.contiguous()
     out = torch.empty(B, H, T, DV, dtype=v.dtype, device=q.device)
     dot = dot_type(q.dtype)
     _chunk_kernel[(B * H, triton.cdiv(T, tile.queries))](

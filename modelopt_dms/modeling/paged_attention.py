@@ -87,16 +87,18 @@ def _attend_chunks(
         new_k, new_v = (x[:, :, part] for x in incoming)
         slots.prepare(new_k, new_v)
         slots.decide_previous(decisions[..., 0])
-        chunk = Chunk(
-            q[:, :, part],
-            k[:, :, part],
-            v[:, :, part],
-            shift_decisions(decisions, slots.shift),
-            slots.state.seen[:, 0].contiguous(),
-            None if starts is None else starts[:, part] - start,
-            slots.expiry(slots.seen) if slots.seen else None,
-        )
-        outs.append(dispatch.attend_chunk(chunk, slots.pool, slots.state, scoring, impl=slots.impl))
+        with slots.expiries() as expiry:
+            chunk = Chunk(
+                q[:, :, part],
+                k[:, :, part],
+                v[:, :, part],
+                shift_decisions(decisions, slots.shift),
+                slots.state.seen[:, 0].contiguous(),
+                None if starts is None else starts[:, part] - start,
+                expiry,
+            )
+            pool, lists = slots.pool, slots.state
+            outs.append(dispatch.attend_chunk(chunk, pool, lists, scoring, impl=slots.impl))
         slots.append(new_k, new_v, decisions, None if valid is None else valid[:, part])
     return torch.cat(outs, dim=2)
 

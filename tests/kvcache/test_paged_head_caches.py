@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """PagedHeadCaches beside HeadCaches: the same rows, lengths, pending tokens; chunks, padding, beams, rollbacks."""
 
+from typing import Any
+
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -8,6 +10,7 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from paged_oracle import FORMATS, Formats, held, pending, stored
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from modelopt_dms.kernels import dispatch
 from modelopt_dms.kernels.gating import Decided
@@ -233,6 +236,37 @@ def test_a_fixed_pool_that_ran_out_is_as_new_after_a_reset_of_all_layers() -> No
     append(layers[0], 5, 0.0)
     assert int(shared.pool.counters[0]) == 12 - layers[0].lists
     shared.check()
+
+
+class Made(TorchDispatchMode):
+    """The largest tensor that is new and not a part of an old one, in numbers."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = op(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and not op.is_view:
+            given = [x.data_ptr() for x in args if isinstance(x, Tensor)]
+            self.largest = max(self.largest, 0 if out.data_ptr() in given else out.numel())
+        return out
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_expiries_of_a_chunk_cost_what_the_ring_holds(impl: str) -> None:
+    shared = SharedPool(CPU, impl, layers=2)
+    layers = [PagedHeadCaches(2, 0, shared) for _ in range(2)]
+    for seed, slots in enumerate(layers):
+        append(slots, 300, 0.5, seed)
+    for turn in range(2):
+        for slots in layers:
+            expected = slots.expiry(slots.seen)
+            with Made() as made, slots.expiries() as found:
+                assert found is not None
+                assert torch.equal(found[..., : slots.seen], expected)
+            if turn:
+                assert made.largest <= 2 * slots.K * 3 + 3
+    assert shared._expiries is not None
+    assert bool((shared._expiries == NEVER).all())
 
 
 def test_finished_sequences_give_their_pages_back_and_take_in_nothing() -> None:
