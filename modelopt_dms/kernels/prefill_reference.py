@@ -102,7 +102,7 @@ def expiry(lists: PageTables, length: int) -> Tensor:
 
 
 def expiring(lists: PageTables, length: int) -> tuple[Tensor, Tensor]:
-    """Slots [B, K, R] below `length` that will expire, `length` for others, and their last positions [B, K, R] int32."""
+    """Slots [B, K, R] below `length` that will expire, `length` for others; and their last positions, int32."""
     pending = lists.ring_evict & (lists.ring_slot >= 0) & (lists.ring_slot < length)
     slots = torch.where(pending, lists.ring_slot, length).long()
     return slots, (lists.ring_positions() + lists.window).to(torch.int32)
