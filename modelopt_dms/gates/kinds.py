@@ -83,7 +83,7 @@ class NeuronGate(EvictionGate):
         if not self.enabled or module is not self._attention[0].q_proj:
             return output
         keep = torch.ones(output.shape[-1], dtype=output.dtype, device=output.device)
-        keep[self.borrowed] = 0
+        keep[self.borrowed].zero_()
         return output * keep
 
     def zero_borrowed_dim_rotated(self, query: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class NeuronGate(EvictionGate):
         keep = torch.ones(
             query.shape[1], 1, query.shape[-1], dtype=query.dtype, device=query.device
         )
-        keep[self.borrowed_heads, :, self.borrowed_dim] = 0
+        keep[self.borrowed_heads, :, self.borrowed_dim].zero_()
         return query * keep
 
 

@@ -227,9 +227,9 @@ def _pack_kernel(
     BLOCK_DV: tl.constexpr,
 ):
     """One program stores ROWS tokens of one list, those that have slots."""
-    index = tl.program_id(1)
+    index = tl.program_id(0)
     head = index % K
-    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    token = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     at = index.to(tl.int64) * tokens + token
     slot = tl.load(slots_ptr + at, token < tokens, other=-1)
     wanted = slot >= 0
@@ -351,7 +351,7 @@ def apply_plan(plan: Plan, k: Tensor, v: Tensor, pool: PagePool, lists: PageTabl
     allocate_pages(plan, pool, lists)
     T = plan.slots.shape[2]
     constants = _pack_constants(layouts, lists.heads)
-    _pack_kernel[(triton.cdiv(T, constants["ROWS"]), number)](
+    _pack_kernel[(number, triton.cdiv(T, constants["ROWS"]))](
         *_as_stored(k, v, pool),
         plan.slots.contiguous(),
         lists.table,

@@ -2,9 +2,13 @@
 """One function per op that picks its implementation.
 
 `impl`: "triton" is the op of `kernels.library`, which runs the kernel on CUDA, or anywhere under TRITON_INTERPRET=1.
-"reference" is what it means, in plain PyTorch, on any device. "auto" is triton on CUDA, and reference elsewhere.
+"reference" is what it means, in plain PyTorch, on any device. "auto" is triton on GPUs that run the kernels, and
+reference elsewhere.
 """
 
+import threading
+import warnings
+import weakref
 from typing import Literal
 
 import torch
@@ -23,6 +27,10 @@ from modelopt_dms.kernels.prefill_reference import Chunk
 from modelopt_dms.kernels.reference import Prompt, Scoring
 from modelopt_dms.kernels.rollback import UndoLog
 
+# Per thread: the mask that `starts_of` was asked about last, and what it said.
+_LAST = threading.local()
+_NEEDED = "a GPU of compute capability 9.0 to 11.x (Hopper, data center Blackwell)"
+
 
 def choose(impl: str, device: torch.device) -> Literal["triton", "reference"]:
     """The implementation that `impl` means on this device.
@@ -34,6 +42,14 @@ def choose(impl: str, device: torch.device) -> Literal["triton", "reference"]:
         raise ValueError(f"impl={impl!r} must be 'auto', 'triton' or 'reference'")
     if impl == "reference" or (impl == "auto" and device.type != "cuda"):
         return "reference"
+    if device.type == "cuda" and not kernels_fit(_capability(device)):
+        if impl == "auto":
+            _say_what_computes(device)
+            return "reference"
+        raise ValueError(
+            f"impl='triton' needs {_NEEDED}, and {torch.cuda.get_device_name(device)} has "
+            f"{'.'.join(map(str, _capability(device)))}; accepted here: 'auto', 'reference'"
+        )
     if torch.compiler.is_compiling():  # what cannot run was refused when the cache was made
         return "triton"
     if not library.has_triton():
@@ -46,6 +62,28 @@ def choose(impl: str, device: torch.device) -> Literal["triton", "reference"]:
             "TRITON_INTERPRET=1 in the environment (slow, for tests)"
         )
     return "triton"
+
+
+def kernels_fit(capability: tuple[int, int]) -> bool:
+    """Whether GPUs of this compute capability have what the kernels use: 227 KB of shared memory, bfloat16 in pairs.
+
+    8.0 (A100) has 163 KB; 8.6, 8.9 (Ada) and 12.x (GeForce and RTX Blackwell) have 99.
+    """
+    return (9, 0) <= capability < (12, 0)
+
+
+@torch.compiler.assume_constant_result
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@torch.compiler.assume_constant_result
+def _say_what_computes(device: torch.device) -> None:
+    warnings.warn(
+        f"the kernels need {_NEEDED}, and {torch.cuda.get_device_name(device)} has "
+        f"{'.'.join(map(str, _capability(device)))}: plain PyTorch computes instead, slower",
+        stacklevel=3,
+    )
 
 
 def append_token(
@@ -160,20 +198,34 @@ def prefill_attention(prompt: Prompt, scoring: Scoring, *, impl: str = "auto") -
 
 
 def starts_of(mask: Tensor | None, batch: int) -> Tensor | None:
-    """First key [B, T] int32 that each query sees, from a bool mask [B or 1, 1, T, T]; None stays None (causal).
+    """First of the new keys [B, T] int32 that each query sees, from a mask [B or 1, 1, T, S] of which T keys are new.
 
-    The kernels take masks of this kind only: documents in a row, and padding. A row that sees nothing sees itself.
+    None stays None (causal). The kernels take masks of this kind only: documents in a row, and padding. A row that sees
+    nothing sees itself. Waits for the device once for all layers of a forward, which share their mask.
 
     Raises:
         ValueError: a query that does not see everything between its first key and itself.
     """
     if mask is None:
         return None
-    seen = mask[:, 0]  # [B, T, T]
-    T = seen.shape[-1]
+    # Tensors made under inference_mode do not count what is written to them.
+    if torch.compiler.is_compiling() or mask.is_inference():
+        return _first_seen(mask, batch)
+    state = (batch, mask._version)
+    last = getattr(_LAST, "mask", None)
+    if last is None or last[0]() is not mask or last[1] != state:
+        # Weak: a mask takes memory with the square of the length.
+        last = _LAST.mask = (weakref.ref(mask), state, _first_seen(mask, batch))
+    return last[2]
+
+
+def _first_seen(mask: Tensor, batch: int) -> Tensor:
+    T = mask.shape[-2]
+    seen = mask[:, 0, :, -T:]  # [B, T, T]
     itself = torch.arange(T, device=mask.device)
     count = seen.sum(-1)
-    starts = torch.where(count > 0, seen.int().argmax(-1), itself)
+    # As bytes, not as integers: those would be a copy of four times the mask's size.
+    starts = torch.where(count > 0, seen.view(torch.uint8).argmax(-1), itself)
     if not bool((torch.where(count > 0, count, 1) == itself + 1 - starts).all()):
         raise ValueError(
             "the kernels take masks where a query sees all keys from some position to itself (causal, padding, packed "

@@ -175,11 +175,17 @@ class PagePool:
     def give_back(self, pages: Tensor) -> None:
         """Take back pages [n] int32, NO_PAGE among them ignored; on the device."""
         real = pages != NO_PAGE
-        at = self.counters[0].clamp(min=0) + real.cumsum(0) - 1  # [n]
+        self.counters[0].clamp_(min=0)  # what nobody got is not owed
+        at = self.counters[0] + real.cumsum(0) - 1  # [n]
         # The last place of `free` is never read: there can be at most N - 1 free pages.
         last = len(self.free) - 1
         self.free.scatter_(0, torch.where(real, at, last).long(), pages)
         self.counters[0] += real.sum().to(torch.int32)
+
+    def forget_shortage(self) -> None:
+        """Where all pages are free again, nothing lacks the rows that were lost; on the device."""
+        free, lowest = self.counters
+        lowest.copy_(torch.where(free == self.pages, lowest.clamp(min=0), lowest))
 
     def check(self, option: str) -> int:
         """The most pages ever in use. Waits for the device.

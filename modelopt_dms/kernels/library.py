@@ -200,7 +200,8 @@ def _backward_arguments(grad: Tensor, out: Tensor, lse: Tensor, *args: Any) -> t
 
 
 def _like_inputs(grad: Tensor, out: Tensor, lse: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(x) for x in inputs[:4])
+    contiguous = torch.contiguous_format
+    return tuple(torch.empty_like(x, memory_format=contiguous) for x in inputs[:4])
 
 
 append_token = _op(

@@ -72,8 +72,8 @@ def _forward_kernel(
 ):
     """One block of queries of one head; log-sum-exp in units of log 2."""
     # The last queries have the most keys: they go first.
-    m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
-    index = tl.program_id(1)
+    m0 = (tl.num_programs(1) - 1 - tl.program_id(1)) * M
+    index = tl.program_id(0)
     batch = index // H
     kv = (index // G).to(tl.int64)  # = batch * K + KV head
     q += index.to(tl.int64) * T * D
@@ -114,7 +114,7 @@ def prefill_forward(
     starts, sinks = own_starts(starts), scoring.sinks
     out = torch.empty(B, H, T, DV, dtype=v.dtype, device=q.device)
     lse = torch.empty(B, H, T, dtype=torch.float32, device=q.device)
-    _forward_kernel[(triton.cdiv(T, tile.queries), B * H)](
+    _forward_kernel[(B * H, triton.cdiv(T, tile.queries))](
         q,
         k,
         v,

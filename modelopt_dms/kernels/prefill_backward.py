@@ -73,8 +73,8 @@ def _delta_kernel(
     R: tl.constexpr,
 ):
     """Dot products of the rows of out and of its gradient, and the log-sum-exps, both padded with zeros."""
-    index = tl.program_id(1).to(tl.int64)
-    first = tl.program_id(0) * R
+    index = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * R
     x = load_rows(out + index * T * DV, first, T, R, DV, 0, WIDTH, True, tl.float32)
     y = load_rows(gradient + index * T * DV, first, T, R, DV, 0, WIDTH, True, tl.float32)
     rows = first + tl.arange(0, R)
@@ -162,8 +162,8 @@ def _query_kernel(
     DOT: tl.constexpr,
 ):
     """Gradient of one block of queries of one head."""
-    m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
-    index = tl.program_id(1).to(tl.int64)
+    m0 = (tl.num_programs(1) - 1 - tl.program_id(1)) * M
+    index = tl.program_id(0).to(tl.int64)
     kv = index // G
     q += index * T * D
     dq += index * T * D
@@ -332,7 +332,7 @@ def _key_kernel(
     """Gradients of one block of keys of one KV head: of its keys and bias (WITH_K), of its values (WITH_V)."""
     block = tl.program_id(0)  # the first keys have the most queries: they go first
     n0 = block * N
-    kv = tl.program_id(1).to(tl.int64)
+    kv = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
     batch = kv // K
     k += kv * T * D
     v += kv * T * DV
@@ -452,8 +452,9 @@ def prefill_backward(
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     dbias = torch.empty_like(prompt.keep_logprob, memory_format=torch.contiguous_format)
     ends = bias if starts is None else _last_readers(starts, T, by_key.keys)
+    # Blocks in another dim than the first, as elsewhere, would make registers spill.
     for with_k, with_v in key_passes(D, DV):
-        _key_kernel[(triton.cdiv(T, by_key.keys), B * K)](
+        _key_kernel[(triton.cdiv(T, by_key.keys), K, B)](
             **inputs,
             ends=ends,
             dk=dk,
@@ -465,7 +466,7 @@ def prefill_backward(
             WITH_V=with_v,
             **_launch_options(by_key),
         )
-    _query_kernel[(triton.cdiv(T, by_query.queries), B * H)](
+    _query_kernel[(B * H, triton.cdiv(T, by_query.queries))](
         **inputs, dq=dq, **constants, H=H, **_launch_options(by_query)
     )
     return dq, dk, dv, dbias
@@ -476,7 +477,7 @@ def _padded_rows(gradient: Tensor, out: Tensor, lse: Tensor) -> dict[str, Tensor
     B, H, T, DV = out.shape
     length = padded_length(T)
     delta, padded_lse = torch.empty(2, B, H, length, dtype=torch.float32, device=out.device)
-    _delta_kernel[(length // DELTA_ROWS, B * H)](
+    _delta_kernel[(B * H, length // DELTA_ROWS)](
         out,
         gradient,
         lse,

@@ -3,6 +3,8 @@
 
 Scores are in units of log 2 inside the kernels, so that exp2 is all they need. A head dim D is two powers of two,
 D1 + D2 (96 = 64 + 32; D2 is 0 for most): a tile has a power of two of columns, and 96 padded to 128 wastes a third.
+
+Grids are (heads or lists of all sequences, blocks of tokens): only a grid's first dim goes beyond 65535.
 """
 
 from dataclasses import dataclass

@@ -56,16 +56,17 @@ def chunk_tile(D: int, DV: int, dtype: torch.dtype) -> Tile:
 def _block_scales(
     scales,
     page,
+    count,
     PAGE: tl.constexpr,
     NUMBER: tl.constexpr,
     D: tl.constexpr,
     OFFSET: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """NVFP4 only: the scales [PAGE, WIDTH / 16] of the blocks of columns OFFSET.. of a page's rows."""
+    """NVFP4 only: the scales [PAGE, WIDTH / 16] of the blocks of columns OFFSET.. of a page's `count` rows."""
     if NUMBER == "nvfp4":
         at = scales + page.to(tl.int64) * (PAGE * D // 16)
-        return load_rows(at, 0, PAGE, PAGE, D // 16, OFFSET // 16, WIDTH // 16, False, tl.uint8)
+        return load_rows(at, 0, count, PAGE, D // 16, OFFSET // 16, WIDTH // 16, True, tl.uint8)
     else:
         return page
 
@@ -74,6 +75,7 @@ def _block_scales(
 def _scales_of_page(
     scales,
     page,
+    count,
     PAGE: tl.constexpr,
     NUMBER: tl.constexpr,
     D: tl.constexpr,
@@ -81,10 +83,10 @@ def _scales_of_page(
     D2: tl.constexpr,
 ):
     """`_block_scales` of both parts of rows; the second is the first if D2 is 0."""
-    first = _block_scales(scales, page, PAGE, NUMBER, D, 0, D1)
+    first = _block_scales(scales, page, count, PAGE, NUMBER, D, 0, D1)
     second = first
     if D2 > 0:
-        second = _block_scales(scales, page, PAGE, NUMBER, D, D1, D2)
+        second = _block_scales(scales, page, count, PAGE, NUMBER, D, D1, D2)
     return first, second
 
 
@@ -93,6 +95,7 @@ def _page_rows(
     codes,
     scale,
     page,
+    count,
     PAGE: tl.constexpr,
     NUMBER: tl.constexpr,
     D: tl.constexpr,
@@ -100,15 +103,18 @@ def _page_rows(
     WIDTH: tl.constexpr,
     DOT: tl.constexpr,
 ):
-    """Columns OFFSET.. of a page's rows, decoded: [PAGE, WIDTH], zeros outside; scales of heads and rows left out."""
+    """Columns OFFSET.. of a page's `count` rows, decoded: [PAGE, WIDTH]; scales of heads and rows left out.
+
+    Zeros outside: what a recycled page holds behind its last row may be NaN, and weights of 0 do not make it 0.
+    """
     first = page.to(tl.int64) * PAGE
     if NUMBER == "plain":
-        return load_rows(codes + first * D, 0, PAGE, PAGE, D, OFFSET, WIDTH, False, DOT)
+        return load_rows(codes + first * D, 0, count, PAGE, D, OFFSET, WIDTH, True, DOT)
     else:
         WORD: tl.constexpr = word_codes(NUMBER)
         at = codes + first * (D // WORD)
         words = load_rows(
-            at, 0, PAGE, PAGE, D // WORD, OFFSET // WORD, WIDTH // WORD, False, tl.int32
+            at, 0, count, PAGE, D // WORD, OFFSET // WORD, WIDTH // WORD, True, tl.int32
         )
         if NUMBER == "nvfp4":
             x = from_e2m1(words, scale, DOT)
@@ -134,15 +140,15 @@ def _row_factor(scales, page, PAGE: tl.constexpr, inside):
 
 @triton.jit
 def _page_scores(
-    q1, q2, keys, scales, scale1, scale2, factor, page, here,
+    q1, q2, keys, scales, scale1, scale2, factor, page, count, here,
     SCALE: tl.constexpr, SOFTCAP: tl.constexpr, PAGE: tl.constexpr, NUMBER: tl.constexpr, PER_ROW: tl.constexpr,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Scores [M, PAGE] of queries, in two parts, on the keys of a page; scale1 and scale2 are their `_block_scales`."""
-    k1 = _page_rows(keys, scale1, page, PAGE, NUMBER, D, 0, D1, DOT)
+    k1 = _page_rows(keys, scale1, page, count, PAGE, NUMBER, D, 0, D1, DOT)
     products = tl.dot(q1, tl.trans(k1), input_precision="ieee")
     if D2 > 0:
-        k2 = _page_rows(keys, scale2, page, PAGE, NUMBER, D, D1, D2, DOT)
+        k2 = _page_rows(keys, scale2, page, count, PAGE, NUMBER, D, D1, D2, DOT)
         products = tl.dot(q2, tl.trans(k2), products, input_precision="ieee")
     if PER_ROW:
         row_factor = _row_factor(scales, page, PAGE, here)
@@ -199,8 +205,8 @@ def _chunk_kernel(
 ):
     """One block of queries of one head: first over the pages of its list, then over the chunk."""
     K: tl.constexpr = H // G
-    m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * M
-    index = tl.program_id(1)
+    m0 = (tl.num_programs(1) - 1 - tl.program_id(1)) * M
+    index = tl.program_id(0)
     batch = index // H
     kv = (index // G).to(tl.int64)  # = batch * K + KV head
     q += index.to(tl.int64) * T * D
@@ -228,13 +234,14 @@ def _chunk_kernel(
     last = rows
     if HAS_EXPIRY:
         last = tl.load(expiry + rows)
-    k_scale1, k_scale2 = _scales_of_page(key_scales, page, PAGE, KEY_NUMBER, D, D1, D2)
-    v_scale1, v_scale2 = _scales_of_page(value_scales, page, PAGE, VALUE_NUMBER, DV, V1, V2)
+    k_scale1, k_scale2 = _scales_of_page(key_scales, page, length, PAGE, KEY_NUMBER, D, D1, D2)
+    v_scale1, v_scale2 = _scales_of_page(value_scales, page, length, PAGE, VALUE_NUMBER, DV, V1, V2)
     for place in tl.range(0, pages):
         following = tl.load(table + tl.minimum(place + 1, P - 1))
-        here = rows < length - place * PAGE
+        count = length - place * PAGE
+        here = rows < count
         scores = _page_scores(
-            q1, q2, keys, key_scales, k_scale1, k_scale2, key_factor, page, here,
+            q1, q2, keys, key_scales, k_scale1, k_scale2, key_factor, page, count, here,
             SCALE, SOFTCAP, PAGE, KEY_NUMBER, KEY_PER_ROW, D, D1, D2, DOT,
         )  # fmt: skip
         if HAS_EXPIRY:
@@ -242,20 +249,24 @@ def _chunk_kernel(
             scores = tl.where(positions[:, None] <= last[None, :], scores, float("-inf"))
             last = tl.load(expiry + tl.minimum(place + 1, E - 1) * PAGE + rows)
         else:
-            scores += tl.where(here, 0.0, float("-inf"))[None, :]
+            scores = tl.where(here[None, :], scores, float("-inf"))
         weights, shrink, total, top = softmax_step(scores, total, top)
         if VALUE_PER_ROW:
             factor = _row_factor(value_scales, page, PAGE, here)
             weights *= (factor * (1.0 / VALUE_FACTOR))[None, :]
         weights = weights.to(DOT)
-        v1 = _page_rows(values, v_scale1, page, PAGE, VALUE_NUMBER, DV, 0, V1, DOT)
+        v1 = _page_rows(values, v_scale1, page, count, PAGE, VALUE_NUMBER, DV, 0, V1, DOT)
         acc1 = tl.dot(weights, v1, acc1 * shrink[:, None], input_precision="ieee")
         if V2 > 0:
-            v2 = _page_rows(values, v_scale2, page, PAGE, VALUE_NUMBER, DV, V1, V2, DOT)
+            v2 = _page_rows(values, v_scale2, page, count, PAGE, VALUE_NUMBER, DV, V1, V2, DOT)
             acc2 = tl.dot(weights, v2, acc2 * shrink[:, None], input_precision="ieee")
         page = following
-        k_scale1, k_scale2 = _scales_of_page(key_scales, page, PAGE, KEY_NUMBER, D, D1, D2)
-        v_scale1, v_scale2 = _scales_of_page(value_scales, page, PAGE, VALUE_NUMBER, DV, V1, V2)
+        k_scale1, k_scale2 = _scales_of_page(
+            key_scales, page, count - PAGE, PAGE, KEY_NUMBER, D, D1, D2
+        )
+        v_scale1, v_scale2 = _scales_of_page(
+            value_scales, page, count - PAGE, PAGE, VALUE_NUMBER, DV, V1, V2
+        )
     if VALUE_NUMBER != "plain":
         acc1 *= value_factor
         if V2 > 0:
@@ -294,11 +305,12 @@ def attend_chunk(
     K, DV = k.shape[1], v.shape[-1]
     tile = tile or chunk_tile(D, DV, q.dtype)
     starts, sinks = own_starts(chunk.starts), scoring.sinks
-    if expiry is not None:  # the kernel reads whole pages of it
-        expiry = F.pad(expiry, (0, -expiry.shape[2] % PAGE)).contiguous()
+    if expiry is not None and expiry.shape[2] % PAGE:  # the kernel reads whole pages of it
+        expiry = F.pad(expiry, (0, -expiry.shape[2] % PAGE))
+    expiry = None if expiry is None else expiry.contiguous()
     out = torch.empty(B, H, T, DV, dtype=v.dtype, device=q.device)
     dot = dot_type(q.dtype)
-    _chunk_kernel[(triton.cdiv(T, tile.queries), B * H)](
+    _chunk_kernel[(B * H, triton.cdiv(T, tile.queries))](
         q,
         k,
         v,

@@ -95,12 +95,17 @@ def expiry(lists: PageTables, length: int) -> Tensor:
         lists: of one layer.
         length: slots of every list to look at.
     """
-    pending = lists.ring_evict & (lists.ring_slot >= 0) & (lists.ring_slot < length)
-    slots = torch.where(pending, lists.ring_slot, length).long()  # [B, K, R]
-    last = (lists.ring_positions() + lists.window).to(torch.int32)
+    slots, last = expiring(lists, length)
     shape = (lists.batch, lists.heads, length + 1)
     found = torch.full(shape, NEVER, dtype=torch.int32, device=last.device)
     return found.scatter_(2, slots, last)[..., :length]
+
+
+def expiring(lists: PageTables, length: int) -> tuple[Tensor, Tensor]:
+    """Slots [B, K, R] below `length` that will expire, `length` for others; and their last positions, int32."""
+    pending = lists.ring_evict & (lists.ring_slot >= 0) & (lists.ring_slot < length)
+    slots = torch.where(pending, lists.ring_slot, length).long()
+    return slots, (lists.ring_positions() + lists.window).to(torch.int32)
 
 
 def log2_bias(keep_logprob: Tensor) -> Tensor:

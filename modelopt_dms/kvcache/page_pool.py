@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pages that layers of a cache share, and when there must be more of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from modelopt_dms.kernels import dispatch
 from modelopt_dms.kernels.layout import NO_PAGE, PAGE, PagePool, PageTables, RowLayout
+from modelopt_dms.kernels.prefill_reference import NEVER, expiring
 
 
 class Store(Protocol):
@@ -71,6 +73,7 @@ class SharedPool:
         self._free = 0  # pages, when the device was last asked
         self._since: dict[Store, int] = {}  # tokens that each layer took in since
         self._taken = 0  # pages that they took at most
+        self._expiries: Tensor | None = None  # NEVER everywhere, but within `expiries`
 
     @property
     def kv_bytes(self) -> int:
@@ -190,6 +193,23 @@ class SharedPool:
         if free < wanted:
             self._grow(free, max(wanted - free, self.pool.pages // 8))
         return free < wanted
+
+    @contextmanager
+    def expiries(self, lists: PageTables) -> Iterator[Tensor]:
+        """As `prefill_reference.expiry` [B, K, S] of all slots that pages hold and a page more, while inside.
+
+        All layers use one tensor. Only what is in the ring can expire: to make one anew, for every layer and chunk of a
+        prompt, would cost as much as the context is long.
+        """
+        length = lists.table.shape[2] * PAGE
+        shape = (lists.batch, lists.heads, length + PAGE)
+        if self._expiries is None or self._expiries.shape != shape:
+            self._expiries = torch.full(shape, NEVER, dtype=torch.int32, device=lists.live.device)
+        slots, last = expiring(lists, length)
+        try:
+            yield self._expiries.scatter_(2, slots, last)
+        finally:
+            self._expiries.scatter_(2, slots, NEVER)
 
     def _forget(self, free: int) -> None:
         """The device was asked: so many pages are free."""

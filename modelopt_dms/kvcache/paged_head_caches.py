@@ -7,6 +7,8 @@ stands in `kernels.append` and `kernels.append_reference`.
 Shapes: B sequences, K KV heads, T new tokens.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -142,6 +144,16 @@ class PagedHeadCaches:
         """The last position [B, K, length] int32 of a query that may read each slot; see `prefill_reference.expiry`."""
         return expiry(self.state, length)
 
+    @contextmanager
+    def expiries(self) -> Iterator[Tensor | None]:
+        """The same for a chunk to read while inside, without making it anew; None where nothing is held."""
+        if not self.seen:
+            yield None
+            return
+        with self.shared.expiries(self.state) as found:
+            # The reference reads as many slots as there are expiries.
+            yield found if self.impl == "triton" else found[..., : self.seen]
+
     def read(self, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Rows [B, K, length, D] of keys and values in this dtype; zeros behind a list's end."""
         slots = torch.arange(length, device=self.live.device)
@@ -242,6 +254,7 @@ class PagedHeadCaches:
             return
         if self.shared.max_bytes is not None:
             reorder.drop(self.state, self.pool, torch.ones_like(self.state.active))
+            self.pool.forget_shortage()
             self.padding.zero_()
             self.state.active.fill_(True)
             return

@@ -7,6 +7,7 @@ Between two checks the host only queues work. At a check it asks whether sequenc
 the pool) and whether the pool will last until the next one.
 """
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,8 +86,7 @@ class DecodeStep:
                 self._forward()
         except RuntimeError as error:
             raise GenerationError(
-                f"{type(self.model).__name__} cannot be captured in a CUDA graph ({str(error).splitlines()[0]}); "
-                "pass graph=False"
+                f"{type(self.model).__name__} cannot be captured in a CUDA graph ({str(error).splitlines()[0]})"
             ) from error
         finally:
             self.cache.advance(seen - self.cache.get_seq_length())
@@ -139,7 +139,8 @@ def graphed(
     """The decoding loop for `generate(custom_generate=graphed)`: greedy or sampling, hundreds of ragged sequences.
 
     On CUDA, decode steps are replays of one CUDA graph, where the model allows (all of its attention layers are DMS
-    layers on one device, and its rotary embedding does not look at positions); elsewhere the same steps run one by one.
+    layers on one device, and its rotary embedding does not look at positions; a warning says where it
+    did something else that no graph can); elsewhere the same steps run one by one.
 
     Args:
         model: a DMS model.
@@ -171,7 +172,7 @@ def graphed(
     steps = 0
     while not run.finished:
         if capture and step.can_capture:
-            step.capture()
+            capture = _captured(step)
         run.choose(step(), step)
         steps += 1
         if run.full or steps % CHECK_EVERY == 0 or stream_to is not None:
@@ -183,6 +184,18 @@ def graphed(
         return sequences
     given = cache_argument(GenerateDecoderOnlyOutput, cache)
     return GenerateDecoderOnlyOutput(sequences=sequences, **given)
+
+
+def _captured(step: DecodeStep) -> bool:
+    """Capture a step; False, with a warning, where the model does something that a graph cannot."""
+    try:
+        # A capture that fails may leave its own stream behind.
+        with torch.cuda.stream(torch.cuda.current_stream(step.token.device)):
+            step.capture()
+    except GenerationError as error:
+        warnings.warn(f"{error}; decoding goes on step by step", stacklevel=3)
+        return False
+    return True
 
 
 class _Run:

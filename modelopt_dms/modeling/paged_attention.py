@@ -87,16 +87,18 @@ def _attend_chunks(
         new_k, new_v = (x[:, :, part] for x in incoming)
         slots.prepare(new_k, new_v)
         slots.decide_previous(decisions[..., 0])
-        chunk = Chunk(
-            q[:, :, part],
-            k[:, :, part],
-            v[:, :, part],
-            shift_decisions(decisions, slots.shift),
-            slots.state.seen[:, 0].contiguous(),
-            None if starts is None else starts[:, part] - start,
-            slots.expiry(slots.seen) if slots.seen else None,
-        )
-        outs.append(dispatch.attend_chunk(chunk, slots.pool, slots.state, scoring, impl=slots.impl))
+        with slots.expiries() as expiry:
+            chunk = Chunk(
+                q[:, :, part],
+                k[:, :, part],
+                v[:, :, part],
+                shift_decisions(decisions, slots.shift),
+                slots.state.seen[:, 0].contiguous(),
+                None if starts is None else starts[:, part] - start,
+                expiry,
+            )
+            pool, lists = slots.pool, slots.state
+            outs.append(dispatch.attend_chunk(chunk, pool, lists, scoring, impl=slots.impl))
         slots.append(new_k, new_v, decisions, None if valid is None else valid[:, part])
     return torch.cat(outs, dim=2)
 
@@ -105,7 +107,7 @@ def _starts(mask: Tensor | None, batch: int, tokens: int) -> Tensor | None:
     """First of the new tokens [B, T] that each of them sees; -1 where it sees older ones, too. None: it sees all."""
     if mask is None:
         return None
-    starts = dispatch.starts_of(mask[..., -tokens:], batch)
+    starts = dispatch.starts_of(mask, batch)
     sees_older = mask[:, 0, :, :-tokens].any(-1)
     return torch.where(sees_older, -1, starts)  # type: ignore[arg-type]
 
@@ -135,7 +137,8 @@ def _attend_latents(
     slots = _slots(step)
     assert step.layer is not None and step.evict is not None and step.log_keep is not None
     log_keep = step.log_keep.expand(-1, k.shape[1], -1)
-    mask = None if mask is None else mask[..., -q.shape[2] :]
+    if mask is not None and slots.seen:
+        mask = mask[..., -q.shape[2] :]
     valid = _valid(mask, len(q), q.shape[2])
     incoming = step.layer.take_incoming()
     slots.prepare(*incoming)

@@ -131,8 +131,8 @@ def test_grids_and_numbers_are_those_of_our_own_launches(exported: dict[str, Pat
         "DmsCacheUpdate": ((6, 1, 1), [4]),
         "DmsDecodePartial": ((cases.PROGRAMS, 1, 1), [6, 4]),
         "DmsDecodeCombine": ((6, 4, 1), []),
-        "DmsPrefillAttention": ((2, 24, 1), [200, 20, 4, 4]),
-        "DmsPrefillWrite": ((13, 6, 1), [200, 4]),
+        "DmsPrefillAttention": ((24, 2, 1), [200, 20, 4, 4]),
+        "DmsPrefillWrite": ((6, 13, 1), [200, 4]),
     }
 
 

@@ -112,10 +112,10 @@ def test_grids_and_numbers_are_those_of_the_kernels(learned: dict[str, Any]) -> 
         "DmsDecodePartial": ((cases.PROGRAMS, 1, 1), [lists, cases.LIST_PAGES]),
         "DmsDecodeCombine": ((lists, group, 1), []),
         "DmsPrefillAttention": (
-            (1, BATCH * made.heads, 1),
+            (BATCH * made.heads, 1, 1),
             [cases.CHUNK, made.window, cases.LIST_PAGES, cases.LIST_PAGES],
         ),
-        "DmsPrefillWrite": ((4, lists, 1), [cases.CHUNK, cases.LIST_PAGES]),
+        "DmsPrefillWrite": ((lists, 4, 1), [cases.CHUNK, cases.LIST_PAGES]),
     }
     for name, (grid, integers) in expected.items():
         launch = learned[name]["launch"]

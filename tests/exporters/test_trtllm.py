@@ -15,6 +15,7 @@ import torch
 import yaml
 from families import WINDOW, build, build_dms, distance, open_gates, tokens
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import modelopt_dms as dms
@@ -22,7 +23,7 @@ from modelopt_dms import cli
 from modelopt_dms.checkpoints.unified_hf import PACKED_FILE
 from modelopt_dms.config.bundled import embedded_model_dir
 from modelopt_dms.exporters import FORMATS, ExportError
-from modelopt_dms.exporters.trtllm import backend, graph, register
+from modelopt_dms.exporters.trtllm import backend, graph, ops, register
 from modelopt_dms.exporters.trtllm.checkpoint import CONFIG_FILE, PLUGIN
 from modelopt_dms.exporters.trtllm.ops import CACHED, METADATA, SOURCE
 from modelopt_dms.exporters.trtllm.state import STATE
@@ -356,6 +357,46 @@ def test_a_small_pool_serves_what_evicts_enough_and_says_when_it_does_not(
     server.step([(0, 0, prompt)])
     with pytest.raises(OutOfPagesError, match="dms_pool_ratio, max_batch_size or max_seq_len"):
         server.step([(1, 0, prompt)])
+
+
+class Waits(TorchDispatchMode):
+    """How many numbers were read from these tensors: on a GPU, each would wait for it."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        super().__init__()
+        self.places = {x.untyped_storage().data_ptr() for x in tensors}
+        self.count = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if op is torch.ops.aten._local_scalar_dense.default:
+            self.count += args[0].untyped_storage().data_ptr() in self.places
+        return op(*args, **(kwargs or {}))
+
+
+def test_a_step_of_single_tokens_waits_for_no_layer_and_the_next_one_says_what_was_lost(
+    llama_graph: Any, double: SimpleNamespace
+) -> None:
+    server = engine(double, llama_graph)
+    server.step([(0, 0, [5, 6, 7])])
+    state = [server.caches[name] for name in list(server.caches)[: len(STATE)]]
+    q, k = torch.zeros(1, 1, 4, 8), torch.zeros(1, 1, 2, 8)
+    evict = torch.zeros(1, 1, 2, dtype=torch.bool)
+    info, bounds = torch.tensor([0, 0, 0, 0, 1, 1]), torch.tensor([0, 1])
+
+    def single(position: int) -> None:
+        rest = (torch.tensor([position]), torch.tensor([0]))
+        given = (info, bounds, *rest, *state, 1.0, WINDOW, 0, None, None)
+        # Not through the op, which hides what happens within.
+        names = (*METADATA, *STATE, *ops.CONSTANTS)
+        ops._cached_gated_attention(q, k, k, evict, **dict(zip(names, given, strict=True)))
+
+    with Waits(*state) as waits:
+        single(3)
+    assert waits.count == 0
+    state[STATE.index("counters")][1] = -1
+    single(4)
+    with pytest.raises(OutOfPagesError, match="dms_pool_ratio"):
+        single(5)
 
 
 def test_metadata_that_the_cache_cannot_follow_is_refused(

@@ -52,6 +52,16 @@ def test_a_residual_gate_reads_what_enters_the_layer_through_its_own_norm() -> N
     assert 0 < expected.float().mean() < 1
 
 
+def test_a_residual_gate_reads_where_attention_computes() -> None:
+    # Where layers lie on several devices, the layer's hook runs before accelerate has moved what enters it.
+    model = build_dms("llama", gate="residual")
+    gate, layer = dms_modules(model)["model.layers.1.self_attn"].dms_gate, model.model.layers[1]
+    gate._see(layer, (torch.randn(1, 3, 64),), {})
+    found = gate.read((torch.empty(1, 3, 64, device="meta"),), {})
+    gate.clear()
+    assert found.device.type == "meta"
+
+
 def test_a_residual_gate_learns_also_under_checkpointing_and_keeps_nothing() -> None:
     model = build_dms("llama", gate="residual").train()
     set_relaxation(model, 3, tau=1.0)

@@ -9,6 +9,7 @@ from families import build_dms, tokens
 from paged_oracle import FORMATS
 from torch import Tensor
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import modelopt_dms as dms
 from modelopt_dms.kernels import dispatch, library
@@ -62,6 +63,28 @@ def test_an_op_keeps_what_its_schema_promises(name: str) -> None:
     args, kwargs = arguments(name)
     op = getattr(torch.ops.modelopt_dms, name).default
     opcheck(op, args, kwargs, test_utils=PROMISES)
+
+
+def strided(x: Any) -> Any:
+    """The same numbers with the last two dims apart in memory, as transposed projections have them."""
+    if not isinstance(x, Tensor) or x.ndim < 3:
+        return x
+    found = x.detach().transpose(-1, -2).contiguous().transpose(-1, -2)
+    return found.requires_grad_(x.requires_grad)
+
+
+@pytest.mark.parametrize(
+    "name", ["decode", "append_token", "pack", "attend_chunk", "prefill", "prefill_backward"]
+)
+def test_results_of_strided_inputs_lie_as_the_fake_says(name: str) -> None:
+    if name == "prefill_backward":
+        args, kwargs = arguments("prefill")
+        out, lse = torch.ops.modelopt_dms.prefill(*args)
+        args = tuple(x.detach() if isinstance(x, Tensor) else x for x in (out, out, lse, *args))
+    else:
+        args, kwargs = arguments(name)
+    op = getattr(torch.ops.modelopt_dms, name).default
+    opcheck(op, tuple(map(strided, args)), kwargs, test_utils=PROMISES)
 
 
 @pytest.mark.parametrize("rows", ["plain", "fp8 rows", "mixed"])
@@ -136,10 +159,37 @@ def test_kernels_are_refused_where_they_cannot_run(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(library, "interpreting", lambda: False)
     with pytest.raises(ValueError, match="impl='triton' needs a CUDA device, got 'cpu'"):
         dispatch.choose("triton", torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(library, "has_triton", lambda: False)
     with pytest.raises(ValueError, match="needs Triton"):
         dispatch.choose("triton", torch.device("cuda"))
     assert dispatch.choose("auto", torch.device("cpu")) == "reference"
+
+
+@pytest.mark.parametrize(
+    ("capability", "fits"),
+    [
+        ((7, 5), False),
+        ((8, 0), False),
+        ((8, 9), False),
+        ((9, 0), True),
+        ((10, 3), True),
+        ((12, 0), False),
+    ],
+)
+def test_gpus_that_the_kernels_do_not_fit_compute_in_pytorch(
+    capability: tuple[int, int], fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert dispatch.kernels_fit(capability) == fits
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "GPU")
+    if fits:
+        assert dispatch.choose("auto", torch.device("cuda")) == "triton"
+        return
+    with pytest.warns(UserWarning, match=r"9\.0 to 11\.x .* GPU has \d+\.\d: plain PyTorch"):
+        assert dispatch.choose("auto", torch.device("cuda")) == "reference"
+    with pytest.raises(ValueError, match=r"9\.0 to 11\.x .* GPU has .* 'auto', 'reference'"):
+        dispatch.choose("triton", torch.device("cuda"))
 
 
 def test_masks_that_kernels_do_not_know_are_refused() -> None:
@@ -151,6 +201,41 @@ def test_masks_that_kernels_do_not_know_are_refused() -> None:
     documents[..., 5, 4] = False
     with pytest.raises(ValueError, match="use impl='reference'"):
         dispatch.starts_of(documents, 1)
+
+
+class Copies(TorchDispatchMode):
+    """The largest tensor of more than a byte a number that anything made, in numbers."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = op(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.element_size() > 1:
+            self.largest = max(self.largest, out.numel())
+        return out
+
+
+def test_starts_are_derived_without_a_wider_copy_and_once_for_all_layers() -> None:
+    mask = torch.ones(2, 1, 64, 64).tril().bool()
+    with Copies() as copies:
+        starts = dispatch.starts_of(mask, 2)
+    assert copies.largest < mask.numel() // 8
+    assert dispatch.starts_of(mask, 2) is starts
+    mask[:, :, 30:, :30] = False
+    again = dispatch.starts_of(mask, 2)
+    assert again is not None and again[0].tolist() == [0] * 30 + [30] * 34
+
+
+@torch.no_grad()
+def test_layers_of_one_forward_share_the_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, first_seen = [], dispatch._first_seen
+    monkeypatch.setattr(dispatch, "_first_seen", lambda *a: asked.append(a) or first_seen(*a))
+    padding = torch.ones(2, 12, dtype=torch.long)
+    padding[1, :5] = 0
+    model = build_dms("llama")
+    cache = dms.DMSCache(model, batch_size=2, max_length=PAGE, impl="triton")
+    model(tokens(2, 12), attention_mask=padding, past_key_values=cache)
+    assert len(asked) == 1
 
 
 def test_a_linear_gate_and_decisions_append_the_same() -> None:

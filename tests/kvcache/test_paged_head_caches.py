@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pages of PagedHeadCaches: growth, limits, addresses, bytes. Which rows it holds: test_conformance.py."""
 
+from typing import Any
+
 import pytest
 import torch
 from paged_oracle import FORMATS
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from modelopt_dms.kernels import dispatch
 from modelopt_dms.kernels.gating import Decided
@@ -89,6 +92,53 @@ def test_a_fixed_pool_that_runs_out_names_its_size_and_what_to_change() -> None:
     append(slots, 1, 0.0)
     with pytest.raises(OutOfPagesError, match="5 of 64 slots.*at least 3 more.*max_cache_bytes"):
         slots.shared.check()
+
+
+def test_a_fixed_pool_that_ran_out_is_as_new_after_a_reset_of_all_layers() -> None:
+    shared = limited(12, 2, 3)
+    layers = [PagedHeadCaches(2, 0, shared) for _ in range(2)]
+    for slots in layers:
+        append(slots, 70, 0.0)
+    layers[0].clear()
+    with pytest.raises(OutOfPagesError):  # the other layer still lacks rows
+        shared.check()
+    layers[1].clear()
+    assert shared.pool.counters.tolist() == [12, 0]
+    shared.check_integrity()
+    append(layers[0], 5, 0.0)
+    assert int(shared.pool.counters[0]) == 12 - layers[0].lists
+    shared.check()
+
+
+class Made(TorchDispatchMode):
+    """The largest tensor that is new and not a part of an old one, in numbers."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = op(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and not op.is_view:
+            given = [x.data_ptr() for x in args if isinstance(x, Tensor)]
+            self.largest = max(self.largest, 0 if out.data_ptr() in given else out.numel())
+        return out
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_expiries_of_a_chunk_cost_what_the_ring_holds(impl: str) -> None:
+    shared = SharedPool(CPU, impl, layers=2)
+    layers = [PagedHeadCaches(2, 0, shared) for _ in range(2)]
+    for seed, slots in enumerate(layers):
+        append(slots, 300, 0.5, seed)
+    for turn in range(2):
+        for slots in layers:
+            expected = slots.expiry(slots.seen)
+            with Made() as made, slots.expiries() as found:
+                assert found is not None
+                assert torch.equal(found[..., : slots.seen], expected)
+            if turn:
+                assert made.largest <= 2 * slots.K * 3 + 3
+    assert shared._expiries is not None
+    assert bool((shared._expiries == NEVER).all())
 
 
 def test_finished_sequences_give_their_pages_back_and_take_in_nothing() -> None:

@@ -2,12 +2,14 @@
 """Decoding with steps of fixed shapes on a cache of pages: the same tokens as plain `generate`."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from families import build_dms, feed, tokens
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
@@ -228,6 +230,57 @@ def test_what_a_graph_cannot_hold_runs_step_by_step(llama: PreTrainedModel) -> N
     looking = build_dms("llama")
     looking.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     assert not captured(looking)
+
+
+@torch.no_grad()
+def test_what_turns_out_not_to_be_captured_runs_step_by_step_after_a_warning(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Capture:
+        def __init__(self, *args: Any) -> None:
+            pass
+
+        def __enter__(self) -> None:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+        def __exit__(self, *error: Any) -> None:
+            pass
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", Capture)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    step = prepared(llama)
+    with pytest.warns(UserWarning, match=r"not permitted.*goes on step by step"):
+        assert not generation._captured(step)
+    assert step.cache.get_seq_length() == 9
+    assert step().isfinite().all()
+    assert step.cache.get_seq_length() == 10
+
+
+def prepared(model: PreTrainedModel, **options: Any) -> generation.DecodeStep:
+    """A step after a prompt of 9 tokens."""
+    cache = dms.DMSCache(model, batch_size=1, max_length=64, max_cache_bytes=pages(9), **options)
+    model(tokens(1, 9), past_key_values=cache)
+    return generation.DecodeStep(model, cache, tokens(1, 1), torch.tensor([[9]]))
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what waits for the device, or copies from the host: a capture allows neither."""
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        waits = {"_local_scalar_dense", "nonzero", "lift_fresh", "equal", "is_nonzero"}
+        assert op.overloadpacket.__name__ not in waits, op
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("gate", ["adapter", "residual", "neuron"])
+@torch.no_grad()
+def test_a_decode_step_of_every_gate_waits_for_nothing(gate: str) -> None:
+    step = prepared(build_dms("llama", gate=gate), impl="triton")
+    with NoWaiting():
+        logits = step()
+    assert logits.isfinite().all()
 
 
 def test_a_cache_for_other_sequences_is_refused(llama: PreTrainedModel) -> None:

@@ -162,13 +162,13 @@ def launches(shape: LayerShape, scoring: Scoring, chunk: int, items: int) -> dic
         "DmsDecodeCombine": Launch(decode.engine_combine(shape), (lists, "rows", "1"), {}, {}),
         "DmsPrefillAttention": Launch(
             attention,
-            (f"ceil(T / {attention.constexprs['M']})", "B * H", "1"),
+            ("B * H", f"ceil(T / {attention.constexprs['M']})", "1"),
             {"T": "T", "window": str(min(shape.window, chunk)), "P": "P", "E": "E // 64"},
             {"head_scales": "scales"},
         ),
         "DmsPrefillWrite": Launch(
             pack,
-            (f"ceil(T / {pack.constexprs['ROWS']})", lists, "1"),
+            (lists, f"ceil(T / {pack.constexprs['ROWS']})", "1"),
             {"tokens": "T", "pages": "P"},
             {},
         ),

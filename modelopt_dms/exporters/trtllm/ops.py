@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from modelopt_dms.exporters.trtllm.state import KNOB, LISTS, STATE, Formats, formats, together
 from modelopt_dms.kernels import Prompt, Scoring, dispatch, reorder, shift_decisions
@@ -25,6 +26,8 @@ from modelopt_dms.modeling.paged_attention import CHUNK
 NAMESPACE = "modelopt_dms"
 # Arguments that both ops share, in their order.
 TENSORS = ("query", "key", "value", "evict")
+# By a pool's counters: what they were after the last step of single tokens, and when that arrives at the host.
+_COUNTERS = WeakTensorKeyDictionary()
 # What the cached op wants to know about a batch, by AutoDeploy's names.
 METADATA = ("batch_info_host", "cu_seqlen_host", "input_pos_host", "slot_idx_host")
 # Numbers that go from the node of the one op to the node of the other.
@@ -102,15 +105,32 @@ def _cached_gated_attention(
         part = slice(bounds[i], bounds[i + 1])
         own = _sequence(lists, slots[i])
         _start(pool, own, starts[i], slots[i])
-        out[part] = _prompt(q[part], k[part], v[part], decisions[part], pool, own, scoring)
+        rows = (q[part], k[part], v[part], decisions[part])
+        out[part] = _prompt(*rows, starts[i], pool, own, scoring)
     if singles:
         part = slice(prompt_tokens, prompt_tokens + singles)
-        chosen = torch.tensor(slots[prompts : prompts + singles], device=q.device)
+        chosen = torch.tensor(slots[prompts : prompts + singles])
+        chosen = chosen.to(q.device, non_blocking=True)
         out[part] = _single(
             q[part], k[part], v[part], decisions[part], pool, lists, chosen, scoring
         )
-    pool.check(KNOB)
+    if prompts:
+        pool.check(KNOB)
+    else:
+        _check_without_waiting(pool)
     return out.view(*query.shape[:3], v.shape[-1])
+
+
+def _check_without_waiting(pool: PagePool) -> None:
+    """As `pool.check` of what the step before left, and ask what this one leaves."""
+    before = _COUNTERS.get(pool.counters)
+    if before is not None and (before[1] is None or before[1].query()):
+        replace(pool, counters=before[0]).check(KNOB)
+    on_gpu = pool.counters.is_cuda
+    found = torch.empty(2, dtype=torch.int32, pin_memory=on_gpu)
+    found.copy_(pool.counters, non_blocking=True)
+    arrived = torch.cuda.current_stream().record_event() if on_gpu else None
+    _COUNTERS[pool.counters] = (found, arrived)
 
 
 def _sequence(lists: PageTables, slot: int) -> PageTables:
@@ -137,11 +157,12 @@ def _prompt(
     k: Tensor,
     v: Tensor,
     evict: Tensor,
+    position: int,
     pool: PagePool,
     own: PageTables,
     scoring: Scoring,
 ) -> Tensor:
-    """Output [T, H, Dv] of one sequence's tokens q [T, H, D], k [T, K, D], v [T, K, Dv], evict [T, K]."""
+    """Output [T, H, Dv] of tokens from a position on: q [T, H, D], k [T, K, D], v [T, K, Dv], evict [T, K]."""
     q, k, v, evict = (x.transpose(0, 1)[None] for x in (q, k, v, evict))  # -> [1, heads, T, .]
     read_k, read_v = _through(own.formats, k, v)
     outs = []
@@ -152,7 +173,7 @@ def _prompt(
         new_q, new_k, new_v = (x[:, :, part].contiguous() for x in (q, read_k, read_v))
         governed = shift_decisions(decisions, own.shift)
         first = own.seen[:, 0].contiguous()
-        seen = min(int(first), own.table.shape[2] * PAGE)
+        seen = min(position + start, own.table.shape[2] * PAGE)
         ends = expiry(own, seen) if seen else None
         chunk = Chunk(new_q, new_k, new_v, governed, first, expiry=ends)
         outs.append(dispatch.attend_chunk(chunk, pool, own, scoring))
