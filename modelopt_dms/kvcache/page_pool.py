@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from modelopt_dms.kernels import dispatch
+from modelopt_dms.kernels.append_reference import wanted_pages
 from modelopt_dms.kernels.layout import NO_PAGE, PAGE, PagePool, PageTables, RowLayout
 
 
@@ -15,6 +16,7 @@ class Store(Protocol):
     """What a pool knows of a layer: `kvcache.paged_head_caches.PagedHeadCaches`."""
 
     state: PageTables
+    seen: int
 
     @property
     def lists(self) -> int:
@@ -29,7 +31,7 @@ class SharedPool:
 
     A pool with a limit has its size from the start, and whoever uses it calls `check` now and then. One without grows
     before it could run out: the host knows an upper bound of what is in use, and asks the device only where that is not
-    enough.
+    enough. Where the length of sequences is known (`expect`), such a pool begins with what they should need.
 
     Attributes:
         device: where the pages are.
@@ -68,6 +70,9 @@ class SharedPool:
         self.max_bytes = max_bytes
         self.layers = layers
         self.stores: list[Store] = []
+        self._length = 0  # tokens of a sequence at the end, if known
+        self._pages_per_list = 0  # that they should need then
+        self._granted: dict[Store, int] = {}  # tokens that each layer can take in without asking
         self._free = 0  # pages, when the device was last asked
         self._since: dict[Store, int] = {}  # tokens that each layer took in since
         self._taken = 0  # pages that they took at most
@@ -88,7 +93,11 @@ class SharedPool:
         if allowed is not None and batch != allowed:
             raise ValueError(f"this cache holds {allowed} sequences, got {batch}")
         if not self.stores:
-            pages = self._limit(layouts, batch * like.shape[1])
+            lists = batch * like.shape[1]
+            pages = self._pages_per_list * self.layers * lists
+            if self.max_bytes is not None:
+                pages = self._limit(self.max_bytes, layouts, lists)
+            vars(self).pop("pool", None)  # of layers that have left: the old and the new one would exist at once
             self.pool = PagePool.make(pages, *layouts, like.device)
             self.active = torch.ones(batch, dtype=torch.bool, device=like.device)
             self._free = pages
@@ -103,6 +112,7 @@ class SharedPool:
         """Forget a layer that owns no pages any more."""
         self.stores.remove(store)
         self._since.pop(store, None)
+        self._granted.pop(store, None)
 
     def with_batch(self, batch: int) -> Tensor:
         """`active` of so many sequences, all of them active.
@@ -132,6 +142,18 @@ class SharedPool:
         option = "raise max_cache_bytes, or let fewer sequences in at a time"
         return self.pool.check(option)
 
+    def expect(self, length: int, pages_per_list: int) -> None:
+        """Sequences will be so long, and should need so many pages a list: reserve those now, or with the first rows.
+
+        Waits for the device if there are pages already. A pool with a limit has its size.
+        """
+        self._length, self._pages_per_list = length, pages_per_list
+        if self.max_bytes is not None or not self.stores:
+            return
+        extra = pages_per_list * sum(x.lists for x in self.stores) - self.pool.pages
+        if extra > 0:
+            self._grow(int(self.pool.counters[0]), extra)
+
     def reserve(self, store: Store, tokens: int, wanted: Callable[[], Tensor]) -> None:
         """See to it that a layer can take in tokens; asks the device only if what it knows does not suffice.
 
@@ -141,6 +163,10 @@ class SharedPool:
             wanted: gives pages, bool of any shape; those True are all that it can take now.
         """
         if self.max_bytes is not None:
+            return
+        left = self._granted.get(store, 0) - tokens
+        self._granted[store] = max(0, left)
+        if left >= 0:
             return
         # A list that grew by n slots since took at most ceil(n / PAGE) pages.
         before = self._since.get(store, 0)
@@ -160,8 +186,8 @@ class SharedPool:
             return
         needed, free = torch.stack([wanted.sum(), self.pool.counters[0]]).tolist()
         self._forget(free - needed)
-        # With a page more for every list, the next PAGE tokens need no asking.
-        spare = max(self.layers, len(self.stores)) * lists
+        # With a page more for every list, the next PAGE tokens need no asking. A reserve has none to spare.
+        spare = 0 if self._pages_per_list else max(self.layers, len(self.stores)) * lists
         if self._free < spare:
             if self.pool.pages == 0:
                 extra = needed * self.layers + spare
@@ -169,12 +195,10 @@ class SharedPool:
                 extra = max(spare - self._free, self.pool.pages // 8)
             self._grow(free, extra)
 
-    def make_room(self, tokens: int, expected: float = 1.0) -> bool:
+    def make_room(self, tokens: int) -> bool:
         """Make room for tokens (at most PAGE) of every list, and check; whether pages moved. Waits for the device.
 
-        Args:
-            tokens: that a captured graph will take in without a word to the host.
-            expected: how many times as many pages as now will be in use at the end, as far as anybody knows.
+        Until they are taken in, no layer asks the device: a captured graph can take them in without a word to the host.
 
         Raises:
             OutOfPagesError: see `check`.
@@ -184,12 +208,30 @@ class SharedPool:
         if self.max_bytes is not None:
             return False
         free = int(self.pool.counters[0])
-        self._forget(free)
-        used = self.pool.pages - free
-        wanted = sum(x.lists for x in self.stores) + int((expected - 1.0) * used)
-        if free < wanted:
-            self._grow(free, max(wanted - free, self.pool.pages // 8))
-        return free < wanted
+        # Pages that these tokens take are counted by nobody: who wants more must ask.
+        self._forget(0)
+        self._granted = dict.fromkeys(self.stores, tokens)
+        if free >= sum(x.lists for x in self.stores):
+            return False
+        wanted = int(torch.stack([_wanted(x.state, tokens) for x in self.stores]).sum())
+        if wanted <= free:
+            return False
+        self._grow(free, max(wanted - free, self._missing(free)))
+        self._forget(0)
+        return True
+
+    def took(self, store: Store, tokens: int) -> None:
+        """A captured graph took in so many tokens of a layer (negative: it did not, after all)."""
+        self._granted[store] = max(0, self._granted.get(store, 0) - tokens)
+
+    def _missing(self, free: int) -> int:
+        """Pages by which to grow where a reserve was too small: what is in use, at the length of the end."""
+        seen = max(x.seen for x in self.stores)
+        if not self._length or not seen:
+            return self.pool.pages // 8
+        whole = sum(x.lists for x in self.stores) * -(-self._length // PAGE)
+        expected = -(-(self.pool.pages - free) * self._length // seen)
+        return min(expected, whole) - self.pool.pages
 
     def _forget(self, free: int) -> None:
         """The device was asked: so many pages are free."""
@@ -204,19 +246,17 @@ class SharedPool:
         assert len(set(pages)) == len(pages), "two lists share a page"
         assert sorted(pages) == list(range(1, self.pool.pages + 1)), "pages were lost"
 
-    def _limit(self, layouts: tuple[RowLayout, RowLayout], lists: int) -> int:
-        """Pages of a pool with a limit; 0 without.
+    def _limit(self, max_bytes: int, layouts: tuple[RowLayout, RowLayout], lists: int) -> int:
+        """Pages of a pool with a limit.
 
         Raises:
             ValueError: not a page for every list.
         """
-        if self.max_bytes is None:
-            return 0
         page = PAGE * sum(x.row_bytes for x in layouts)
-        pages, needed = self.max_bytes // page, self.layers * lists
+        pages, needed = max_bytes // page, self.layers * lists
         if pages < needed:
             raise ValueError(
-                f"max_cache_bytes={self.max_bytes} is {pages} pages of {page} bytes, but {needed} lists ({self.layers} "
+                f"max_cache_bytes={max_bytes} is {pages} pages of {page} bytes, but {needed} lists ({self.layers} "
                 f"layers x {lists} of sequences and KV heads) need one each: at least {needed * page} bytes"
             )
         return pages
@@ -233,3 +273,9 @@ class SharedPool:
         new.counters.copy_(old.counters + extra)
         self.pool = new
         self._free += extra
+
+
+def _wanted(lists: PageTables, tokens: int) -> Tensor:
+    """Pages [] that a layer's lists may lack for so many tokens more of every active sequence."""
+    live = torch.where(lists.active[:, None], lists.live + tokens, 0)
+    return wanted_pages(lists, live).sum()

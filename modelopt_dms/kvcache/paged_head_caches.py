@@ -185,6 +185,7 @@ class PagedHeadCaches:
         """A captured graph took in so many tokens of every active sequence."""
         self.seen += tokens
         self._recoverable = 0
+        self.shared.took(self, tokens)
 
     def crop(self, tokens: int) -> None:
         """Take back the last `tokens` tokens, bringing back the rows they overwrote.

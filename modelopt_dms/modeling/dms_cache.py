@@ -12,6 +12,7 @@ from modelopt_dms.kvcache.hf_cache import DMSLayer, rows_alike
 from modelopt_dms.kvcache.kv_format import kv_formats
 from modelopt_dms.kvcache.page_pool import SharedPool
 from modelopt_dms.kvcache.paged_head_caches import PagedHeadCaches
+from modelopt_dms.kvcache.reserve import pages_per_list
 from modelopt_dms.modeling.convert import dms_modules
 
 
@@ -50,6 +51,8 @@ class DMSCache(DynamicCache):
             )
         _check_sizes(batch_size=batch_size, max_length=max_length, max_cache_bytes=max_cache_bytes)
         self._sequences, self._longest = batch_size, max_length
+        gates = [x.dms_gate for x in modules]
+        self._protected = max(x.window for x in gates), max(x.protect_first for x in gates)
         self.pools: list[SharedPool] = []
         groups: dict[Any, list[Any]] = {}
         for module in modules:
@@ -106,17 +109,23 @@ class DMSCache(DynamicCache):
         for pool in self.pools:
             pool.release(sequences.to(pool.device))
 
-    def make_room(self, tokens: int, expected: float = 1.0) -> bool:
-        """See to it that tokens (at most PAGE) of every list fit; whether anything moved. Waits for the device.
+    def reserve(self, length: int, evicted_share: float) -> None:
+        """Take the pages that sequences of this length should need; nothing where max_cache_bytes is set.
 
         Args:
-            tokens: of every sequence.
-            expected: how many times as many pages as now will be in use at the end.
+            length: tokens of a sequence at the end.
+            evicted_share: of its evictable tokens, which will be evicted.
+        """
+        for pool in self.pools:
+            pool.expect(length, pages_per_list(length, evicted_share, *self._protected))
+
+    def make_room(self, tokens: int) -> bool:
+        """See to it that tokens (at most PAGE) of every list fit; whether anything moved. Waits for the device.
 
         Raises:
             OutOfPagesError: max_cache_bytes was not enough, and rows are lost.
         """
-        return any([pool.make_room(tokens, expected) for pool in self.pools])
+        return any([pool.make_room(tokens) for pool in self.pools])
 
     def check_integrity(self) -> None:
         """Raise AssertionError if pages or slots are shared or lost."""

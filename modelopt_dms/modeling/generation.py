@@ -16,6 +16,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.generation import GenerateDecoderOnlyOutput, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from modelopt_dms.gates.thresholds import expected_evicted_share
 from modelopt_dms.kvcache.hf_cache import CACHE_NAMES, cache_argument
 from modelopt_dms.modeling.dms_cache import DMSCache
 
@@ -150,7 +151,8 @@ def graphed(
         synced_gpus: refused.
         stream_to: a streamer that gets every token as it comes, which makes the host wait for each. (transformers hands
             its own argument `streamer` to its own loops only.)
-        max_cache_bytes: the KV cache's pool never grows beyond it; by default it grows as it must.
+        max_cache_bytes: of the KV cache's pages, taken at the first forward. By default, what sequences of max_length
+            should need by the model's compression ratio; it grows where that was wrong.
         graph: False runs step by step on CUDA, too.
         compile: fuse what lies between our kernels with torch.compile; takes a minute or more before the first token.
         **model_kwargs: attention_mask and past_key_values; other inputs are refused.
@@ -164,6 +166,7 @@ def graphed(
     """
     _check(generation_config, synced_gpus, model_kwargs)
     cache = _cache(model, input_ids, generation_config, max_cache_bytes, model_kwargs)
+    cache.reserve(generation_config.max_length, expected_evicted_share(model))
     mask = model_kwargs.get("attention_mask")
     run = _Run(model, input_ids, logits_processor, stopping_criteria, generation_config, stream_to)
     step = run.prefill(cache, mask, compile)
@@ -241,9 +244,6 @@ class _Run:
         step = DecodeStep(self.model, cache, token, position, compiled=compiled)
         self.choose(outputs.logits[:, -1], step)
         self.check(cache, step)
-        if not self.finished:
-            # The prompt's compression ratio is the best guess at that of what follows.
-            cache.make_room(CHECK_EVERY, self.ids.shape[1] / (self.length - 1))
         return step
 
     def choose(self, logits: Tensor, step: DecodeStep) -> None:
@@ -269,7 +269,8 @@ class _Run:
         if some_gone and not self.finished:
             cache.release(~self.unfinished)
         # At the end the cache stays as it is, for who wants to go on with it.
-        if not self.finished and cache.make_room(CHECK_EVERY):
+        tokens = min(CHECK_EVERY, self.ids.shape[1] - self.length)
+        if not self.finished and cache.make_room(tokens):
             step.release()
 
     def sequences(self) -> Tensor:

@@ -45,8 +45,8 @@ def assert_same(paged: PagedHeadCaches, plain: HeadCaches) -> None:
             assert sorted_rows(x) == sorted_rows(y)
         positions, _ = plain.pending(i)
         assert [p for p, _ in pending(paged.state, b, h)] == sorted(positions.tolist())
-    assert torch.equal(paged.usage.settled().live, plain.usage.live)
-    assert torch.equal(paged.usage.settled().tokens, plain.usage.tokens)
+    assert torch.equal(paged.usage.synchronized().live, plain.usage.live)
+    assert torch.equal(paged.usage.synchronized().tokens, plain.usage.tokens)
 
 
 class Layers(RuleBasedStateMachine):
@@ -232,7 +232,7 @@ def test_finished_sequences_give_their_pages_back_and_take_in_nothing() -> None:
         append(slots, 3, 0.0)
         slots.check_integrity()
         assert slots.live.tolist() == [[0, 0], [74, 74]]
-        assert slots.usage.settled().tokens.tolist() == [0, 74]
+        assert slots.usage.synchronized().tokens.tolist() == [0, 74]
     shared.release(torch.tensor([True, True]))
     assert int(shared.pool.counters[0]) == 20
 
@@ -259,7 +259,7 @@ def test_a_cleared_cache_starts_anew_and_its_numbers_stay() -> None:
     append(slots, 5, 0.0, batch=3)
     slots.check_integrity()
     assert slots.live.tolist() == [[5, 5]] * 3
-    assert usage.settled().live.tolist() == [[70, 70]] * 2
+    assert usage.synchronized().live.tolist() == [[70, 70]] * 2
 
 
 def test_usage_counts_pages_in_use_and_what_a_dense_cache_would_take() -> None:
@@ -267,14 +267,14 @@ def test_usage_counts_pages_in_use_and_what_a_dense_cache_would_take() -> None:
     append(slots, 100, 0.9)
     row = 2 * D
     pages = sum(-(-x // PAGE) for x in slots.live.flatten().tolist())
-    usage = slots.usage.settled()
+    usage = slots.usage.synchronized()
     assert usage.kv_bytes == pages * PAGE * row
     assert usage.row_bytes == row
     assert usage.dense_bytes == 2 * K * 100 * row
     assert usage.bf16_bytes == 2 * usage.dense_bytes
     slots.rollback = 2
     append(slots, 1, 0.0)
-    assert slots.usage.settled().kv_bytes > pages * PAGE * row
+    assert slots.usage.synchronized().kv_bytes > pages * PAGE * row
 
 
 @pytest.mark.parametrize("shift", [0, 1])
@@ -319,4 +319,4 @@ def test_a_captured_graphs_tokens_are_counted() -> None:
     dispatch.append_token(k[:, :, 0], v[:, :, 0], gate, slots.pool, slots.state)
     slots.advance(1)
     assert slots.seen == 4
-    assert slots.usage.settled().tokens.tolist() == [4, 4]
+    assert slots.usage.synchronized().tokens.tolist() == [4, 4]

@@ -14,6 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 import modelopt_dms as dms
 from modelopt_dms.kernels.layout import PAGE, OutOfPagesError
 from modelopt_dms.kvcache.hf_cache import DMSLayer, kv_stats
+from modelopt_dms.kvcache.reserve import pages_per_list
 from modelopt_dms.modeling import generation, paged_attention
 
 NEW, PROMPT = 40, 17
@@ -174,19 +175,48 @@ def test_a_pool_that_is_too_small_names_the_limit_and_the_knob(llama: PreTrained
     assert generate(llama, ids, max_cache_bytes=pages(24), **options).shape[1] == 170
 
 
-def test_a_pool_without_a_limit_grows_by_what_the_prompt_tells(
-    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def moves(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Lengths at which a captured graph would have been lost, from now on."""
     moved: list[int] = []
     monkeypatch.setattr(
         generation.DecodeStep, "release", lambda self: moved.append(self.cache.get_seq_length())
     )
-    ids = tokens(2, 130)
-    options = {"max_new_tokens": 90, "custom_generate": dms.graphed}
+    return moved
+
+
+@pytest.mark.parametrize("prompt", [3, 130])
+def test_a_right_reserve_is_taken_before_the_prompt_and_never_moves(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, prompt: int
+) -> None:
+    ids, moved = tokens(2, prompt), moves(monkeypatch)
+    length = prompt + 300
+    options = {"max_new_tokens": 300, "custom_generate": dms.graphed}
+    generate(llama, ids, **options)
+    held, gate = kv_stats(llama), llama.model.layers[0].self_attn.dms_gate
+    share = 1.0 - 1.0 / held.compression_ratio
+    monkeypatch.setattr(generation, "expected_evicted_share", lambda model: share)
+    moved.clear()
     out = generate(llama, ids, return_dict_in_generate=True, **options)
-    used = out.past_key_values.pools[0]
-    assert len(moved) <= 2
-    assert used.kv_bytes < 2 * kv_stats(llama).kv_bytes
+    (pool,) = out.past_key_values.pools
+    lists = 2 * sum(x.resident.shape[1] for x in held.layers)
+    assert pool.pool.pages == lists * pages_per_list(
+        length, share, gate.window, gate.protect_first
+    )
+    assert not moved
+
+
+def test_a_reserve_that_was_too_small_grows_once_by_what_is_in_use(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = moves(monkeypatch)
+    monkeypatch.setattr(generation, "expected_evicted_share", lambda model: 0.99)
+    ids = tokens(2, 9)
+    options = {"max_new_tokens": 400, "custom_generate": dms.graphed}
+    out = generate(llama, ids, return_dict_in_generate=True, **options)
+    out.past_key_values.check_integrity()
+    assert 1 <= len(moved) <= 2
+    held = kv_stats(llama)
+    assert out.past_key_values.pools[0].kv_bytes <= held.dense_bytes + len(held.layers) * pages(8)
 
 
 @pytest.mark.parametrize(
