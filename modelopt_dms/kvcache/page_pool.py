@@ -2,6 +2,7 @@
 """The pages that layers of a cache share, and when there must be more of them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from modelopt_dms.kernels import dispatch
 from modelopt_dms.kernels.append_reference import wanted_pages
 from modelopt_dms.kernels.layout import NO_PAGE, PAGE, PagePool, PageTables, RowLayout
+from modelopt_dms.kvcache.usage import PoolSize
 
 
 class Store(Protocol):
@@ -42,10 +44,12 @@ class SharedPool:
         layers: how many layers there will be, for a first guess at the size.
         stores: the layers so far.
         pool: the pages; replaced where they grow.
+        size: bytes of them, for who may not hold them.
         active: [B] bool, one tensor for all layers.
     """
 
     pool: PagePool
+    size: PoolSize
     active: Tensor
 
     def __init__(
@@ -97,8 +101,10 @@ class SharedPool:
             pages = self._pages_per_list * self.layers * lists
             if self.max_bytes is not None:
                 pages = self._limit(self.max_bytes, layouts, lists)
-            vars(self).pop("pool", None)  # of layers that have left: the old and the new one would exist at once
+            # Else that of layers that have left would exist until there is the new one.
+            vars(self).pop("pool", None)
             self.pool = PagePool.make(pages, *layouts, like.device)
+            self.size = PoolSize(self.kv_bytes)
             self.active = torch.ones(batch, dtype=torch.bool, device=like.device)
             self._free = pages
         held = (self.pool.key_layout, self.pool.value_layout)
@@ -262,17 +268,35 @@ class SharedPool:
         return pages
 
     def _grow(self, free: int, extra: int) -> None:
-        """Make the pool larger by `extra` pages, of which `free` are free now."""
-        old = self.pool
-        new = PagePool.make(old.pages + extra, old.key_layout, old.value_layout, old.free.device)
-        for name in ("keys", "values", "key_scales", "value_scales"):
-            if getattr(old, name) is not None:
-                getattr(new, name)[: old.pages + 1] = getattr(old, name)
-        # `free` of the new pool starts with the new ids, highest first.
-        new.free[extra : extra + free] = old.free[:free]
-        new.counters.copy_(old.counters + extra)
-        self.pool = new
+        """Make the pool larger by `extra` pages, of which `free` are free now.
+
+        Tensor by tensor, each old one freed before the next new one is taken: what exists at the worst is the new pool
+        and one old tensor (of rows alike, half of the old pool), not both pools.
+        """
+        pages = self.pool.pages + extra
+        # The new ids, highest first, and behind them those that were free.
+        ids = torch.arange(pages, -1, -1, dtype=torch.int32, device=self.pool.free.device)
+        ids[extra : extra + free] = self.pool.free[:free]
+        counters = self.pool.counters + extra
+        # Pages are counted by `keys`: where memory ends before, the pool is as large as it was.
+        for name in ("key_scales", "value_scales", "values"):
+            if getattr(self.pool, name) is not None:
+                self.pool = replace(
+                    self.pool, **{name: _longer(getattr(self.pool, name), pages + 1)}
+                )
+        keys = _longer(self.pool.keys, pages + 1)
+        self.pool = replace(self.pool, keys=keys, free=ids, counters=counters)
+        self.size.bytes = self.kv_bytes
         self._free += extra
+
+
+def _longer(x: Tensor, length: int) -> Tensor:
+    """A copy with zeros behind; itself if a growth that failed has made it already."""
+    if len(x) >= length:
+        return x
+    longer = x.new_zeros(length, *x.shape[1:])
+    longer[: len(x)] = x
+    return longer
 
 
 def _wanted(lists: PageTables, tokens: int) -> Tensor:

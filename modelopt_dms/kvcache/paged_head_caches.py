@@ -20,7 +20,7 @@ from modelopt_dms.kernels.prefill_reference import expiry
 from modelopt_dms.kernels.rollback import LONGEST_DRAFT, UndoLog, decide_previous, take_back
 from modelopt_dms.kernels.rows import read_rows
 from modelopt_dms.kvcache.page_pool import SharedPool
-from modelopt_dms.kvcache.usage import Usage
+from modelopt_dms.kvcache.usage import PoolSize, Usage
 
 
 @dataclass
@@ -34,6 +34,7 @@ class PagedUsage:
         log_bytes: of the rows held for a rollback.
         row_bytes: of one key and value row.
         row_values: numbers in one key and value row.
+        pool: size of the pool that the pages are of.
     """
 
     state: PageTables
@@ -42,6 +43,7 @@ class PagedUsage:
     log_bytes: int
     row_bytes: int
     row_values: int
+    pool: PoolSize
 
     def synchronized(self) -> Usage:
         """The numbers as they are now."""
@@ -53,6 +55,8 @@ class PagedUsage:
             kv_bytes=pages * self.page_bytes + self.log_bytes,
             row_bytes=self.row_bytes,
             row_values=self.row_values,
+            pool=self.pool,
+            log_bytes=self.log_bytes,
         )
 
 
@@ -321,4 +325,5 @@ class PagedHeadCaches:
             0 if log is None else log.row_bytes,
             pool.key_layout.row_bytes + pool.value_layout.row_bytes,
             self._row_values,
+            self.shared.size,
         )

@@ -175,6 +175,20 @@ def test_a_pool_that_is_too_small_names_the_limit_and_the_knob(llama: PreTrained
     assert generate(llama, ids, max_cache_bytes=pages(24), **options).shape[1] == 170
 
 
+def test_kv_stats_says_what_is_reserved_resident_and_free(llama: PreTrainedModel) -> None:
+    cache = dms.DMSCache(llama, batch_size=2, max_length=170, max_cache_bytes=pages(50))
+    options = {"past_key_values": cache, "custom_generate": dms.graphed, "max_new_tokens": 50}
+    generate(llama, tokens(2, 120), **options)
+    stats = kv_stats(cache)
+    assert stats.reserved_bytes == pages(50)
+    assert stats.free_bytes == int(cache.pools[0].pool.counters[0]) * pages(1)
+    live = sum(int(x.resident.sum()) for x in stats.layers)
+    assert stats.resident_bytes == live * pages(1) // PAGE < stats.kv_bytes
+    assert f"{pages(50)} bytes reserved, {stats.resident_bytes} resident" in str(stats)
+    del cache, options
+    assert kv_stats(llama).reserved_bytes == pages(50)
+
+
 def moves(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Lengths at which a captured graph would have been lost, from now on."""
     moved: list[int] = []
@@ -199,9 +213,7 @@ def test_a_right_reserve_is_taken_before_the_prompt_and_never_moves(
     out = generate(llama, ids, return_dict_in_generate=True, **options)
     (pool,) = out.past_key_values.pools
     lists = 2 * sum(x.resident.shape[1] for x in held.layers)
-    assert pool.pool.pages == lists * pages_per_list(
-        length, share, gate.window, gate.protect_first
-    )
+    assert pool.pool.pages == lists * pages_per_list(length, share, gate.window, gate.protect_first)
     assert not moved
 
 
