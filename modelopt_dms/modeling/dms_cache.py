@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicCache
 from modelopt_dms.kernels.layout import PAGE
 from modelopt_dms.kvcache.hf_cache import DMSLayer, rows_alike
 from modelopt_dms.kvcache.kv_format import kv_formats
-from modelopt_dms.kvcache.page_pool import SharedPool
+from modelopt_dms.kvcache.page_pool import OnFull, SharedPool
 from modelopt_dms.kvcache.paged_head_caches import PagedHeadCaches
 from modelopt_dms.kvcache.reserve import pages_per_list
 from modelopt_dms.modeling.convert import dms_modules
@@ -29,6 +29,7 @@ class DMSCache(DynamicCache):
         batch_size: int,
         max_length: int,
         max_cache_bytes: int | None = None,
+        on_full: OnFull = "error",
         impl: str = "auto",
     ) -> None:
         """Make an empty cache.
@@ -38,10 +39,13 @@ class DMSCache(DynamicCache):
             batch_size: sequences.
             max_length: tokens of a sequence, prompt included.
             max_cache_bytes: bytes of all pages, taken at the first forward; None lets the pool grow as it must.
+            on_full: when max_cache_bytes are used up, "error" raises OutOfPagesError; with "evict" the longest lists
+                lose their oldest tokens, also what the gates want to keep; see `kvcache.forced_eviction`.
             impl: "triton" (kernels), "reference" (plain PyTorch) or "auto" (kernels on CUDA).
 
         Raises:
-            ValueError: the model is not converted, a number is not positive, or `impl` cannot run.
+            ValueError: the model is not converted, a number is not positive, `impl` cannot run, `on_full` is not known,
+                or "evict" has no max_cache_bytes.
         """
         super().__init__(config=model.config)
         modules = list(dms_modules(model).values())
@@ -69,6 +73,8 @@ class DMSCache(DynamicCache):
                 width=-(-max_length // PAGE),
                 max_bytes=share,
                 layers=len(members),
+                on_full=on_full,
+                protect_first=self._protected[1],
             )
             self.pools.append(pool)
             for module in members:

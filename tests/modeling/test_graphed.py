@@ -175,6 +175,39 @@ def test_a_pool_that_is_too_small_names_the_limit_and_the_knob(llama: PreTrained
     assert generate(llama, ids, max_cache_bytes=pages(24), **options).shape[1] == 170
 
 
+def test_a_full_pool_evicts_instead_if_it_is_told_to(llama: PreTrainedModel) -> None:
+    ids = tokens(2, 120)
+    options = {"custom_generate": dms.graphed, "max_new_tokens": 200, "on_full": "evict"}
+    options |= {"return_dict_in_generate": True, "max_cache_bytes": pages(16)}
+    out = generate(llama, ids, **options)
+    assert out.sequences.shape[1] == 320
+    out.past_key_values.check_integrity()
+    assert kv_stats(llama).reserved_bytes == pages(16)
+    assert torch.equal(generate(llama, ids, **options).sequences, out.sequences)
+    plenty = generate(llama, ids, **options | {"max_cache_bytes": pages(48)})
+    plain = generate(llama, ids, max_new_tokens=200)
+    assert torch.equal(plenty.sequences, plain) and not torch.equal(out.sequences, plain)
+    assert torch.equal(out.sequences[:, :121], plain[:, :121])
+
+
+def test_plain_generate_evicts_too(llama: PreTrainedModel) -> None:
+    cache = dms.DMSCache(
+        llama, batch_size=4, max_length=320, max_cache_bytes=pages(40), on_full="evict"
+    )
+    generate(llama, tokens(2, 120), past_key_values=cache, max_new_tokens=150, num_beams=2)
+    cache.check_integrity()
+    assert cache.pools[0].check() <= 40
+
+
+def test_what_happens_when_a_pool_is_full_is_said_where_it_is_made(llama: PreTrainedModel) -> None:
+    options = {"custom_generate": dms.graphed, "on_full": "evict"}
+    with pytest.raises(ValueError, match="on_full='evict' needs max_cache_bytes"):
+        generate(llama, tokens(1, 5), **options)
+    cache = dms.DMSCache(llama, batch_size=1, max_length=50)
+    with pytest.raises(generation.GenerationError, match="on_full are for the cache made here"):
+        generate(llama, tokens(1, 5), past_key_values=cache, **options)
+
+
 def test_kv_stats_says_what_is_reserved_resident_and_free(llama: PreTrainedModel) -> None:
     cache = dms.DMSCache(llama, batch_size=2, max_length=170, max_cache_bytes=pages(50))
     options = {"past_key_values": cache, "custom_generate": dms.graphed, "max_new_tokens": 50}
