@@ -133,6 +133,13 @@ class Both:
             slots.append(rows, rows + 0.5, evict, valid)
             self.model.append(i, evict, valid)
 
+    def ages(self, slots: PagedHeadCaches, b: int, h: int) -> Tensor:
+        """What the pool takes for the positions of a list's tokens, slot by slot."""
+        assert self.shared.positions is not None
+        live = int(slots.live[b, h])
+        at = slots.state.rows_of(torch.arange(live).expand(self.batch, K, live))[b, h]
+        return self.shared.positions.flatten()[at]
+
     def check(self) -> None:
         self.shared.check()
         for i, expected in enumerate(self.model.lists):
@@ -141,6 +148,7 @@ class Both:
             keys, values = held(slots.pool, slots.state, b, h)
             assert torch.equal(keys + 0.5, values)
             assert sorted(keys[:, 0].int().tolist()) == expected, f"list {i}"
+            assert torch.equal(self.ages(slots, b, h), keys[:, 0].int())
         for slots in self.layers:
             slots.check_integrity()
 
@@ -192,6 +200,19 @@ def test_padding_is_not_among_the_first_tokens() -> None:
     assert held_first == ([[0, 1, 2, 3]] * K + [[30, 31, 32, 33]] * K) * 2
 
 
+def test_rows_that_move_for_padding_take_their_ages_with_them() -> None:
+    both = Both(pages=8, layers=1, window=20)
+    padding = torch.zeros(2, 15, dtype=torch.bool)
+    padding[0, :4] = True
+    for T, valid in ((40, None), (15, padding), (30, None), (15, padding), (120, None)):
+        both.step(T, 0.6, valid)
+        both.check()
+    for _ in range(100):
+        both.step(1, 0.1)
+        both.check()
+    assert both.model.cuts
+
+
 def test_room_is_made_for_a_captured_graph_at_the_same_addresses() -> None:
     both = Both(pages=12)
     both.step(70, 0.2)
@@ -236,13 +257,9 @@ def test_tokens_are_taken_back_until_a_cut_and_again_after_it() -> None:
         both.step(1, 0.9)
     slots.crop(4)
     assert rows == [sorted(held(slots.pool, slots.state, b, h)[0][:, 0].tolist()) for b, h in PAIRS]
-    positions = both.shared.positions
-    assert positions is not None
     for b, h in PAIRS:
-        live = int(slots.live[b, h])
-        at = slots.state.rows_of(torch.arange(live).expand(2, K, live))[b, h]
         keys, _ = held(slots.pool, slots.state, b, h)
-        assert torch.equal(positions.flatten()[at], keys[:, 0].int())
+        assert torch.equal(both.ages(slots, b, h), keys[:, 0].int())
 
 
 PAIRS = [(b, h) for b in range(2) for h in range(K)]
