@@ -153,7 +153,11 @@ def expected_evicted_share(model: PreTrainedModel) -> float:
     if getattr(model.config, "dms_curve", None) is None:
         return 1.0 - 1.0 / facts["target_cr"]
     a, b, part = _points_around(curve_of(model), model)
-    return a.evicted_fraction + part * (b.evicted_fraction - a.evicted_fraction)
+    low, high = (
+        _tail(a.evicted_fraction),
+        _tail(b.evicted_fraction),
+    )  # as `Curve.at_fraction` has it
+    return 1.0 - math.exp(-(low + part * (high - low)))
 
 
 def _points_around(curve: Curve, model: PreTrainedModel) -> tuple[CurvePoint, CurvePoint, float]:
