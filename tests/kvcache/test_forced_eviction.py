@@ -5,7 +5,6 @@ import random
 
 import pytest
 import torch
-from paged_oracle import held
 from torch import Tensor
 
 from modelopt_dms.kernels.layout import PAGE, OutOfPagesError
@@ -92,6 +91,12 @@ class Model:
         self.owned = [-(-len(x) // PAGE) for x in self.lists]
 
 
+def held(slots: PagedHeadCaches, b: int, h: int) -> tuple[Tensor, Tensor]:
+    """A list's rows, in slot order."""
+    keys, values = slots.read(int(slots.live[b, h]), torch.float32)
+    return keys[b, h], values[b, h]
+
+
 class Both:
     """Layers of a pool that evicts, and the model, driven alike. Rows hold their positions."""
 
@@ -145,7 +150,7 @@ class Both:
         for i, expected in enumerate(self.model.lists):
             slots = self.layers[i // self.model.each]
             b, h = divmod(i % self.model.each, K)
-            keys, values = held(slots.pool, slots.state, b, h)
+            keys, values = held(slots, b, h)
             assert torch.equal(keys + 0.5, values)
             assert sorted(keys[:, 0].int().tolist()) == expected, f"list {i}"
             assert torch.equal(self.ages(slots, b, h), keys[:, 0].int())
@@ -252,13 +257,13 @@ def test_tokens_are_taken_back_until_a_cut_and_again_after_it() -> None:
         slots.crop(2)
     for _ in range(5):
         both.step(1, 0.5)
-    rows = [sorted(held(slots.pool, slots.state, b, h)[0][:, 0].tolist()) for b, h in PAIRS]
+    rows = [sorted(held(slots, b, h)[0][:, 0].tolist()) for b, h in PAIRS]
     for _ in range(4):
         both.step(1, 0.9)
     slots.crop(4)
-    assert rows == [sorted(held(slots.pool, slots.state, b, h)[0][:, 0].tolist()) for b, h in PAIRS]
+    assert rows == [sorted(held(slots, b, h)[0][:, 0].tolist()) for b, h in PAIRS]
     for b, h in PAIRS:
-        keys, _ = held(slots.pool, slots.state, b, h)
+        keys, _ = held(slots, b, h)
         assert torch.equal(both.ages(slots, b, h), keys[:, 0].int())
 
 
