@@ -132,11 +132,7 @@ def expected_ratios(model: PreTrainedModel, length: int) -> tuple[float, float] 
     if getattr(model.config, "dms_curve", None) is None:
         return None
     curve = curve_of(model)
-    here = thresholds_of(model)[0][0] - curve.thresholds[0][0]
-    points = sorted(curve.points, key=lambda x: x.shift)
-    above = min(max(1, bisect_left([x.shift for x in points], here)), len(points) - 1)
-    a, b = points[above - 1], points[above]
-    part = min(max((here - a.shift) / max(b.shift - a.shift, 1e-12), 0.0), 1.0)
+    a, b, part = _points_around(curve, model)
     window, protected = curve.window, curve.protect_first
 
     def ratio(low: float, high: float, factor: float) -> float:
@@ -147,6 +143,30 @@ def expected_ratios(model: PreTrainedModel, length: int) -> tuple[float, float] 
     return ratio(a.lowest_cr, b.lowest_cr, 1 - MARGIN), ratio(
         a.highest_cr, b.highest_cr, 1 + MARGIN
     )
+
+
+def expected_evicted_share(model: PreTrainedModel) -> float:
+    """Share of the evictable tokens that a DMS model evicts: by its curve, else by its recipe; 0 if it evicts none."""
+    facts = model.config.dms_config
+    if not facts.get("evict", True):
+        return 0.0
+    if getattr(model.config, "dms_curve", None) is None:
+        return 1.0 - 1.0 / facts["target_cr"]
+    a, b, part = _points_around(curve_of(model), model)
+    low, high = (
+        _tail(a.evicted_fraction),
+        _tail(b.evicted_fraction),
+    )  # as `Curve.at_fraction` has it
+    return 1.0 - math.exp(-(low + part * (high - low)))
+
+
+def _points_around(curve: Curve, model: PreTrainedModel) -> tuple[CurvePoint, CurvePoint, float]:
+    """Two measured points, and how far between them (0 to 1) the model's thresholds are."""
+    here = thresholds_of(model)[0][0] - curve.thresholds[0][0]
+    points = sorted(curve.points, key=lambda x: x.shift)
+    above = min(max(1, bisect_left([x.shift for x in points], here)), len(points) - 1)
+    a, b = points[above - 1], points[above]
+    return a, b, min(max((here - a.shift) / max(b.shift - a.shift, 1e-12), 0.0), 1.0)
 
 
 def ratio_warning(

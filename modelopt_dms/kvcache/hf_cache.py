@@ -380,6 +380,7 @@ class LayerStats:
         resident: tokens held [B, K], of the sequences that hold any.
         context: tokens seen [B], likewise.
         kv_bytes: bytes allocated for keys and values, scales included.
+        resident_bytes: of them, those of tokens that are held.
         dense_bytes: bytes that the same tokens need without eviction, in the same number format.
         bf16_bytes: bytes that the same tokens need without eviction, in bfloat16.
     """
@@ -388,15 +389,22 @@ class LayerStats:
     resident: Tensor
     context: Tensor
     kv_bytes: int
+    resident_bytes: int
     dense_bytes: int
     bf16_bytes: int
 
 
 @dataclass(frozen=True)
 class KVStats:
-    """What the DMS layers of a cache hold. Layers with sliding-window attention are not counted."""
+    """What the DMS layers of a cache hold. Layers with sliding-window attention are not counted.
+
+    Attributes:
+        layers: one by one.
+        free_bytes: of pages that no layer owns.
+    """
 
     layers: list[LayerStats]
+    free_bytes: int
 
     @property
     def resident_tokens(self) -> float:
@@ -414,6 +422,16 @@ class KVStats:
     def kv_bytes(self) -> int:
         """Bytes allocated for keys and values, scales included."""
         return sum(x.kv_bytes for x in self.layers)
+
+    @property
+    def reserved_bytes(self) -> int:
+        """Bytes that the cache has taken, free pages included."""
+        return self.kv_bytes + self.free_bytes
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of tokens that are held; the rest of `kv_bytes` is slack, and rows held for a rollback."""
+        return sum(x.resident_bytes for x in self.layers)
 
     @property
     def dense_bytes(self) -> int:
@@ -455,6 +473,10 @@ class KVStats:
         lines.append(
             f"{self.memory_reduction:.2f}x smaller than keeping every token in bfloat16 ({self.bf16_bytes} bytes)"
         )
+        if self.free_bytes:
+            lines.append(
+                f"{self.reserved_bytes} bytes reserved, {self.resident_bytes} resident, {self.free_bytes} free"
+            )
         return "\n".join(lines)
 
 
@@ -482,7 +504,17 @@ def kv_stats(source: nn.Module | Cache) -> KVStats:
         raise ValueError(
             "no KV cache with DMS layers has been used yet: run generate() or a forward with a cache first"
         )
-    return KVStats([_layer_stats(index, usage.synchronized()) for index, usage in used])
+    found = [(index, usage.synchronized()) for index, usage in used]
+    return KVStats([_layer_stats(*x) for x in found], _free_bytes([x for _, x in found]))
+
+
+def _free_bytes(usages: list[Usage]) -> int:
+    """Bytes of the pools' pages that none of these layers, which are all of them, owns."""
+    paged = [x for x in usages if x.pool is not None]
+    pools = {x.pool for x in paged}
+    return sum(x.bytes for x in pools if x is not None) - sum(
+        x.kv_bytes - x.log_bytes for x in paged
+    )
 
 
 def _layer_stats(index: int, usage: Usage) -> LayerStats:
@@ -492,6 +524,7 @@ def _layer_stats(index: int, usage: Usage) -> LayerStats:
         usage.live[held],
         usage.tokens[held],
         usage.kv_bytes,
+        usage.resident_bytes,
         usage.dense_bytes,
         usage.bf16_bytes,
     )

@@ -27,9 +27,10 @@ from modelopt_dms.kernels.rollback import (
     take_back,
 )
 from modelopt_dms.kernels.rows import read_rows, stored_rows
+from modelopt_dms.kvcache import forced_eviction
 from modelopt_dms.kvcache.layer_cache import check_recoverable, check_slots
 from modelopt_dms.kvcache.page_pool import SharedPool
-from modelopt_dms.kvcache.usage import Usage
+from modelopt_dms.kvcache.usage import PoolSize, Usage
 
 
 @dataclass
@@ -43,6 +44,7 @@ class PagedUsage:
         log_bytes: of the rows held for a rollback.
         row_bytes: of one key and value row.
         row_values: numbers in one key and value row.
+        pool: size of the pool that the pages are of.
     """
 
     state: PageTables
@@ -51,6 +53,7 @@ class PagedUsage:
     log_bytes: int
     row_bytes: int
     row_values: int
+    pool: PoolSize
 
     def synchronized(self) -> Usage:
         """The numbers as they are now."""
@@ -62,6 +65,8 @@ class PagedUsage:
             kv_bytes=pages * self.page_bytes + self.log_bytes,
             row_bytes=self.row_bytes,
             row_values=self.row_values,
+            pool=self.pool,
+            log_bytes=self.log_bytes,
         )
 
 
@@ -183,10 +188,12 @@ class PagedHeadCaches:
         """
         self.prepare(k[:, :, None], v[:, :, None])
         state = self.state
-        self.shared.reserve(self, 1, lambda: append_reference.wanted_pages(state, state.live + 1))
+        self.shared.reserve(self, 1, lambda: torch.where(state.active[:, None], state.live + 1, 0))
         if valid is not None:
             state = replace(state, active=state.active & valid)
         dispatch.append_token(k, v, gate, self.pool, state, impl=self.impl, log=self._log)
+        if self.shared.positions is not None:
+            forced_eviction.note_token(self.shared.positions, self.state)
         self.seen += 1
         if self._log is not None:
             self._recoverable = min(self._recoverable + 1, self._log.tokens)
@@ -207,6 +214,7 @@ class PagedHeadCaches:
         """A captured graph took in so many tokens of every active sequence."""
         self.seen += tokens
         self._recoverable = 0
+        self.shared.took(self, tokens)
 
     def crop(self, tokens: int) -> None:
         """See `LayerCache.crop`; sequences that are not active keep what they have."""
@@ -214,6 +222,8 @@ class PagedHeadCaches:
         for _ in range(tokens):
             assert self._log is not None
             take_back(self._log, self.pool, self.state)
+            if self.shared.positions is not None:
+                forced_eviction.note_taken_back(self.shared.positions, self.state)
         self.seen -= tokens
         self._recoverable -= tokens
 
@@ -221,6 +231,13 @@ class PagedHeadCaches:
         """Finished sequences [B] bool give their pages back and take in nothing more; on the device."""
         reorder.release(self.state, self.pool, sequences)
         self.padding.masked_fill_(sequences, 0)
+
+    def cut(self, live: Tensor) -> None:
+        """Lists lose their oldest tokens until they have these lengths [B, K]; see `kvcache.forced_eviction`."""
+        shared = self.shared
+        assert shared.positions is not None
+        forced_eviction.cut(self.state, self.pool, shared.positions, shared.protect_first, live)
+        self._recoverable = 0
 
     def select(self, sequences: Tensor) -> None:
         """Keep these sequences [B'], in this order; one may be named several times (beams). Waits for the device.
@@ -236,7 +253,10 @@ class PagedHeadCaches:
         reorder.drop(state, self.pool, reorder.unnamed(state, sequences))
         lists = len(sequences) * self.K
         self.shared.reserve_exactly(reorder.copied_pages(state, sequences), lists)
+        pages = state.table[sequences].long()
         reorder.select(state, self.pool, sequences)
+        if self.shared.positions is not None:
+            self.shared.positions[state.table.long()] = self.shared.positions[pages]
         state.active = active
         self.padding = self.padding[sequences]
         self._log, self._recoverable = None, 0
@@ -276,8 +296,14 @@ class PagedHeadCaches:
     def _append_many(self, k: Tensor, v: Tensor, decisions: Tensor, valid: Tensor | None) -> None:
         T = k.shape[2]
         plan = append_reference.plan_pack(decisions, valid, self.state)
-        self.shared.reserve(self, T, lambda: append_reference.wanted_pages(self.state, plan.live))
+        if self.shared.reserve(self, T, lambda: plan.live):
+            plan = append_reference.plan_pack(decisions, valid, self.state)
+        positions, seen = self.shared.positions, self.state.seen.clone()
+        if positions is not None:
+            forced_eviction.note_moves(positions, self.state, plan)
         dispatch.apply_plan(plan, k, v, self.pool, self.state, impl=self.impl)
+        if positions is not None:
+            forced_eviction.note_chunk(positions, self.state, plan, seen)
         self.seen += T
         self._recoverable = 0
         if valid is not None:
@@ -322,4 +348,5 @@ class PagedHeadCaches:
             0 if log is None else log.row_bytes,
             pool.key_layout.row_bytes + pool.value_layout.row_bytes,
             self._row_values,
+            self.shared.size,
         )

@@ -6,6 +6,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 
+@dataclass(eq=False)
+class PoolSize:
+    """Bytes of all pages of a pool, free ones included. Does not keep the pages alive."""
+
+    bytes: int
+
+
 @dataclass
 class Usage:
     """What a layer's cache holds. Outlives the cache: it has numbers only.
@@ -16,6 +23,8 @@ class Usage:
         kv_bytes: bytes allocated for KV rows, the overwritten rows held for a rollback included.
         row_bytes: bytes of one key and value row.
         row_values: numbers in one key and value row.
+        pool: the pages from which this layer draws, with others; None if its rows lie in lists of their own.
+        log_bytes: of kv_bytes, those of overwritten rows.
     """
 
     live: Tensor
@@ -23,10 +32,17 @@ class Usage:
     kv_bytes: int
     row_bytes: int
     row_values: int
+    pool: PoolSize | None = None
+    log_bytes: int = 0
 
     def synchronized(self) -> "Usage":
         """These numbers, once they are known; see `kvcache.paged_head_caches.PagedUsage`."""
         return self
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the rows in use."""
+        return int(self.live.sum()) * self.row_bytes
 
     @property
     def dense_rows(self) -> int:

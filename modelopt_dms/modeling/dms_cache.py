@@ -10,8 +10,9 @@ from transformers.cache_utils import DynamicCache
 from modelopt_dms.kernels.layout import PAGE
 from modelopt_dms.kvcache.hf_cache import DMSLayer, rows_alike
 from modelopt_dms.kvcache.kv_format import kv_formats
-from modelopt_dms.kvcache.page_pool import SharedPool
+from modelopt_dms.kvcache.page_pool import OnFull, SharedPool
 from modelopt_dms.kvcache.paged_head_caches import PagedHeadCaches
+from modelopt_dms.kvcache.reserve import pages_per_list
 from modelopt_dms.modeling.convert import dms_modules
 
 
@@ -28,6 +29,7 @@ class DMSCache(DynamicCache):
         batch_size: int,
         max_length: int,
         max_cache_bytes: int | None = None,
+        on_full: OnFull = "error",
         impl: str = "auto",
     ) -> None:
         """Make an empty cache.
@@ -37,10 +39,13 @@ class DMSCache(DynamicCache):
             batch_size: sequences.
             max_length: tokens of a sequence, prompt included.
             max_cache_bytes: bytes of all pages, taken at the first forward; None lets the pool grow as it must.
+            on_full: when max_cache_bytes are used up, "error" raises OutOfPagesError; with "evict" the longest lists
+                lose their oldest tokens, also what the gates want to keep; see `kvcache.forced_eviction`.
             impl: "triton" (kernels), "reference" (plain PyTorch) or "auto" (kernels on CUDA).
 
         Raises:
-            ValueError: the model is not converted, a number is not positive, or `impl` cannot run.
+            ValueError: the model is not converted, a number is not positive, `impl` cannot run, `on_full` is not known,
+                or "evict" has no max_cache_bytes.
         """
         super().__init__(config=model.config)
         modules = list(dms_modules(model).values())
@@ -50,6 +55,8 @@ class DMSCache(DynamicCache):
             )
         _check_sizes(batch_size=batch_size, max_length=max_length, max_cache_bytes=max_cache_bytes)
         self._sequences, self._longest = batch_size, max_length
+        gates = [x.dms_gate for x in modules]
+        self._protected = max(x.window for x in gates), max(x.protect_first for x in gates)
         self.pools: list[SharedPool] = []
         groups: dict[Any, list[Any]] = {}
         for module in modules:
@@ -66,6 +73,8 @@ class DMSCache(DynamicCache):
                 width=-(-max_length // PAGE),
                 max_bytes=share,
                 layers=len(members),
+                on_full=on_full,
+                protect_first=self._protected[1],
             )
             self.pools.append(pool)
             for module in members:
@@ -106,17 +115,23 @@ class DMSCache(DynamicCache):
         for pool in self.pools:
             pool.release(sequences.to(pool.device))
 
-    def make_room(self, tokens: int, expected: float = 1.0) -> bool:
-        """See to it that tokens (at most PAGE) of every list fit; whether anything moved. Waits for the device.
+    def reserve(self, length: int, evicted_share: float) -> None:
+        """Take the pages that sequences of this length should need; nothing where max_cache_bytes is set.
 
         Args:
-            tokens: of every sequence.
-            expected: how many times as many pages as now will be in use at the end.
+            length: tokens of a sequence at the end.
+            evicted_share: of its evictable tokens, which will be evicted.
+        """
+        for pool in self.pools:
+            pool.expect(length, pages_per_list(length, evicted_share, *self._protected))
+
+    def make_room(self, tokens: int) -> bool:
+        """See to it that tokens (at most PAGE) of every list fit; whether anything moved. Waits for the device.
 
         Raises:
             OutOfPagesError: max_cache_bytes was not enough, and rows are lost.
         """
-        return any([pool.make_room(tokens, expected) for pool in self.pools])
+        return any([pool.make_room(tokens) for pool in self.pools])
 
     def check_integrity(self) -> None:
         """Raise AssertionError if pages or slots are shared or lost."""

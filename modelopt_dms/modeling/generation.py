@@ -17,11 +17,14 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 from transformers.generation import GenerateDecoderOnlyOutput, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from modelopt_dms.gates.thresholds import expected_evicted_share
+from modelopt_dms.kvcache.forced_eviction import LOOKAHEAD
 from modelopt_dms.kvcache.hf_cache import CACHE_NAMES, cache_argument
+from modelopt_dms.kvcache.page_pool import OnFull
 from modelopt_dms.modeling.dms_cache import DMSCache
 
 # Steps between two checks; at most PAGE, so that a list takes at most one page between them.
-CHECK_EVERY = 16
+CHECK_EVERY = LOOKAHEAD
 # torch.compile makes its second version when the cache's length has changed, and that one stays.
 _COMPILED_RUNS = 3
 # Rotary embeddings that look at the positions' values: a graph cannot.
@@ -132,6 +135,7 @@ def graphed(
     synced_gpus: bool = False,
     stream_to: BaseStreamer | None = None,
     max_cache_bytes: int | None = None,
+    on_full: OnFull = "error",
     graph: bool = True,
     compile: bool = False,
     **model_kwargs: Any,
@@ -151,7 +155,9 @@ def graphed(
         synced_gpus: refused.
         stream_to: a streamer that gets every token as it comes, which makes the host wait for each. (transformers hands
             its own argument `streamer` to its own loops only.)
-        max_cache_bytes: the KV cache's pool never grows beyond it; by default it grows as it must.
+        max_cache_bytes: of the KV cache's pages, taken at the first forward. By default, what sequences of max_length
+            should need by the model's compression ratio; it grows where that was wrong.
+        on_full: "evict" evicts more than the gates do instead of an OutOfPagesError; see `DMSCache`.
         graph: False runs step by step on CUDA, too.
         compile: fuse what lies between our kernels with torch.compile; takes a minute or more before the first token.
         **model_kwargs: attention_mask and past_key_values; other inputs are refused.
@@ -164,7 +170,8 @@ def graphed(
         OutOfPagesError: the cache outgrew max_cache_bytes.
     """
     _check(generation_config, synced_gpus, model_kwargs)
-    cache = _cache(model, input_ids, generation_config, max_cache_bytes, model_kwargs)
+    cache = _cache(model, input_ids, generation_config, max_cache_bytes, on_full, model_kwargs)
+    cache.reserve(generation_config.max_length, expected_evicted_share(model))
     mask = model_kwargs.get("attention_mask")
     run = _Run(model, input_ids, logits_processor, stopping_criteria, generation_config, stream_to)
     step = run.prefill(cache, mask, compile)
@@ -254,9 +261,6 @@ class _Run:
         step = DecodeStep(self.model, cache, token, position, compiled=compiled)
         self.choose(outputs.logits[:, -1], step)
         self.check(cache, step)
-        if not self.finished:
-            # The prompt's compression ratio is the best guess at that of what follows.
-            cache.make_room(CHECK_EVERY, self.ids.shape[1] / (self.length - 1))
         return step
 
     def choose(self, logits: Tensor, step: DecodeStep) -> None:
@@ -282,7 +286,8 @@ class _Run:
         if some_gone and not self.finished:
             cache.release(~self.unfinished)
         # At the end the cache stays as it is, for who wants to go on with it.
-        if not self.finished and cache.make_room(CHECK_EVERY):
+        tokens = min(CHECK_EVERY, self.ids.shape[1] - self.length)
+        if not self.finished and cache.make_room(tokens):
             step.release()
 
     def sequences(self) -> Tensor:
@@ -315,13 +320,16 @@ def _cache(
     input_ids: Tensor,
     config: GenerationConfig,
     max_cache_bytes: int | None,
+    on_full: OnFull,
     model_kwargs: dict[str, Any],
 ) -> DMSCache:
     given = next((x for name in CACHE_NAMES if (x := model_kwargs.get(name)) is not None), None)
     B, length = len(input_ids), config.max_length
     if isinstance(given, DMSCache):
-        if max_cache_bytes is not None:
-            raise GenerationError("max_cache_bytes is for the cache made here; give it to DMSCache")
+        if max_cache_bytes is not None or on_full != "error":
+            raise GenerationError(
+                "max_cache_bytes and on_full are for the cache made here; give them to DMSCache"
+            )
         given.check_room(B, length)
         return given
     if given is not None and given.get_seq_length():
@@ -329,4 +337,6 @@ def _cache(
             f"past_key_values is a {type(given).__name__} with {given.get_seq_length()} tokens; the graphed loop goes "
             "on only from a DMSCache"
         )
-    return DMSCache(model, batch_size=B, max_length=length, max_cache_bytes=max_cache_bytes)
+    return DMSCache(
+        model, batch_size=B, max_length=length, max_cache_bytes=max_cache_bytes, on_full=on_full
+    )

@@ -4,7 +4,7 @@
 import pytest
 import torch
 from calibrations import IDS, assert_same, calibrated, documents, gate_state
-from families import build
+from families import build, build_dms
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +16,7 @@ from modelopt_dms.gates.thresholds import (
     Curve,
     CurvePoint,
     curve_of,
+    expected_evicted_share,
     expected_ratios,
 )
 
@@ -93,6 +94,21 @@ def test_the_range_that_other_texts_get_is_known(made):
     longer = expected_ratios(model, 6400)
     assert longer[0] > low and longer[1] > high, "longer texts compress more"
     assert expected_ratios(build("llama"), 64) is None
+
+
+def test_the_share_that_is_evicted_is_known(made):
+    model, _ = made
+    curve = curve_of(model)
+    for cr in (1.7, 3.0, 5.0):
+        dms.set_compression(model, cr)
+        share = expected_evicted_share(model)
+        assert physical_cr(share, curve.length, curve.window, curve.protect_first) == pytest.approx(
+            cr, rel=1e-4
+        )
+    plain = build_dms("llama")
+    assert expected_evicted_share(plain) == 1.0 - 1.0 / plain.config.dms_config["target_cr"]
+    plain.config.dms_config = plain.config.dms_config | {"evict": False}
+    assert expected_evicted_share(plain) == 0.0
 
 
 def test_a_curve_of_another_version_is_one_error():

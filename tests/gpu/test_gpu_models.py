@@ -11,8 +11,10 @@ from transformers import PreTrainedModel
 
 import modelopt_dms as dms
 from modelopt_dms.gates.gate import record_alpha, set_relaxation
+from modelopt_dms.kernels.layout import PAGE
 from modelopt_dms.kvcache.hf_cache import DMSLayer, kv_stats
 from modelopt_dms.kvcache.paged_head_caches import PagedHeadCaches
+from modelopt_dms.modeling import generation
 from modelopt_dms.modeling.generation import DecodeStep
 
 pytestmark = pytest.mark.gpu
@@ -61,14 +63,27 @@ def test_a_captured_graph_gives_the_tokens_of_plain_generate(family: str, compil
         assert torch.equal(generate(model, ids, attention_mask=mask, **options), plain)
 
 
-def test_graphs_survive_a_growing_pool_and_finished_sequences() -> None:
+def test_graphs_survive_a_growing_pool_and_finished_sequences(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = build_dms("llama").cuda()
     ids = tokens(6, PROMPT)
-    plain = generate(model, ids, max_new_tokens=150)
+    plain = generate(model, ids, max_new_tokens=300)
     end = int(plain[0, PROMPT + 30])
-    options = {"max_new_tokens": 150, "eos_token_id": end}
+    options = {"max_new_tokens": 300, "eos_token_id": end}
+    monkeypatch.setattr(generation, "expected_evicted_share", lambda model: 0.99)  # too little
     out = generate(model, ids, custom_generate=dms.graphed, **options)
     assert torch.equal(out, generate(model, ids, **options))
+
+
+def test_a_captured_graph_goes_on_after_forced_eviction() -> None:
+    model = build_dms("llama").cuda()
+    ids, page = tokens(2, 120), PAGE * 2 * 8 * 4
+    options = {"custom_generate": dms.graphed, "max_new_tokens": 200}
+    options |= {"max_cache_bytes": 16 * page, "on_full": "evict"}
+    found = [generate(model, ids, graph=graph, **options) for graph in (False, True)]
+    assert torch.equal(*found)
+    assert not torch.equal(found[0], generate(model, ids, max_new_tokens=200))
 
 
 def test_a_decode_step_never_asks_the_host() -> None:

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pages of PagedHeadCaches: growth, limits, addresses, bytes. Which rows it holds: test_conformance.py."""
 
+import weakref
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from modelopt_dms.kernels import dispatch
 from modelopt_dms.kernels.gating import Decided
 from modelopt_dms.kernels.layout import PAGE, OutOfPagesError
 from modelopt_dms.kernels.prefill_reference import NEVER
+from modelopt_dms.kvcache import page_pool
 from modelopt_dms.kvcache.page_pool import SharedPool
 from modelopt_dms.kvcache.paged_head_caches import PagedHeadCaches
 
@@ -64,6 +67,55 @@ def test_a_pool_that_grows_asks_the_device_once_in_a_page_of_tokens(
     monkeypatch.undo()
     layers[0].check_integrity()
     assert shared.check() <= shared.pool.pages
+
+
+def test_a_growing_pool_has_no_second_copy_of_itself() -> None:
+    """Each old tensor is gone before the next new one is made; what was stored is there; free pages stay free."""
+    names = ("key_scales", "value_scales", "values", "keys")
+    shared = SharedPool(CPU)
+    slots = PagedHeadCaches(2, 0, shared, FORMATS["nvfp4"])
+    append(slots, 70, 0.5)
+    before = slots.read(70, torch.float32)
+    pages, free = shared.pool.pages, int(shared.pool.counters[0])
+    old = {name: weakref.ref(getattr(shared.pool, name)) for name in names}
+    alive: list[list[str]] = []
+
+    def longer(x: Tensor, length: int) -> Tensor:
+        alive.append([name for name in names if old[name]() is not None])
+        return real(x, length)
+
+    real = page_pool._longer
+    with mock.patch.object(page_pool, "_longer", longer):
+        shared._grow(free, 7)
+    assert alive == [list(names[i:]) for i in range(len(names))]
+    after = slots.read(70, torch.float32)
+    assert all(torch.equal(x, y) for x, y in zip(after, before, strict=True))
+    assert (shared.pool.pages, int(shared.pool.counters[0])) == (pages + 7, free + 7)
+    slots.check_integrity()
+
+
+@pytest.mark.parametrize("failing", range(4))
+def test_a_growth_that_fails_leaves_the_pool_as_it_was(failing: int) -> None:
+    shared = SharedPool(CPU)
+    slots = PagedHeadCaches(2, 0, shared, FORMATS["nvfp4"])
+    append(slots, 70, 0.5)
+    pages, free, calls = shared.pool.pages, int(shared.pool.counters[0]), 0
+
+    def longer(x: Tensor, length: int) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls > failing:
+            raise torch.OutOfMemoryError
+        return real(x, length)
+
+    real = page_pool._longer
+    with mock.patch.object(page_pool, "_longer", longer), pytest.raises(torch.OutOfMemoryError):
+        shared._grow(free, 7)
+    assert (shared.pool.pages, int(shared.pool.counters[0])) == (pages, free)
+    slots.check_integrity()
+    shared._grow(free, 3)
+    append(slots, 300, 0.0)
+    slots.check_integrity()
 
 
 def test_a_fixed_pool_never_changes_an_address() -> None:
@@ -194,6 +246,8 @@ def test_usage_counts_pages_in_use_and_what_a_dense_cache_would_take() -> None:
     assert usage.row_bytes == row
     assert usage.dense_bytes == 2 * K * 100 * row
     assert usage.bf16_bytes == 2 * usage.dense_bytes
+    assert usage.resident_bytes == int(slots.live.sum()) * row
+    assert usage.pool is not None and usage.pool.bytes == slots.shared.kv_bytes
     slots.rollback = 2
     append(slots, 1, 0.0)
     assert slots.usage.synchronized().kv_bytes > pages * PAGE * row

@@ -16,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 import modelopt_dms as dms
 from modelopt_dms.kernels.layout import PAGE, OutOfPagesError
 from modelopt_dms.kvcache.hf_cache import DMSLayer, kv_stats
+from modelopt_dms.kvcache.reserve import pages_per_list
 from modelopt_dms.modeling import generation, paged_attention
 
 NEW, PROMPT = 40, 17
@@ -176,19 +177,93 @@ def test_a_pool_that_is_too_small_names_the_limit_and_the_knob(llama: PreTrained
     assert generate(llama, ids, max_cache_bytes=pages(24), **options).shape[1] == 170
 
 
-def test_a_pool_without_a_limit_grows_by_what_the_prompt_tells(
-    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_pool_evicts_instead_if_it_is_told_to(llama: PreTrainedModel) -> None:
+    ids = tokens(2, 120)
+    options = {"custom_generate": dms.graphed, "max_new_tokens": 200, "on_full": "evict"}
+    options |= {"return_dict_in_generate": True, "max_cache_bytes": pages(16)}
+    out = generate(llama, ids, **options)
+    assert out.sequences.shape[1] == 320
+    out.past_key_values.check_integrity()
+    assert kv_stats(llama).reserved_bytes == pages(16)
+    assert torch.equal(generate(llama, ids, **options).sequences, out.sequences)
+    plenty = generate(llama, ids, **options | {"max_cache_bytes": pages(48)})
+    plain = generate(llama, ids, max_new_tokens=200)
+    assert torch.equal(plenty.sequences, plain) and not torch.equal(out.sequences, plain)
+    assert torch.equal(out.sequences[:, :121], plain[:, :121])
+
+
+def test_plain_generate_evicts_too(llama: PreTrainedModel) -> None:
+    cache = dms.DMSCache(
+        llama, batch_size=4, max_length=320, max_cache_bytes=pages(40), on_full="evict"
+    )
+    generate(llama, tokens(2, 120), past_key_values=cache, max_new_tokens=150, num_beams=2)
+    cache.check_integrity()
+    assert cache.pools[0].check() <= 40
+
+
+def test_what_happens_when_a_pool_is_full_is_said_where_it_is_made(llama: PreTrainedModel) -> None:
+    options = {"custom_generate": dms.graphed, "on_full": "evict"}
+    with pytest.raises(ValueError, match="on_full='evict' needs max_cache_bytes"):
+        generate(llama, tokens(1, 5), **options)
+    cache = dms.DMSCache(llama, batch_size=1, max_length=50)
+    with pytest.raises(generation.GenerationError, match="on_full are for the cache made here"):
+        generate(llama, tokens(1, 5), past_key_values=cache, **options)
+
+
+def test_kv_stats_says_what_is_reserved_resident_and_free(llama: PreTrainedModel) -> None:
+    cache = dms.DMSCache(llama, batch_size=2, max_length=170, max_cache_bytes=pages(50))
+    options = {"past_key_values": cache, "custom_generate": dms.graphed, "max_new_tokens": 50}
+    generate(llama, tokens(2, 120), **options)
+    stats = kv_stats(cache)
+    assert stats.reserved_bytes == pages(50)
+    assert stats.free_bytes == int(cache.pools[0].pool.counters[0]) * pages(1)
+    live = sum(int(x.resident.sum()) for x in stats.layers)
+    assert stats.resident_bytes == live * pages(1) // PAGE < stats.kv_bytes
+    assert f"{pages(50)} bytes reserved, {stats.resident_bytes} resident" in str(stats)
+    del cache, options
+    assert kv_stats(llama).reserved_bytes == pages(50)
+
+
+def moves(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Lengths at which a captured graph would have been lost, from now on."""
     moved: list[int] = []
     monkeypatch.setattr(
         generation.DecodeStep, "release", lambda self: moved.append(self.cache.get_seq_length())
     )
-    ids = tokens(2, 130)
-    options = {"max_new_tokens": 90, "custom_generate": dms.graphed}
+    return moved
+
+
+@pytest.mark.parametrize("prompt", [3, 130])
+def test_a_right_reserve_is_taken_before_the_prompt_and_never_moves(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, prompt: int
+) -> None:
+    ids, moved = tokens(2, prompt), moves(monkeypatch)
+    length = prompt + 300
+    options = {"max_new_tokens": 300, "custom_generate": dms.graphed}
+    generate(llama, ids, **options)
+    held, gate = kv_stats(llama), llama.model.layers[0].self_attn.dms_gate
+    share = 1.0 - 1.0 / held.compression_ratio
+    monkeypatch.setattr(generation, "expected_evicted_share", lambda model: share)
+    moved.clear()
     out = generate(llama, ids, return_dict_in_generate=True, **options)
-    used = out.past_key_values.pools[0]
-    assert len(moved) <= 2
-    assert used.kv_bytes < 2 * kv_stats(llama).kv_bytes
+    (pool,) = out.past_key_values.pools
+    lists = 2 * sum(x.resident.shape[1] for x in held.layers)
+    assert pool.pool.pages == lists * pages_per_list(length, share, gate.window, gate.protect_first)
+    assert not moved
+
+
+def test_a_reserve_that_was_too_small_grows_once_by_what_is_in_use(
+    llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = moves(monkeypatch)
+    monkeypatch.setattr(generation, "expected_evicted_share", lambda model: 0.99)
+    ids = tokens(2, 9)
+    options = {"max_new_tokens": 400, "custom_generate": dms.graphed}
+    out = generate(llama, ids, return_dict_in_generate=True, **options)
+    out.past_key_values.check_integrity()
+    assert 1 <= len(moved) <= 2
+    held = kv_stats(llama)
+    assert out.past_key_values.pools[0].kv_bytes <= held.dense_bytes + len(held.layers) * pages(8)
 
 
 @pytest.mark.parametrize(
