@@ -106,9 +106,11 @@ def evaluate(
     given = open_files(data or [], "--data", data_format)
     from modelopt_dms.evaluation import score
     from modelopt_dms.evaluation.files import score_files
-    from modelopt_dms.evaluation.report import results_table, write_json
+    from modelopt_dms.evaluation.report import check_results_file, results_table, write_json
     from modelopt_dms.gates.thresholds import ratio_warning
 
+    if json_file is not None:
+        check_results_file(json_file)
     sizes = [_length(x) for x in lengths.split(",")]
     network, tokenizer = load_any(place, dtype, device, trust_remote_code)
     set_ratio(network, cr)

@@ -34,7 +34,18 @@ def load_base(
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """A plain causal LM and its tokenizer; bars of the weights are switched off."""
     _hide_bars()
+    _check_device(device)
     return base.load_base(place, dtype=dtype.value, device_map=device, trust_remote_code=trust)
+
+
+def _check_device(device: str | None) -> None:
+    """Refuse a CUDA device that is not there, before weights are read."""
+    import torch
+
+    if (device or "").startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(
+            f"--device {device}: this machine has no CUDA device, or torch is a CPU build"
+        )
 
 
 def load_tokenizer(place: str, trust: bool) -> "PreTrainedTokenizerBase":
@@ -56,6 +67,7 @@ def load_any(
     config = AutoConfig.from_pretrained(place, trust_remote_code=trust)
     if not any(hasattr(config, x) for x in ("dms_config", "dms_quantization", "dms_window_size")):
         return load_base(place, dtype, device, trust)
+    _check_device(device)
     tokenizer = load_tokenizer(place, trust)
     return load(place, dtype=dtype.value, device_map=device, trust_remote_code=trust), tokenizer
 
@@ -95,6 +107,8 @@ def embedded_documents(tokenizer: "PreTrainedTokenizerBase", recipe: Any) -> lis
 
 def open_data(arguments: list[str] | None, format: str | None = None) -> Any:
     """What --data name, checked as far as names and the first records go; None if there are none."""
+    if format is not None and not arguments:
+        raise ValueError(f"--format {format} says how --data is read, and there is no --data")
     found = parse_data(arguments or [], format)
     sources = [source for source, _ in found.parts] if isinstance(found, Blend) else [found]
     for source in sources:

@@ -15,7 +15,8 @@ from modelopt_dms.gates import handover
 
 ACCEPTED = (
     "accepted: None, or a bool (or 0 / -inf) mask [B or 1, 1, new tokens, all tokens] that is causal, hides padding or "
-    "separates packed documents among the new tokens, and shows all tokens that the cache has taken in"
+    "separates packed documents among the new tokens, and shows all tokens that the cache has taken in; padding stands "
+    "in front of a sequence, or behind its last token"
 )
 
 
@@ -98,13 +99,24 @@ def _findings(mask: Tensor, tokens: int, past: int, held: Tensor | None) -> dict
     if mask.dtype != torch.bool:
         bias = (mask != 0) & (mask > torch.finfo(mask.dtype).min / 2)
         found["adds a finite bias"] = bias.any()
+    shown = torch.ones(1, past, dtype=torch.bool, device=mask.device)
+    if held is not None:
+        shown = F.pad(held[:, :past], (0, past - min(past, held.shape[1])), value=True)
     if past:
-        shown = torch.ones(1, past, dtype=torch.bool, device=mask.device)
-        if held is not None:
-            shown = F.pad(held[:, :past], (0, past - min(past, held.shape[1])), value=True)
         differs = (seen[..., :past] != shown[:, None]) & itself[..., None]
         found["hides cached tokens, or shows their padding"] = differs.any()
+        found["makes all new tokens padding (it must cover the cached ones, too)"] = ~itself.any()
+    found["has padding between the tokens of a sequence"] = _inner_padding(shown, itself).any()
     return found
+
+
+def _inner_padding(cached: Tensor, new: Tensor) -> Tensor:
+    """Padding with tokens on both sides [B, P + T]: the delay window would count it."""
+    batch = max(len(cached), len(new))
+    real = torch.cat([cached.expand(batch, -1), new.expand(batch, -1)], dim=1)
+    before = real.cumsum(1) > 0
+    after = real.flip(1).cumsum(1).flip(1) > 0
+    return ~real & before & after
 
 
 def _judge(layer: str, mask: Tensor, tokens: int, past: int, held: Tensor | None) -> _Verdict:

@@ -150,7 +150,16 @@ def _check_kv(config: QuantizationConfig) -> None:
 
 
 def _check_no_amax_is_needed(config: QuantizationConfig) -> None:
-    """Refuse, before any work, KV quantizers that need data where there are none."""
+    """Refuse, before any work, quantizers of activations and KV that need data where there are none."""
+    for entry in config.quant_cfg:
+        if "input" not in entry.quantizer_name or entry.enable is False or entry.cfg is None:
+            continue
+        for cfg in entry.cfg if isinstance(entry.cfg, list) else [entry.cfg]:
+            quantizer = TensorQuantizer(cfg)
+            if quantizer.is_enabled and not (quantizer._dynamic or quantizer._use_constant_amax):
+                raise QuantizationError(
+                    f"the quantizers {entry.quantizer_name!r} need batches to calibrate with; pass batches"
+                )
     for entry in _kv_entries(config):
         quantizer = TensorQuantizer(entry.cfg)
         if quantizer.is_enabled and not quantizer._use_constant_amax:

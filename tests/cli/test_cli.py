@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modelopt_dms import cli
@@ -51,7 +52,7 @@ def test_generate_continues_a_prompt_and_shows_the_cache(
 ) -> None:
     words = ("generate", compressed, "--prompt", "def main(", "--max-new-tokens", 4, "--stats")
     assert run(monkeypatch, *words) == 0
-    assert "live on average" in capsys.readouterr().out
+    assert "resident on average" in capsys.readouterr().out
 
 
 def test_eval_scores_tasks_and_files(
@@ -326,3 +327,22 @@ def test_a_killed_compress_given_again_writes_the_same_model(tmp_path: Path, mom
         subprocess.run([*command, "-o", str(target)], check=True, capture_output=True)
     for name in ("model.safetensors", "config.json", "dms_recipe.yaml"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_what_cannot_be_meant_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / "mine.txt"
+    mine.write_text("not yours")
+    for arguments, message in (
+        (["eval", "embedded", "--json", str(mine)], "exists and holds no results"),
+        (["generate", "embedded", "--prompt", "hi", "--cr", "2"], "carries no curve"),
+        (["compress", "embedded", "-o", str(tmp_path / "o"), "--format", "alpaca"], "no --data"),
+        (["generate", "embedded", "--prompt", "hi", "--device", "cuda"], "has no CUDA device"),
+    ):
+        if "cuda" in arguments and torch.cuda.is_available():
+            continue
+        assert run(monkeypatch, *arguments) != 0
+        said = capsys.readouterr().err
+        assert message in " ".join(said.split()) and "Traceback" not in said
+    assert mine.read_text() == "not yours"

@@ -392,3 +392,27 @@ def test_a_model_made_from_a_dms_models_config_does_not_run_without_gates(
     assert bare.config._attn_implementation == "dms"
     with pytest.raises(ValueError, match="attn_implementation='dms', but its model has no gates"):
         bare(tokens(1, 5))
+
+
+@torch.no_grad()
+def test_padding_between_the_tokens_of_a_sequence_is_refused(llama: PreTrainedModel) -> None:
+    """The delay window would count it: the answer would not be that of the sequence alone."""
+    cache = cache_from(llama)
+    mask = torch.ones(1, 20, dtype=torch.long)
+    mask[:, 12:15] = 0  # a second turn, padded on the left
+    with pytest.raises(MaskError, match="padding between the tokens"):
+        llama(tokens(1, 8), attention_mask=mask, past_key_values=cache)
+    right = torch.tensor([[1] * 9 + [0] * 3])
+    cache = llama(tokens(1, 12), attention_mask=right).past_key_values
+    with pytest.raises(MaskError, match="padding between the tokens"):
+        positions = torch.arange(9, 11)[None]
+        both = torch.cat([right, torch.ones(1, 2, dtype=torch.long)], dim=1)
+        llama(tokens(1, 2), attention_mask=both, position_ids=positions, past_key_values=cache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("value", [0, 1])
+def test_a_mask_of_the_new_tokens_alone_is_refused(llama: PreTrainedModel, value: int) -> None:
+    mask = torch.full((1, 5), value)
+    with pytest.raises(MaskError, match="must cover the cached ones"):
+        llama(tokens(1, 5), attention_mask=mask, past_key_values=cache_from(llama))

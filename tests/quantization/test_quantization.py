@@ -511,3 +511,10 @@ def test_kv_presets_without_data_are_refused_when_quantizing(preset: str, batche
         dms.quantize(model, copy.deepcopy(getattr(mtq, preset)), iter(()))
     ours = dms.quantize(build_dms("llama"), copy.deepcopy(getattr(mtq, preset)), [tokens(4, 32)])
     assert ours.generate(tokens(1, 20), max_new_tokens=2).shape == (1, 22)
+
+
+def test_activations_without_batches_to_calibrate_with_are_refused_before_work() -> None:
+    model = build_dms("llama")
+    with pytest.raises(QuantizationError, match="input_quantizer.* need batches"):
+        dms.quantize(model, mtq.FP8_DEFAULT_CFG)
+    assert not is_quantized(model)
