@@ -20,7 +20,7 @@ def results_table(rows: Sequence[Mapping[str, Any]], title: str = "") -> Table:
     named = any("method" in row for row in rows)
     for name in ("task", "context", *(["method"] if named else [])):
         table.add_column(name, no_wrap=True)
-    for name in ("result", "resident", "context", "KV kB", "CR"):
+    for name in ("result", "held", "seen", "KV kB", "CR"):
         table.add_column(name, justify="right", no_wrap=True)
     previous = None
     for row in rows:

@@ -270,11 +270,11 @@ def set_compression(model: PreTrainedModel, cr: float, *, length: int | None = N
     Raises:
         CompressionError: no curve, a ratio that it does not reach, or eviction is switched off.
     """
-    curve = curve_of(model)
-    if not model.config.dms_config.get("evict", True):
+    if not (getattr(model.config, "dms_config", None) or {}).get("evict", True):
         raise CompressionError(
             f"cr={cr:g}: eviction is switched off in this model (dms_config.evict=false in its config.json)"
         )
+    curve = curve_of(model)
     point = curve.at(cr, length)
     move_thresholds(model, curve.thresholds, point.shift)
     return point
