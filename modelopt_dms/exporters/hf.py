@@ -15,7 +15,7 @@ from modelopt_dms.config.output_dir import atomic_dir, check_output
 from modelopt_dms.config.recipe import Recipe, recipe_to_yaml
 from modelopt_dms.exporters import ExportError
 from modelopt_dms.modeling.config_marks import GUARD_OF_EXPORTS, QUANT_METHOD, unmark
-from modelopt_dms.quantization.apply import quantizes
+from modelopt_dms.quantization.apply import quantization_of, quantizes
 from modelopt_dms.quantization.ranges import put_weights_on_grids
 
 RECIPE_FILE = "dms_recipe.yaml"
@@ -40,7 +40,8 @@ def export_hf(
         recipe: written along with the model.
 
     Raises:
-        ExportError: quantizers that ModelOpt cannot pack, or offloaded weights.
+        ExportError: quantizers that ModelOpt cannot pack or that `modelopt_dms.quantize` did not put there, or
+            offloaded weights.
         OutputError: the directory cannot be written to without losing something.
     """
     target = check_output(output_dir)
@@ -58,8 +59,15 @@ def write_packed(model: PreTrainedModel, place: Path) -> None:
     """Write weights, scales, gates and configs of a quantized model into a directory.
 
     Raises:
-        ExportError: quantizers that ModelOpt cannot pack, or offloaded weights.
+        ExportError: quantizers that ModelOpt cannot pack or that `modelopt_dms.quantize` did not put there, or
+            offloaded weights.
     """
+    if quantization_of(model) is None:
+        raise ExportError(
+            "the model was quantized by mtq.quantize alone: what is read back would compute something else, because "
+            "ranges are rounded in a checkpoint and quantizers of gates and norms are not in it; quantize the original "
+            "by modelopt_dms.quantize, which takes the same arguments"
+        )
     offloaded = next((name for name, x in model.named_parameters() if x.is_meta), None)
     if offloaded is not None:
         raise ExportError(

@@ -518,3 +518,13 @@ def test_activations_without_batches_to_calibrate_with_are_refused_before_work()
     with pytest.raises(QuantizationError, match="input_quantizer.* need batches"):
         dms.quantize(model, mtq.FP8_DEFAULT_CFG)
     assert not is_quantized(model)
+
+
+def test_a_model_that_modelopt_alone_has_quantized_is_not_exported_as_another(
+    ids: Tensor, tmp_path: Path
+) -> None:
+    model = build_dms("llama")
+    mtq.quantize(model, copy.deepcopy(mtq.FP8_DEFAULT_CFG), lambda network: network(ids))
+    with pytest.raises(ExportError, match="by mtq.quantize alone"):
+        dms.export(model, tmp_path / "packed")
+    assert not (tmp_path / "packed").exists()
