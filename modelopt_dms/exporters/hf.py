@@ -77,7 +77,7 @@ def write_packed(model: PreTrainedModel, place: Path) -> None:
     packed.config.architectures = [_plain_name(model)]
     unmark(packed.config)
     # ModelOpt computes with weight / scale in float32, but packs it rounded to the model's dtype first: in bfloat16,
-    # 3 % of the codes come out a step off. Weights that lie on the grid already get the right code both ways.
+    # some codes come out a step off. Weights that lie on the grid already get the right code both ways.
     put_weights_on_grids(packed)
     try:
         export_hf_checkpoint(packed, dtype=model.dtype, export_dir=place)
