@@ -15,7 +15,7 @@ from typing import Any
 
 import engine_cases as cases
 import pytest
-from paths import HELPERS
+from paths import HELPERS, ROOT
 
 from modelopt_dms.exporters import ExportError
 from modelopt_dms.exporters.tensorrt import plugins
@@ -24,7 +24,6 @@ from modelopt_dms.runtime.operators import OPERATORS, Argument
 
 PYTHON = os.environ.get("MODELOPT_DMS_TENSORRT_PYTHON")
 SCRIPT = HELPERS / "tensorrt_plugins.py"
-ROOT = SCRIPT.parent.parent
 NAME, BATCH = "fp8", 3
 TENSORRT = {
     "float16": "HALF",

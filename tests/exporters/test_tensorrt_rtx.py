@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from families import open_gates
-from paths import HELPERS
+from paths import HELPERS, ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import modelopt_dms as dms
@@ -57,7 +57,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 def run(directory: Path, output: Path) -> Any:
     output.mkdir()
     command = [str(PYTHON), str(SCRIPT), str(directory), str(output), *CAPABILITIES]
-    clean = {**os.environ, "PYTHONPATH": str(SCRIPT.parent.parent)}
+    clean = {**os.environ, "PYTHONPATH": str(ROOT)}
     found = subprocess.run(command, capture_output=True, text=True, env=clean, check=False)
     assert found.returncode == 0, found.stderr[-3000:]
     return json.loads(found.stdout.splitlines()[-1])
