@@ -33,9 +33,9 @@ from transformers.utils import logging as hf_logging
 import modelopt_dms as dms
 from modelopt_dms.calibration.measuring import HeldOut, trace_curve
 from modelopt_dms.config.bundled import embedded_model_dir
+from modelopt_dms.config.output_dir import write_json
 from modelopt_dms.data.packing import Samples, pad
 from modelopt_dms.evaluation import peers
-from modelopt_dms.evaluation.report import write_json
 from modelopt_dms.evaluation.score import QUESTIONS, TEXT, measure, score_task
 from modelopt_dms.evaluation.tasks import TASKS, make_episodes, training_documents
 from modelopt_dms.gates.thresholds import store_curve

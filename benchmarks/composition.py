@@ -27,9 +27,9 @@ from transformers.utils import logging as hf_logging
 
 import modelopt_dms as dms
 from modelopt_dms.config.bundled import embedded_model_dir, list_recipes
+from modelopt_dms.config.output_dir import write_json
 from modelopt_dms.data.batches import calibration_batches
 from modelopt_dms.evaluation.peers import full_cache
-from modelopt_dms.evaluation.report import write_json
 from modelopt_dms.evaluation.score import TEXT, measure
 from modelopt_dms.evaluation.tasks import TASKS, training_documents
 

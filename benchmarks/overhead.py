@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from modelopt_dms.config.dms import DMSConfig
+from modelopt_dms.config.output_dir import write_json
 from modelopt_dms.config.retrofit import RetrofitConfig
-from modelopt_dms.evaluation.report import write_json
 from modelopt_dms.modeling.divergence import kl_divergence
 from modelopt_dms.modeling.lm_head import last_hidden, output_head
 from modelopt_dms.modeling.mode import apply_dms

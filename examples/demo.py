@@ -37,10 +37,10 @@ from transformers.utils import logging as hf_logging
 import modelopt_dms
 from modelopt_dms.checkpoints.base import load_base
 from modelopt_dms.checkpoints.fetch import KNOWN, FetchError, fetch
+from modelopt_dms.config.output_dir import write_json
 from modelopt_dms.data.installed_text import english, python_source
 from modelopt_dms.data.mix import calibration_mix
 from modelopt_dms.evaluation.fidelity import Fidelity, fidelity
-from modelopt_dms.evaluation.report import write_json
 from modelopt_dms.evaluation.ruler import Family, make_prompts
 from modelopt_dms.evaluation.score import Footprint
 

@@ -31,8 +31,9 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 import modelopt_dms
+from modelopt_dms.config.output_dir import write_json
 from modelopt_dms.evaluation import peers
-from modelopt_dms.evaluation.report import results_table, write_json
+from modelopt_dms.evaluation.report import results_table
 from modelopt_dms.evaluation.score import TEXT, Score, measure
 from modelopt_dms.evaluation.tasks import TASKS, Episode, make_episodes, training_documents
 from modelopt_dms.gates.gate import gates

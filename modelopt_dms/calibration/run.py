@@ -97,7 +97,7 @@ def prepare_calibration(
     Args:
         model: converted or not.
         config: how to calibrate.
-        dms: the facts that the model has or will have.
+        dms: the config that the model has or will have.
         data: see `modelopt_dms.data.documents.ACCEPTED`.
         tokenizer: needed unless the data are token ids.
         quantization: how the model is quantized, or will be before.

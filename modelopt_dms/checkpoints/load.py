@@ -146,16 +146,16 @@ def _attach(
     model: PreTrainedModel, stored: dict[str, Tensor], ranges: dict[str, Tensor], path: Path
 ) -> None:
     """Gates and ranges by their names in the checkpoint; `ranges` are those that lay in packed weights."""
-    facts = getattr(model.config, "dms_config", None)
+    stored_config = getattr(model.config, "dms_config", None)
     quantization = getattr(model.config, "dms_quantization", None)
     gates = {key: x for key, x in stored.items() if GATE_KEY in key}
-    if facts is not None:
+    if stored_config is not None:
         if not gates:
             raise CheckpointError(
                 f"{path} says it is a DMS model, but its safetensors hold no *{GATE_KEY}* tensors"
             )
         if not is_converted(model):
-            config = read_dms_config(facts, str(path / "config.json"))
+            config = read_dms_config(stored_config, str(path / "config.json"))
             del model.config.dms_config
             apply_dms(model, config)
         _put_gates(model, gates, path)

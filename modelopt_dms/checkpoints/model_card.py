@@ -54,13 +54,13 @@ A token stays readable for at least {window} tokens. The recipe is in `dms_recip
 def card(model: PreTrainedModel, recipe: Recipe, summary: Mapping[str, Mapping[str, Any]]) -> str:
     """The text of the card; the summary is that of dms_summary.json, by stage."""
     name = str(getattr(model.config, "_name_or_path", "") or "")
-    facts = getattr(model.config, "dms_config", None)
+    dms_config = getattr(model.config, "dms_config", None)
     curve = getattr(model.config, "dms_curve", None)
     measured = _stages(summary) + ("" if curve is None else _curve(curve))
     return _TEXT.format(
         base=f"base_model: {name}\n" if _HUB_ID.fullmatch(name) else "",
         kind=f"A {model.config.get_text_config(decoder=True).model_type} model",
-        layers="its" if facts is None else _layers(model),
+        layers="its" if dms_config is None else _layers(model),
         measured=measured or "Nothing: neither calibration nor training was part of the recipe.\n",
         window=0 if recipe.dms is None else recipe.dms.window,
         quantized=""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""NVIDIA's DMS checkpoints (Model-Optimizer, experimental/dms) -> our facts and our gates, by a map of keys.
+"""NVIDIA's DMS checkpoints (Model-Optimizer, experimental/dms) -> our config and our gates, by a map of keys.
 
-There, `config.json` names remote code and the facts as `dms_*`; each attention layer holds `dms_proj_alpha` [K, C] and
+There, `config.json` names remote code and holds `dms_*`; each attention layer holds `dms_proj_alpha` [K, C] and
 `dms_proj_alpha_norm` [C], and the logit of a token governs the token before it. None of their code is run.
 """
 
@@ -28,7 +28,7 @@ def is_nvidia(config: dict[str, Any]) -> bool:
 
 
 def read_config(config: dict[str, Any]) -> PreTrainedConfig:
-    """The base model's config, of transformers' own class, with our facts in it.
+    """The base model's config, of transformers' own class, with our `dms_config` in it.
 
     Raises:
         CheckpointError: the checkpoint keeps its decisions in query neurons, which NVIDIA reads after the query norm.
@@ -48,18 +48,18 @@ def read_config(config: dict[str, Any]) -> PreTrainedConfig:
         "decision_shift": 1,
         "evict": not config.get("dms_disable_eviction", False),
     }
-    facts = read_dms_config(theirs, "config.json, from NVIDIA's dms_* fields")
+    dms_config = read_dms_config(theirs, "config.json, from NVIDIA's dms_* fields")
     base = {
         key: value
         for key, value in config.items()
         if not key.startswith("dms_") and key not in ("auto_map", "model_type")
     }
-    return AutoConfig.for_model(config["model_type"], **base, dms_config=facts.model_dump())
+    return AutoConfig.for_model(config["model_type"], **base, dms_config=dms_config.model_dump())
 
 
-def gate_tensors(stored: dict[str, Tensor], facts: DMSConfig) -> dict[str, Tensor]:
+def gate_tensors(stored: dict[str, Tensor], dms_config: DMSConfig) -> dict[str, Tensor]:
     """Our gates' tensors, by our names, from theirs."""
-    rows = 1 if facts.granularity == "layer" else None
+    rows = 1 if dms_config.granularity == "layer" else None
     gates: dict[str, Tensor] = {}
     for key, tensor in stored.items():
         layer, separator, kind = key.partition(GATE_KEY)
@@ -71,5 +71,6 @@ def gate_tensors(stored: dict[str, Tensor], facts: DMSConfig) -> dict[str, Tenso
         if kind == ".weight":
             bias = stored.get(f"{layer}{GATE_KEY}.bias", tensor.new_zeros(len(tensor)))[:rows]
             # scale * (w . x + b) - offset > 0 is scale * (w . x) - offset > -scale * b. -0.0 would not be bit-exact.
-            gates[f"{layer}.dms_gate.threshold"] = (-facts.scale * bias.float()) + torch.zeros(())
+            threshold = -dms_config.scale * bias.float()
+            gates[f"{layer}.dms_gate.threshold"] = threshold + torch.zeros(())
     return gates

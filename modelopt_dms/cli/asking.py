@@ -20,6 +20,7 @@ from modelopt_dms.cli.options import (
     out,
     warn,
 )
+from modelopt_dms.config.output_dir import check_results_file, write_json
 
 
 def generate(
@@ -104,13 +105,13 @@ def evaluate(
     """Score a model through its physical KV cache: long-memory tasks, and perplexity on text."""
     place = check_model(model)
     given = open_files(data or [], "--data", data_format)
-    from modelopt_dms.evaluation import score
-    from modelopt_dms.evaluation.files import score_files
-    from modelopt_dms.evaluation.report import check_results_file, results_table, write_json
-    from modelopt_dms.gates.thresholds import ratio_warning
-
     if json_file is not None:
         check_results_file(json_file)
+    from modelopt_dms.evaluation import score
+    from modelopt_dms.evaluation.files import score_files
+    from modelopt_dms.evaluation.report import results_table
+    from modelopt_dms.gates.thresholds import ratio_warning
+
     sizes = [_length(x) for x in lengths.split(",")]
     network, tokenizer = load_any(place, dtype, device, trust_remote_code)
     set_ratio(network, cr)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Commands about exported graphs and engines: build, run, bench, inspect."""
 
-import json
 import sys
 from dataclasses import asdict
 from enum import Enum
@@ -12,6 +11,7 @@ import typer
 from rich.table import Table
 
 from modelopt_dms.cli.options import err, out
+from modelopt_dms.config.output_dir import check_results_file, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -136,10 +136,12 @@ def bench(
     from modelopt_dms.runtime.bench import bench as measure
     from modelopt_dms.runtime.session import open_session
 
+    if json_file is not None:
+        check_results_file(json_file)
     session = open_session(directory, backend.value, batch=batch, pages=pages)
     figures = asdict(measure(session, prompt_length, new_tokens))
     if json_file is not None:
-        json_file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        write_json(json_file, figures)
     table = Table("figure", "value")
     for name, value in figures.items():
         table.add_row(name.replace("_", " "), f"{value:,.2f}" if value % 1 else f"{value:,.0f}")
@@ -152,14 +154,14 @@ def inspect(directory: EngineDir) -> None:
     from modelopt_dms.runtime.manifest import Manifest
 
     manifest = Manifest.load(directory)
-    facts = Table("model", "", title=str(directory))
+    table = Table("model", "", title=str(directory))
     for name, value in asdict(manifest.model).items():
-        facts.add_row(name, str(value))
+        table.add_row(name, str(value))
     for name in ("page", "pages_per_list", "max_length", "chunk", "programs", "plugin_free"):
-        facts.add_row(name, str(getattr(manifest, name)))
+        table.add_row(name, str(getattr(manifest, name)))
     for name, version in manifest.made_by.items():
-        facts.add_row(f"made by {name}", version)
-    out.print(facts)
+        table.add_row(f"made by {name}", version)
+    out.print(table)
     for name in manifest.phases:
         out.print(_ports(manifest, name))
     for x in manifest.kernels:

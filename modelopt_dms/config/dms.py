@@ -10,7 +10,7 @@ from modelopt_dms.config.section import LONGEST, Section
 
 
 class DMSConfig(Section):
-    """The facts about a DMS model that its weights alone do not tell. Stored with the model."""
+    """What a DMS model is, as far as its weights do not tell. Stored with the model."""
 
     target_cr: float = ModeloptField(default=4.0, ge=1.0, title="Target compression ratio")
     """Wanted ratio of context to resident tokens in the KV cache, reached at the length trained on."""

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 MARKER = ".modelopt_dms"
 _PARTIAL = f"{MARKER}.partial"
@@ -121,6 +122,27 @@ def atomic_file(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_results_file(path: Path) -> None:
+    """Refuse to write results over something else.
+
+    Raises:
+        OutputError: the file exists and holds no JSON.
+    """
+    if not path.exists():
+        return
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise OutputError(f"{path} exists and holds no results; choose another file") from None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file completely or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager

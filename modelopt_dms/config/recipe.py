@@ -40,7 +40,7 @@ class Recipe(ModeloptBaseConfig):
     metadata: Metadata = ModeloptField(default=Metadata(), title="Metadata")
     """For readers."""
     dms: DMSConfig | None = ModeloptField(default=None, title="DMS")
-    """Facts stored with the model; without it the recipe only quantizes."""
+    """What a DMS model is; stored with the model. Without it the recipe only quantizes."""
     calibrate: CalibrateConfig | None = ModeloptField(default=None, title="Calibration")
     """How the gates are fitted to what future queries attend to, in one pass and without training."""
     retrofit: RetrofitConfig | None = ModeloptField(default=None, title="Retrofit")

@@ -1,15 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures for readers: tables of methods, of data and of settings tried; JSON files."""
+"""Figures for readers: tables of methods, of data and of settings tried."""
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
-from modelopt_dms.config.output_dir import OutputError, atomic_file
 from modelopt_dms.data.dry_run import Preview
 from modelopt_dms.evaluation.tuning import TuneResult
 
@@ -88,24 +85,3 @@ def trials_table(found: TuneResult) -> Table:
 def printable(text: str) -> str:
     """A text whose control characters cannot move a terminal's cursor: they are spelled out."""
     return "".join(x if x.isprintable() else x.encode("unicode_escape").decode() for x in text)
-
-
-def check_results_file(path: Path) -> None:
-    """Refuse to write results over something else.
-
-    Raises:
-        OutputError: the file exists and holds no JSON.
-    """
-    if not path.exists():
-        return
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise OutputError(f"{path} exists and holds no results; choose another file") from None
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file completely or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

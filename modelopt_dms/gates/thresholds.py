@@ -147,11 +147,11 @@ def expected_ratios(model: PreTrainedModel, length: int) -> tuple[float, float] 
 
 def expected_evicted_share(model: PreTrainedModel) -> float:
     """Share of the evictable tokens that a DMS model evicts: by its curve, else by its recipe; 0 if it evicts none."""
-    facts = model.config.dms_config
-    if not facts.get("evict", True):
+    dms_config = model.config.dms_config
+    if not dms_config.get("evict", True):
         return 0.0
     if getattr(model.config, "dms_curve", None) is None:
-        return 1.0 - 1.0 / facts["target_cr"]
+        return 1.0 - 1.0 / dms_config["target_cr"]
     a, b, part = _points_around(curve_of(model), model)
     low, high = (
         _tail(a.evicted_fraction),
@@ -180,11 +180,13 @@ def ratio_warning(
         length: their tokens.
         asked: by default the recipe's target_cr.
     """
-    facts = getattr(model.config, "dms_config", None)
-    if facts is None or not facts.get("evict", True):
+    dms_config = getattr(model.config, "dms_config", None)
+    if dms_config is None or not dms_config.get("evict", True):
         return None
-    asked = facts["target_cr"] if asked is None else asked
-    plain = physical_cr(1.0 - 1.0 / asked, length, facts["window"], facts["protect_first"])
+    asked = dms_config["target_cr"] if asked is None else asked
+    plain = physical_cr(
+        1.0 - 1.0 / asked, length, dms_config["window"], dms_config["protect_first"]
+    )
     found = expected_ratios(model, length) or ((1 - MARGIN) * plain, (1 + MARGIN) * plain)
     return missed_ratio(asked, reached, length, found)
 

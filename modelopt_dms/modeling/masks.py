@@ -123,8 +123,10 @@ def _judge(layer: str, mask: Tensor, tokens: int, past: int, held: Tensor | None
     found = _findings(mask, tokens, past, held)
     new = _as_bool(mask)[:, 0, :, past:]
     causal = torch.ones(tokens, tokens, dtype=torch.bool, device=mask.device).tril()
-    facts = torch.stack([(new == causal).all(), ~_itself(mask, past).all(), *found.values()])
-    plain, padded, *refused = facts.tolist()
+    found_on_device = torch.stack(
+        [(new == causal).all(), ~_itself(mask, past).all(), *found.values()]
+    )
+    plain, padded, *refused = found_on_device.tolist()
     for what, is_so in zip(found, refused, strict=True):
         if is_so:
             raise MaskError(f"{layer}: attention_mask {what}; {ACCEPTED}")

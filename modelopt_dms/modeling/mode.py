@@ -55,19 +55,19 @@ def _use_cache(model: Any) -> None:
 
 
 def dms_config_of(model: PreTrainedModel) -> DMSConfig:
-    """The DMS facts that a converted model carries.
+    """The DMS config that a converted model carries.
 
     Raises:
         ValueError: it has no gates.
     """
-    facts = getattr(model.config, "dms_config", None)
-    if facts is None:
+    dms_config = getattr(model.config, "dms_config", None)
+    if dms_config is None:
         raise ValueError(f"{type(model).__name__} has no gates; call apply_dms (or compress) first")
-    return read_dms_config(facts, "config.json")
+    return read_dms_config(dms_config, "config.json")
 
 
 def read_dms_config(stored: Any, where: str) -> DMSConfig:
-    """The DMS facts in a `dms_config` that was read from a file.
+    """The DMS config in a `dms_config` that was read from a file.
 
     Raises:
         CheckpointError: a field, its value and what is accepted.
@@ -85,7 +85,7 @@ def apply_dms(model: PreTrainedModel, config: DMSConfig | dict[str, Any]) -> Pre
 
     Args:
         model: any transformers causal LM with full-attention layers.
-        config: the DMS facts, or a mapping of them.
+        config: the DMS config, or a mapping of them.
 
     Raises:
         UnsupportedModelError: the model cannot be converted; it was not changed.

@@ -117,7 +117,7 @@ def prepare(
     Args:
         model: converted or not.
         config: how to train.
-        dms: the facts that the model has or will have.
+        dms: the config that the model has or will have.
         data: see `modelopt_dms.data.documents.ACCEPTED`.
         tokenizer: needed unless the data are token ids.
         calibration: how the gates are calibrated before they learn, if they are.

@@ -12,7 +12,7 @@ from modelopt_dms.config.output_dir import atomic_dir, check_output
 from modelopt_dms.config.recipe import Recipe
 from modelopt_dms.exporters import ExportError
 from modelopt_dms.exporters.hf import write_companions
-from modelopt_dms.exporters.onnx.facts import model_of
+from modelopt_dms.exporters.onnx.describe import model_of
 from modelopt_dms.exporters.onnx.graphs import Sizes, scoring_of, trace
 from modelopt_dms.exporters.onnx.weights import FILE as WEIGHTS
 from modelopt_dms.exporters.onnx.weights import WeightsFile
@@ -64,13 +64,13 @@ def export_onnx(
         ExportError: a model or a size that no graph can have.
         OutputError: the directory cannot be written to without losing something.
     """
-    facts = model_of(model)
+    description = model_of(model)
     sizes = sizes_of(model, chunk, max_length, programs=1)
     target = check_output(output_dir)
     with atomic_dir(target) as place:
-        written = write_graphs(model, place, facts, sizes)
+        written = write_graphs(model, place, description, sizes)
         write_companions(place, tokenizer, recipe)
-        manifest_of(facts, sizes, place, written.phases).save(place)
+        manifest_of(description, sizes, place, written.phases).save(place)
     return target
 
 
@@ -88,21 +88,26 @@ class Written:
 
 
 def write_graphs(
-    model: PreTrainedModel, place: Path, facts: Model, sizes: Sizes, *, plugin_free: bool = False
+    model: PreTrainedModel,
+    place: Path,
+    description: Model,
+    sizes: Sizes,
+    *,
+    plugin_free: bool = False,
 ) -> Written:
     """Write both graphs and their weights into an empty directory.
 
     Args:
         model: a DMS model.
         place: the directory.
-        facts: of the model, see `facts.model_of`.
+        description: of the model, see `describe.model_of`.
         sizes: what is fixed in the graphs.
         plugin_free: standard ops only; else ours, with bodies.
     """
     weights = WeightsFile(place)
     phases, scoring = {}, None
     for phase in PHASES:
-        graph = trace(model, facts, sizes, phase, plugin_free)
+        graph = trace(model, description, sizes, phase, plugin_free)
         if phase == "decode" and not plugin_free:
             scoring = scoring_of(graph.model)
         weights.take(graph.model)
@@ -116,7 +121,7 @@ def write_graphs(
 
 
 def manifest_of(
-    facts: Model,
+    description: Model,
     sizes: Sizes,
     place: Path,
     phases: dict[str, Phase],
@@ -126,7 +131,7 @@ def manifest_of(
     """The manifest of the directory that `write_graphs` has written."""
     written = [WEIGHTS, *(x.graph for x in phases.values())]
     return Manifest(
-        facts,
+        description,
         PAGE,
         sizes.pages_per_list,
         sizes.chunk,

@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 from modelopt_dms.exporters import ExportError
 from modelopt_dms.exporters.onnx import native
 from modelopt_dms.exporters.onnx.bodies import OPSET, functions
-from modelopt_dms.exporters.onnx.facts import scales_of
+from modelopt_dms.exporters.onnx.describe import scales_of
 from modelopt_dms.exporters.onnx.quantizers import as_nodes
-from modelopt_dms.exporters.onnx.slots import CHANGED, STATE, Facts
+from modelopt_dms.exporters.onnx.slots import CHANGED, STATE, SlotFormat
 from modelopt_dms.exporters.onnx.tracing import Decode, Prefill, traceable
 from modelopt_dms.kernels.layout import PAGE
 from modelopt_dms.kernels.reference import Scoring
@@ -57,25 +57,25 @@ class Graph:
 
 
 def trace(
-    model: PreTrainedModel, facts: Model, sizes: Sizes, phase: str, plugin_free: bool = False
+    model: PreTrainedModel, description: Model, sizes: Sizes, phase: str, plugin_free: bool = False
 ) -> Graph:
     """One graph of a model.
 
     Args:
         model: in eval mode.
-        facts: of it, see `facts.model_of`.
+        description: of it, see `describe.model_of`.
         sizes: what is fixed.
         phase: "decode" or "prefill".
         plugin_free: standard ops only, with ONNX's own Attention; else ours, with bodies.
     """
-    inputs, outputs = ports(facts, sizes, phase)
-    slots = Facts(
-        facts.window,
-        facts.shift,
-        facts.key_number,
-        facts.value_number,
+    inputs, outputs = ports(description, sizes, phase)
+    slots = SlotFormat(
+        description.window,
+        description.shift,
+        description.key_number,
+        description.value_number,
         sizes.programs,
-        facts.heads // facts.kv_heads,
+        description.heads // description.kv_heads,
     )
     step = (Decode if phase == "decode" else Prefill)(model, slots, scales_of(model)).eval()
     tensors = [_example(port, model.device) for port in inputs]
@@ -97,7 +97,7 @@ def trace(
         )
     assert found is not None
     graph: Any = found.model
-    _add_bodies(graph, facts, plugin_free)
+    _add_bodies(graph, description, plugin_free)
     graph.producer_name, graph.producer_version = "modelopt_dms", None
     _name_dims(graph, inputs, outputs)
     _replace_bool_where(graph)
@@ -123,12 +123,14 @@ def _quiet() -> Iterator[None]:
         log.setLevel(level)
 
 
-def ports(facts: Model, sizes: Sizes, phase: str) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
+def ports(
+    description: Model, sizes: Sizes, phase: str
+) -> tuple[tuple[Port, ...], tuple[Port, ...]]:
     """What goes into a graph and comes out, in its order."""
-    K, P = facts.kv_heads, sizes.pages_per_list
+    K, P = description.kv_heads, sizes.pages_per_list
     rows = {
-        "keys": (facts.key_number, facts.key_dim),
-        "values": (facts.value_number, facts.value_dim),
+        "keys": (description.key_number, description.key_dim),
+        "values": (description.value_number, description.value_dim),
     }
     T = 1 if phase == "decode" else sizes.chunk
     inputs = [Port("input_ids", "int64", ("batch", T)), Port("positions", "int64", ("batch", T))]
@@ -136,17 +138,17 @@ def ports(facts: Model, sizes: Sizes, phase: str) -> tuple[tuple[Port, ...], tup
         inputs.append(Port("active", "bool", ("batch",)))
     else:
         inputs.append(Port("padding", "int32", ("batch",)))
-    outputs = [Port("logits", "float32", ("batch", facts.vocabulary))]
+    outputs = [Port("logits", "float32", ("batch", description.vocabulary))]
     shapes: dict[str, tuple[str, tuple[int | str, ...]]] = {
         "table": ("int32", ("batch", K, P)),
         "live": ("int32", ("batch", K)),
         "seen": ("int32", ("batch", K)),
-        "ring_slot": ("int32", ("batch", K, facts.window + 1)),
-        "ring_evict": ("bool", ("batch", K, facts.window + 1)),
+        "ring_slot": ("int32", ("batch", K, description.window + 1)),
+        "ring_evict": ("bool", ("batch", K, description.window + 1)),
     }
     for name, (number, dim) in rows.items():
-        shapes[name] = (facts.dtype if number == "plain" else "int8", ("pages", PAGE, dim))
-    for layer in range(facts.layers):
+        shapes[name] = (description.dtype if number == "plain" else "int8", ("pages", PAGE, dim))
+    for layer in range(description.layers):
         inputs += [Port(f"{name}.{layer}", *shapes[name]) for name in STATE]
         for name in CHANGED:
             state = f"{name}.{layer}"
@@ -163,9 +165,9 @@ def _example(port: Port, device: torch.device) -> Tensor:
     return torch.zeros(shape_of(port, _BATCH, _PAGES), dtype=dtype_of(port), device=device)
 
 
-def _add_bodies(graph: ir.Model, facts: Model, plugin_free: bool) -> None:
+def _add_bodies(graph: ir.Model, description: Model, plugin_free: bool) -> None:
     """Put what our ops mean into a graph."""
-    formats = (facts.key_number, facts.value_number)
+    formats = (description.key_number, description.value_number)
     attending = native.attending(*formats) if plugin_free else None
     for proto in functions(*formats, attending):
         function = ir.from_proto(proto)

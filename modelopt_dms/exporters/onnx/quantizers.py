@@ -87,7 +87,7 @@ def _traced(
 
 def _activation(quantizer: Any, model_dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     dtype, _, code = _CODES[quantizer.num_bits]
-    facts = _stage_scale(quantizer, model_dtype)
+    attributes = _stage_scale(quantizer, model_dtype)
 
     def forward(x: Tensor) -> Tensor:
         if quantizer.pre_quant_scale is not None:
@@ -96,12 +96,12 @@ def _activation(quantizer: Any, model_dtype: torch.dtype) -> Callable[[Tensor], 
         codes = torch.onnx.ops.symbolic(
             "QuantizeLinear",
             (x, scale),
-            attrs={**facts, "output_dtype": code},
+            attrs={**attributes, "output_dtype": code},
             dtype=dtype,
             shape=x.shape,
             version=21,
         )
-        return _dequantized(codes, scale, facts, x)
+        return _dequantized(codes, scale, attributes, x)
 
     return forward
 
@@ -109,7 +109,7 @@ def _activation(quantizer: Any, model_dtype: torch.dtype) -> Callable[[Tensor], 
 def _weight(quantizer: Any, weight: Tensor) -> Callable[[Tensor], Tensor]:
     """What stands in for a weight quantizer: the codes are made once, here, and go into the graph."""
     dtype, largest, _ = _CODES[quantizer.num_bits]
-    facts = _stage_scale(quantizer, weight.dtype)
+    attributes = _stage_scale(quantizer, weight.dtype)
     amax = _amax(quantizer)
     if weight.dtype != torch.float32:  # by the scale as it is stored, rounded
         amax = (quantizer.onnx_scale.float() * largest).view(amax.shape)
@@ -119,16 +119,16 @@ def _weight(quantizer: Any, weight: Tensor) -> Callable[[Tensor], Tensor]:
     quantizer.register_buffer("onnx_codes", codes, persistent=False)
 
     def forward(x: Tensor) -> Tensor:
-        return _dequantized(quantizer.onnx_codes, quantizer.onnx_scale, facts, x)
+        return _dequantized(quantizer.onnx_codes, quantizer.onnx_scale, attributes, x)
 
     return forward
 
 
-def _dequantized(codes: Tensor, scale: Tensor, facts: dict[str, int], like: Tensor) -> Tensor:
+def _dequantized(codes: Tensor, scale: Tensor, attributes: dict[str, int], like: Tensor) -> Tensor:
     return torch.onnx.ops.symbolic(
         "DequantizeLinear",
         (codes, scale),
-        attrs=dict(facts),
+        attrs=dict(attributes),
         dtype=like.dtype,
         shape=like.shape,
         version=21,

@@ -26,7 +26,7 @@ CHANGED = tuple(x for x in STATE if x != "table")
 
 
 @dataclass(frozen=True)
-class Facts:
+class SlotFormat:
     """What is the same for all layers of a model.
 
     Attributes:
@@ -63,14 +63,14 @@ class GraphSlots(PagedHeadCaches):
 
     def __init__(
         self,
-        facts: Facts,
+        form: SlotFormat,
         state: dict[str, Tensor],
         scales: Tensor,
         active: Tensor | None,
         padding: Tensor | None,
     ) -> None:
-        self.window, self.shift = facts.window, facts.shift
-        self.facts = facts
+        self.window, self.shift = form.window, form.shift
+        self.form = form
         self.tensors = dict(state)
         self.scales = scales
         self.active = active
@@ -98,7 +98,7 @@ class GraphSlots(PagedHeadCaches):
     def _decode(
         self, step: LayerStep, q: Tensor, rows: tuple[Tensor, Tensor], scored: dict[str, float]
     ) -> Tensor:
-        facts, state = self.facts, self.tensors
+        form, state = self.form, self.tensors
         assert step.undecided is not None
         k, v = (x[:, :, 0] for x in rows)
         evict = step.undecided.decide(k.shape[1]).expand(-1, k.shape[1])
@@ -106,20 +106,20 @@ class GraphSlots(PagedHeadCaches):
         changed = call(
             operators.CACHE_UPDATE,
             {**given, **state},  # type: ignore[dict-item]
-            window=facts.window,
-            shift=facts.shift,
-            **facts.formats,
+            window=form.window,
+            shift=form.shift,
+            **form.formats,
         )
         state |= {name: changed[f"new_{name}"] for name in CHANGED}
         read = {name: state[name] for name in ("keys", "values", "table", "live")}
         parts = call(
             operators.DECODE_PARTIAL,
             {"q": q[:, :, 0], "scales": self.scales, **read},
-            programs=facts.programs,
-            rows=facts.rows,
+            programs=form.programs,
+            rows=form.rows,
             value_dim=v.shape[-1],
             **scored,
-            **facts.formats,
+            **form.formats,
         )
         out = call(operators.DECODE_COMBINE, {**parts, "live": state["live"]})["out"]
         return out[:, :, None]
@@ -132,7 +132,7 @@ class GraphSlots(PagedHeadCaches):
         rows: tuple[Tensor, Tensor],
         scored: dict[str, float],
     ) -> Tensor:
-        facts, state = self.facts, self.tensors
+        form, state = self.form, self.tensors
         assert step.evict is not None and step.log_keep is not None
         k, v = own
         K, T = k.shape[1:3]
@@ -160,9 +160,9 @@ class GraphSlots(PagedHeadCaches):
                 "scales": self.scales,
                 **{name: state[name] for name in ("keys", "values", "table", "live")},
             },
-            window=facts.window,
+            window=form.window,
             **scored,
-            **facts.formats,
+            **form.formats,
         )
         # Padding comes on empty lists only, so that none can shrink.
         plan = plan_pack(evict, valid, lists, shrinks=False)
@@ -177,7 +177,7 @@ class GraphSlots(PagedHeadCaches):
                 "keys": read["same_keys"],
                 "values": read["same_values"],
             },
-            **facts.formats,
+            **form.formats,
         )
         self.tensors = {
             **state,

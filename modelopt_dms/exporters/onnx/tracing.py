@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from modelopt_dms.exporters.onnx.slots import CHANGED, STATE, Facts, GraphLayer, GraphSlots
+from modelopt_dms.exporters.onnx.slots import CHANGED, STATE, GraphLayer, GraphSlots, SlotFormat
 from modelopt_dms.kvcache.hf_cache import cache_argument
 from modelopt_dms.modeling.convert import dms_modules
 
@@ -21,17 +21,17 @@ from modelopt_dms.modeling.convert import dms_modules
 class Step(nn.Module):
     """A forward of the model on a state of tensors: logits [B, V] of the last token, and the state's next value."""
 
-    def __init__(self, model: PreTrainedModel, facts: Facts, scales: list[Tensor]) -> None:
+    def __init__(self, model: PreTrainedModel, form: SlotFormat, scales: list[Tensor]) -> None:
         """Wrap a model.
 
         Args:
             model: all of whose attention layers are DMS layers.
-            facts: what their slots have in common.
+            form: what their slots have in common.
             scales: of each layer's KV formats [4, K] float32.
         """
         super().__init__()
         self.model = model
-        self.facts = facts
+        self.form = form
         self.scales = nn.ParameterList([nn.Parameter(x, requires_grad=False) for x in scales])
 
     def run(
@@ -49,7 +49,7 @@ class Step(nn.Module):
         for index, scales in enumerate(self.scales):
             given = state[index * len(STATE) : (index + 1) * len(STATE)]
             slots = GraphSlots(
-                self.facts, dict(zip(STATE, given, strict=True)), scales, active, padding
+                self.form, dict(zip(STATE, given, strict=True)), scales, active, padding
             )
             cache.layers[index] = GraphLayer(slots)
             held.append(slots)

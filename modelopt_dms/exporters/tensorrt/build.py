@@ -106,7 +106,7 @@ def build(
     for name, plan in plans.items():
         with atomic_file(directory / engines[name]) as temporary:
             temporary.write_bytes(plan)
-    facts = {
+    machine = {
         "tensorrt": trt.__version__,
         "gpu": gpu.name,
         "capability": gpu.capability,
@@ -115,7 +115,7 @@ def build(
         "kernels": kernel_hashes(manifest.kernels),
         "seconds": round(time.perf_counter() - began, 1),
     }
-    built = manifest.with_engines(engines, directory, facts)
+    built = manifest.with_engines(engines, directory, machine)
     built.save(directory)
     return built
 

@@ -8,8 +8,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modelopt_dms.config.output_dir import atomic_dir, check_output
 from modelopt_dms.config.recipe import Recipe
 from modelopt_dms.exporters.hf import write_companions
+from modelopt_dms.exporters.onnx.describe import model_of
 from modelopt_dms.exporters.onnx.export import CHUNK, manifest_of, sizes_of, write_graphs
-from modelopt_dms.exporters.onnx.facts import model_of
 from modelopt_dms.exporters.tensorrt.kernels import (
     compile_kernels,
     decode_programs,
@@ -46,17 +46,19 @@ def export_tensorrt(
         ExportError: a model or a size that no graph can have, or that there are no kernels for.
         OutputError: the directory cannot be written to without losing something.
     """
-    facts = model_of(model)
+    description = model_of(model)
     if not plugin_free:
-        layer_shape(facts)
-    sizes = sizes_of(model, chunk, max_length, 1 if plugin_free else decode_programs(facts))
+        layer_shape(description)
+    sizes = sizes_of(model, chunk, max_length, 1 if plugin_free else decode_programs(description))
     target = check_output(output_dir)
     with atomic_dir(target) as place:
-        written = write_graphs(model, place, facts, sizes, plugin_free=plugin_free)
+        written = write_graphs(model, place, description, sizes, plugin_free=plugin_free)
         kernels: tuple[Kernel, ...] = ()
         if written.scoring is not None:
-            made = compile_kernels(facts, written.scoring, chunk=chunk, programs=sizes.programs)
+            made = compile_kernels(
+                description, written.scoring, chunk=chunk, programs=sizes.programs
+            )
             kernels = write_kernels(place, made)
         write_companions(place, tokenizer, recipe)
-        manifest_of(facts, sizes, place, written.phases, kernels, plugin_free).save(place)
+        manifest_of(description, sizes, place, written.phases, kernels, plugin_free).save(place)
     return target

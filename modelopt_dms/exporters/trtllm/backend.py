@@ -203,14 +203,14 @@ def open_gates(model: Any, checkpoint: Path) -> Any:
         BackendError: the config tells of no gates.
         ExportError: see `graph.check_servable`.
     """
-    facts = getattr(model.config, "dms_config", None)
-    if facts is None:
+    dms_config = getattr(model.config, "dms_config", None)
+    if dms_config is None:
         raise BackendError(
             f"{checkpoint} is not a DMS checkpoint: its config.json has no dms_config; use model_factory "
             "AutoModelForCausalLM"
         )
     del model.config.dms_config
-    apply_dms(model, DMSConfig(**facts))
+    apply_dms(model, DMSConfig(**dms_config))
     return graph.prepare(model.eval(), kv_ranges(checkpoint, dms_modules(model)))
 
 

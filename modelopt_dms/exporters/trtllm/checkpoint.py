@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A directory that TensorRT-LLM's AutoDeploy serves: checkpoint, DMS facts, its configuration, and how to start it."""
+"""A directory that TensorRT-LLM's AutoDeploy serves: checkpoint, DMS config, its configuration, and how to start it."""
 
 import json
 from pathlib import Path
