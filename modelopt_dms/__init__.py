@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from modelopt_dms.config.quantize import QuantizationConfig
     from modelopt_dms.config.recipe import Recipe, load_recipe
     from modelopt_dms.config.retrofit import RetrofitConfig
+    from modelopt_dms.config.traces import Sampling
     from modelopt_dms.data.dry_run import Preview, preview
     from modelopt_dms.data.inputs import Blend, Formatted
     from modelopt_dms.evaluation.tuning import tune
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from modelopt_dms.pipeline import compress
     from modelopt_dms.quantization.apply import quantize
     from modelopt_dms.training.loop import RetrofitResult, retrofit
-    from modelopt_dms.training.traces import Sampling, generate_traces
+    from modelopt_dms.training.traces import generate_traces
 
 try:
     __version__ = version("modelopt-dms")
@@ -60,7 +61,7 @@ _HOME = {
     "Recipe": "config.recipe",
     "RetrofitConfig": "config.retrofit",
     "RetrofitResult": "training.loop",
-    "Sampling": "training.traces",
+    "Sampling": "config.traces",
     "apply_dms": "modeling.mode",
     "calibrate": "calibration.run",
     "compress": "pipeline",

@@ -24,7 +24,13 @@ from modelopt_dms.checkpoints.model_card import CARD_FILE, card
 from modelopt_dms.checkpoints.written import check_written
 from modelopt_dms.config import distributed
 from modelopt_dms.config.calibrate import CalibrateConfig
-from modelopt_dms.config.output_dir import atomic_dir, check_output, remove
+from modelopt_dms.config.output_dir import (
+    CALIBRATION_DIR,
+    RETROFIT_DIR,
+    atomic_dir,
+    check_output,
+    remove,
+)
 from modelopt_dms.config.quantize import QuantizationConfig
 from modelopt_dms.config.recipe import Recipe, load_recipe
 from modelopt_dms.config.retrofit import RetrofitConfig
@@ -41,11 +47,7 @@ from modelopt_dms.training.checkpoint import RESUMABLE
 from modelopt_dms.training.loop import PreparedRun, RetrofitResult, prepare, retrofit
 
 SUMMARY_FILE = "dms_summary.json"
-WORK_DIR = "retrofit"
-CALIBRATION_DIR = "calibration"
 EXPORT_DIR = "exported"
-# What an interrupted run may leave, and the next one goes on from.
-OURS = (CALIBRATION_DIR, WORK_DIR)
 # Documents of the built-in mix for a retrofit that would visit more: they are repeated, as other data are.
 MOST_BUILT_IN = 1024
 
@@ -106,7 +108,9 @@ def compress(
 
 def _check_target(recipe: Recipe, output_dir: str | Path | None) -> Path | None:
     """The output directory, if there is one, into which the recipe's export can be written."""
-    target = None if output_dir is None else check_output(output_dir, OURS)
+    target = (
+        None if output_dir is None else check_output(output_dir, (CALIBRATION_DIR, RETROFIT_DIR))
+    )
     if recipe.export is not None:
         if target is None:
             raise ValueError(f"export.format={recipe.export.format!r} needs an output_dir")
@@ -144,7 +148,7 @@ def _run(
             model,
             recipe.retrofit,
             data=plan.retrofit,
-            output_dir=None if target is None else target / WORK_DIR,
+            output_dir=None if target is None else target / RETROFIT_DIR,
             finish=carry_curve if measured else None,
             **where,
         )
@@ -183,7 +187,7 @@ def _write(
                 refused = ExportError(f"{error} (the model itself is saved in {target})")
         save(model, place, recipe=recipe, tokenizer=tokenizer, results=results)
     remove(target / CALIBRATION_DIR, SUMS)
-    remove(target / WORK_DIR, RESUMABLE)
+    remove(target / RETROFIT_DIR, RESUMABLE)
     if refused is not None:
         raise refused
 
@@ -229,7 +233,7 @@ def _plan_dms(
             tokenizer=tokenizer,
             calibration=recipe.calibrate,
             quantization=quantization,
-            resume_from=None if resume_from is None else resume_from / WORK_DIR,
+            resume_from=None if resume_from is None else resume_from / RETROFIT_DIR,
         )
     return _Plan(calibration, run)
 

@@ -259,7 +259,9 @@ def test_a_quantization_aware_run_that_dies_goes_on_from_its_checkpoint(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(pipeline, "export", lambda *args, **kwargs: _interrupt())
         dms.compress(build("llama"), recipe, output_dir=tmp_path / "cut", **options)
-    shutil.copytree(tmp_path / "cut" / pipeline.WORK_DIR, tmp_path / "other" / pipeline.WORK_DIR)
+    shutil.copytree(
+        tmp_path / "cut" / pipeline.RETROFIT_DIR, tmp_path / "other" / pipeline.RETROFIT_DIR
+    )
     again = dms.compress(build("llama"), recipe, output_dir=tmp_path / "cut", **options)
     assert torch.equal(logits(again), logits(whole))
     other = dms.load_recipe(recipe, {"quantize.order": "after_retrofit"})

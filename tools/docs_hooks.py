@@ -47,7 +47,7 @@ def recipe_keys() -> str:
         )
         parts += [
             f"### {section}",
-            field.description,
+            field.description or "",
             "| key | values | default | |\n|---|---|---|---|",
         ]
         properties = schema["$defs"][model.__name__]["properties"]

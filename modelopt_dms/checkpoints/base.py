@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """A name, a directory or a GGUF file -> a plain causal LM and its tokenizer."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modelopt_dms.checkpoints import gguf
 from modelopt_dms.checkpoints.fetch import KNOWN, fetched
 from modelopt_dms.checkpoints.formats import check_plain
-from modelopt_dms.config.bundled import embedded_model_dir
+from modelopt_dms.config.bundled import embedded_model_dir, suggestion
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# What the hub takes for a repository: NAME or OWNER/NAME.
+_HUB_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9_][\w.-]{0,95}")
 EMBEDDED = "embedded"
 # One of these is in every directory that a tokenizer can be read from; of none, transformers makes up an empty one.
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "merges.txt", "tekken.json")
@@ -60,7 +63,7 @@ def load_tokenizer(
     place = locate(name_or_path)
     if (file := gguf.gguf_file(place)) is not None:
         return gguf.load_tokenizer(file)
-    _check_tokenizer(Path(place))
+    check_tokenizer(place)
     from transformers import AutoTokenizer
 
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
@@ -88,11 +91,14 @@ def check_model_place(place: str) -> None:
     """Refuse what is no model with plain weights as far as headers go; a name that is no path here may be a hub id.
 
     Raises:
-        ValueError: a path without config.json, quantized weights, an adapter, or a GGUF file that cannot be read.
+        ValueError: no such path and no hub id that can be had, a path without config.json, quantized weights, an
+            adapter, or a GGUF file that cannot be read.
     """
     if (file := gguf.gguf_file(place)) is not None:
         gguf.read_header(file)
         return
+    if not Path(place).exists():
+        _check_hub_id(place)
     if Path(place).is_dir():
         check_plain(place)
     if Path(place).exists() and not (Path(place) / "config.json").is_file():
@@ -101,7 +107,32 @@ def check_model_place(place: str) -> None:
         )
 
 
-def _check_tokenizer(place: Path) -> None:
+def _check_hub_id(name: str, file: str = "config.json") -> None:
+    """Refuse a name that neither is a path here nor can be found on the hub, as far as that is known offline."""
+    known = [EMBEDDED, *KNOWN]
+    accepted = f"a directory, a .gguf file, a hub id, {', '.join(map(repr, known))}"
+    if not _HUB_ID.fullmatch(name) or ".." in name or "--" in name:
+        raise ValueError(f"{name} does not exist{suggestion(name, known)}; accepted: {accepted}")
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if constants.HF_HUB_OFFLINE and not isinstance(try_to_load_from_cache(name, file), str):
+        raise ValueError(
+            f"{name} is no path here, is not in the hub's cache, and HF_HUB_OFFLINE forbids to fetch it"
+            f"{suggestion(name, known)}; accepted: {accepted}"
+        )
+
+
+def check_tokenizer(name: str | Path) -> None:
+    """Refuse what no tokenizer can be read from, as far as names tell.
+
+    Raises:
+        ValueError: no such path and no hub id that can be had, or a directory without a tokenizer.
+    """
+    place = Path(name)
+    if gguf.gguf_file(place) is not None:
+        return
+    if not place.exists():
+        _check_hub_id(str(name), "tokenizer_config.json")
     if place.is_dir() and not any(x for name in TOKENIZER_FILES for x in place.glob(name)):
         raise ValueError(
             f"{place} holds no tokenizer (tokenizer.json or the like); copy those of the original model there"

@@ -29,9 +29,9 @@ def check_plain(place: str | Path) -> None:
         FormatError: quantized, an adapter, or weights in another number format.
     """
     path = Path(place)
-    config = _read(path / "config.json")
+    config = read_json(path / "config.json")
     if (path / "adapter_config.json").is_file():
-        base = _read(path / "adapter_config.json").get("base_model_name_or_path")
+        base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
         raise FormatError(
             f"{path} is a PEFT adapter of {base!r}, not a model; merge it first (PeftModel.merge_and_unload) and save "
             "the result"
@@ -46,13 +46,21 @@ def check_plain(place: str | Path) -> None:
             f"{path}: the weights are quantized (quantization_config.quant_method={method!r}); {_WAY_OUT}"
         )
     if (path / "hf_quant_config.json").is_file():
-        section = _read(path / "hf_quant_config.json").get("quantization") or {}
+        section = read_json(path / "hf_quant_config.json").get("quantization") or {}
         raise FormatError(
             f"{path}: the weights are quantized by ModelOpt (hf_quant_config.json: "
             f"quant_algo={section.get('quant_algo')!r}); {_WAY_OUT}"
         )
     for file in sorted(path.glob("*.safetensors")):
         _check_tensors(file)
+
+
+def is_ours(place: str | Path) -> bool:
+    """Whether a directory holds gates or quantizers, or says so; what loading then makes of it is another question."""
+    path = Path(place)
+    if any(read_json(path / "config.json").get(x) for x in OURS):
+        return True
+    return any(".dms_gate." in x for file in path.glob("*.safetensors") for x in _header(file))
 
 
 def _check_tensors(file: Path) -> None:
@@ -78,8 +86,12 @@ def _header(file: Path) -> dict[str, Any]:
     return header
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON object; empty if there is no such file."""
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty if there is no such file.
+
+    Raises:
+        FormatError: it cannot be read, or is no object.
+    """
     if not path.is_file():
         return {}
     try:

@@ -7,6 +7,8 @@ Heavy imports stand inside the commands, so that --help answers at once.
 import os
 import sys
 import warnings
+from importlib.metadata import PackageNotFoundError, version
+from typing import Annotated
 
 import typer
 from rich.markup import escape
@@ -16,18 +18,41 @@ from modelopt_dms.cli.engines import engine_app
 from modelopt_dms.cli.feeding import preview, traces
 from modelopt_dms.cli.fetching import fetch
 from modelopt_dms.cli.harness import PASSED_ON, lm_eval
+from modelopt_dms.cli.interrupting import Commands
 from modelopt_dms.cli.listing import recipes_app
 from modelopt_dms.cli.making import compress, export, tune
-from modelopt_dms.cli.options import err
+from modelopt_dms.cli.options import err, say
 
 DEBUG = "MODELOPT_DMS_TRACEBACK"
 
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        for name in ("modelopt-dms", "torch", "transformers", "nvidia-modelopt"):
+            try:
+                say(f"{name} {version(name)}")
+            except PackageNotFoundError:
+                say(f"{name} not installed")
+        raise typer.Exit
+
+
 app = typer.Typer(
-    help="Teach a causal LM what its KV cache may forget (Dynamic Memory Sparsification).",
+    cls=Commands,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def every(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print versions."),
+    ] = False,
+) -> None:
+    """Teach a causal LM what its KV cache may forget (Dynamic Memory Sparsification)."""
+
+
 app.command()(fetch)
 app.command()(compress)
 app.command()(preview)
@@ -49,9 +74,6 @@ def main() -> None:
     )
     try:
         app()
-    except KeyboardInterrupt:
-        err.print("[red]interrupted[/red]; the same command goes on from the newest checkpoint")
-        sys.exit(130)
     except Exception as error:
         if os.environ.get(DEBUG) or not _expected(error):
             raise

@@ -10,8 +10,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from modelopt_dms.cli.options import err, out
-from modelopt_dms.config.output_dir import check_results_file, write_json
+from modelopt_dms.cli.opening import check_temperature
+from modelopt_dms.cli.options import (
+    STDOUT,
+    JsonOpt,
+    SeedOpt,
+    TemperatureOpt,
+    check_json,
+    err,
+    out,
+    show,
+)
+from modelopt_dms.config.section import LONGEST
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,6 +74,9 @@ def build(
     ] = None,
 ) -> None:
     """Build TensorRT engines, on the GPU that will run them."""
+    from modelopt_dms.runtime.manifest import Manifest
+
+    Manifest.load(directory)
     from modelopt_dms.exporters.tensorrt.build import BuildOptions
     from modelopt_dms.exporters.tensorrt.build import build as build_engines
 
@@ -82,40 +95,61 @@ def run(
     prompt: Annotated[
         str, typer.Option("--prompt", "-p", help="Text to continue; '-' reads standard input.")
     ],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    raw: Annotated[
+        bool,
+        typer.Option(
+            "--raw", help="Continue the prompt as it is, without the tokenizer's chat template."
+        ),
+    ] = False,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, max=LONGEST, help="Tokens to generate.")
+    ] = 128,
+    temperature: TemperatureOpt = 0.0,
     top_p: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Draw from the most probable tokens only.")
     ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed for sampling.")] = 0,
+    seed: SeedOpt = 0,
     backend: BackendOpt = BackendChoice.auto,
     stats: Annotated[
         bool, typer.Option("--stats", help="Show times, and what the KV cache held at the end.")
     ] = False,
+    json_file: JsonOpt = None,
 ) -> None:
-    """Continue a prompt, streaming."""
+    """Answer a prompt as `generate` does: by the tokenizer's chat template if it has one."""
+    from modelopt_dms.runtime.manifest import Manifest
+
+    Manifest.load(directory)
+    check_temperature(temperature)
+    check_json(json_file)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text.strip():
+        raise ValueError("--prompt is empty; expected text")
     import torch
 
+    from modelopt_dms.cli.talking import encode
     from modelopt_dms.runtime.session import open_session
 
     tokenizer = _tokenizer(directory)
     session = open_session(directory, backend.value)
-    text = sys.stdin.read() if prompt == "-" else prompt
 
     from transformers import TextStreamer
 
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
     [tokens] = session.generate(
-        [tokenizer(text)["input_ids"]],
+        [encode(tokenizer, text, raw)],
         max_new_tokens,
         temperature,
         top_p,
         seed,
-        on_token=lambda row, token: streamer.put(torch.tensor([token])),
+        on_token=None
+        if json_file == STDOUT
+        else lambda row, token: streamer.put(torch.tensor([token])),
     )
     streamer.end()
-    if stats:
-        out.print(_summary(session, tokens[-1]), highlight=False)
+    if stats or json_file is not None:
+        figures = {"answer": tokenizer.decode(tokens, skip_special_tokens=True)}
+        figures |= asdict(session.stats)
+        show(figures, json_file, _summary(session, tokens[-1]))
 
 
 @engine_app.command()
@@ -128,32 +162,34 @@ def bench(
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate for each.")] = 64,
     backend: BackendOpt = BackendChoice.auto,
     pages: PagesOpt = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Also write the figures here.")
-    ] = None,
+    json_file: JsonOpt = None,
 ) -> None:
     """Time prefill and decode on random prompts."""
+    from modelopt_dms.runtime.manifest import Manifest
+
+    Manifest.load(directory)
+    check_json(json_file)
     from modelopt_dms.runtime.bench import bench as measure
     from modelopt_dms.runtime.session import open_session
 
-    if json_file is not None:
-        check_results_file(json_file)
     session = open_session(directory, backend.value, batch=batch, pages=pages)
     figures = asdict(measure(session, prompt_length, new_tokens))
-    if json_file is not None:
-        write_json(json_file, figures)
     table = Table("figure", "value")
     for name, value in figures.items():
         table.add_row(name.replace("_", " "), f"{value:,.2f}" if value % 1 else f"{value:,.0f}")
-    out.print(table)
+    show(figures, json_file, table)
 
 
 @engine_app.command()
-def inspect(directory: EngineDir) -> None:
+def inspect(directory: EngineDir, json_file: JsonOpt = None) -> None:
     """Show the model, what goes in and out, kernels, and what engines were built for."""
     from modelopt_dms.runtime.manifest import Manifest
 
     manifest = Manifest.load(directory)
+    check_json(json_file)
+    if json_file is not None:
+        show(asdict(manifest), json_file)
+        return
     table = Table("model", "", title=str(directory))
     for name, value in asdict(manifest.model).items():
         table.add_row(name, str(value))

@@ -1,17 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """What commands start from: models, tokenizers and data, checked as far as names go. Prints nothing."""
 
+import re
+import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modelopt_dms.checkpoints import base
-from modelopt_dms.checkpoints.gguf import gguf_file
+from modelopt_dms.checkpoints.formats import is_ours, read_json
+from modelopt_dms.checkpoints.gguf import AUTO_DTYPE, gguf_file, read_header
 from modelopt_dms.cli.options import Dtype
 from modelopt_dms.config import distributed
 from modelopt_dms.data.inputs import Blend, Formatted, as_paths, parse_data
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+_COLDEST, _HOTTEST = 0.001, 1000.0
+_DEVICE = re.compile(
+    r"(?:cpu|cuda|mps|xpu|npu|hpu)(?::\d+)?|auto|balanced|balanced_low_0|sequential"
+)
 
 
 def check_model(name: str | Path) -> str:
@@ -22,11 +32,65 @@ def check_model(name: str | Path) -> str:
 
 
 def check_compressed(name: Path) -> Path:
-    """The same for a command that needs a compressed model."""
+    """The same for a command that needs a compressed or a quantized model."""
     place = Path(check_model(name))
-    if gguf_file(place) is not None:
-        raise ValueError(f"{name} is a plain model, without gates; compress it first")
+    if gguf_file(place) is not None or (place.is_dir() and not is_ours(place)):
+        raise ValueError(
+            f"{name} is a plain model, without gates; compress it first: modelopt-dms compress {name} -o OUTPUT"
+        )
     return place
+
+
+def check_curve(place: str | Path) -> None:
+    """Refuse a model that carries no curve, if it is a directory here."""
+    if Path(place).is_dir() and read_json(Path(place) / "config.json").get("dms_curve") is None:
+        raise ValueError(
+            f"{place} carries no curve from thresholds to compression ratios; compress the original model, with data, "
+            "by a recipe that calibrates or retrofits"
+        )
+
+
+def longest_context(place: str) -> int | None:
+    """Tokens of the longest context that a model says it can read, if it is here and says so."""
+    if (file := gguf_file(place)) is not None:
+        header = read_header(file)
+        found = header.metadata.get(f"{header.architecture}.context_length")
+    else:
+        config = read_json(Path(place) / "config.json")
+        inner = config.get("text_config")
+        found = config.get("max_position_embeddings") or (
+            inner.get("max_position_embeddings") if isinstance(inner, dict) else None
+        )
+    return found if isinstance(found, int) else None
+
+
+def stored_dtype(place: str, dtype: Dtype) -> str | None:
+    """The dtype that a model will be loaded in, if that can be told from here."""
+    if dtype is not Dtype.auto:
+        return dtype.value
+    if gguf_file(place) is not None:
+        return AUTO_DTYPE
+    config = read_json(Path(place) / "config.json")
+    found = config.get("dtype") or config.get("torch_dtype")
+    return found if isinstance(found, str) else None
+
+
+def check_ratio(place: str | Path, cr: float | None) -> None:
+    """Refuse to set a model to a compression ratio if it carries no curve, or one that does not reach so far."""
+    if cr is None or not Path(place).exists():
+        return
+    if gguf_file(place) is not None:
+        raise ValueError(f"--cr {cr:g}: {place} is a plain model, without gates; compress it first")
+    check_curve(place)
+    curve = read_json(Path(place) / "config.json")["dms_curve"]
+    try:
+        highest = max(float(x["compression_ratio"]) for x in curve["points"])
+    except (LookupError, TypeError, ValueError):
+        return  # damaged: loading says how
+    if not 1.0 <= cr <= highest + 1e-6:
+        raise ValueError(
+            f"--cr {cr:g}: {place} can be set to 1 to {highest:.3g}, which is what was measured"
+        )
 
 
 def load_base(
@@ -38,8 +102,39 @@ def load_base(
     return base.load_base(place, dtype=dtype.value, device_map=device, trust_remote_code=trust)
 
 
+def check_temperature(value: float) -> None:
+    """Refuse temperatures that make infinite or equal logits of any."""
+    if not (value == 0 or _COLDEST <= value <= _HOTTEST):
+        raise ValueError(
+            f"--temperature {value:g} must be 0 (greedy), or from {_COLDEST:g} to {_HOTTEST:g}"
+        )
+
+
+def check_device(device: str | None) -> None:
+    """Refuse what is no device, and a CUDA device that is not there, without asking torch."""
+    if device is None:
+        return
+    if not _DEVICE.fullmatch(device):
+        raise ValueError(
+            f"--device {device} is no device; accepted: cpu, cuda, cuda:0 and so on, mps, xpu, auto, balanced, "
+            "balanced_low_0, sequential"
+        )
+    if not device.startswith("cuda"):
+        return
+    try:
+        build = version("torch")
+    except PackageNotFoundError:  # built from source without metadata
+        return
+    nodes = any(Path("/dev").glob(x) for x in ("nvidia[0-9]*", "dxg", "kfd"))
+    if build.endswith("+cpu") or (sys.platform == "linux" and not nodes):
+        raise ValueError(
+            f"--device {device}: this machine has no CUDA device, or torch ({build}) is a CPU build"
+        )
+
+
 def _check_device(device: str | None) -> None:
-    """Refuse a CUDA device that is not there, before weights are read."""
+    """The same, and what only torch knows."""
+    check_device(device)
     import torch
 
     if (device or "").startswith("cuda") and not torch.cuda.is_available():

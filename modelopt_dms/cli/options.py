@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Arguments and options that several commands share, and where commands print."""
 
+import json
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -11,9 +12,42 @@ from rich.markup import escape
 
 from modelopt_dms.checkpoints.base import EMBEDDED
 from modelopt_dms.checkpoints.fetch import KNOWN
+from modelopt_dms.config.output_dir import check_results_file, write_json
+from modelopt_dms.config.section import LARGEST_INTEGER
 from modelopt_dms.data.formats import FORMATS
 
+# As a file for results.
+STDOUT = Path("-")
 out, err = Console(), Console(stderr=True)
+
+
+def say(text: str) -> None:
+    """Print a line as it is: a terminal may wrap it, a pipe gets it whole."""
+    out.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def show(figures: Any, json_file: Path | None, *tables: Any) -> None:
+    """Print tables, or, for `--json -`, their figures as JSON; to another file write these as well."""
+    if json_file == STDOUT:
+        print(json.dumps(figures, indent=2))
+        return
+    if json_file is not None:
+        write_json(json_file, figures)
+    for table in tables:
+        if isinstance(table, str):
+            say(table)
+        else:
+            out.print(table)
+
+
+def check_json(json_file: Path | None) -> None:
+    """Refuse a file that `show` could not write, before there are figures.
+
+    Raises:
+        OutputError: it holds something else, or its directory cannot be written.
+    """
+    if json_file not in (None, STDOUT):
+        check_results_file(json_file)
 
 
 def warn(line: str | None) -> None:
@@ -63,6 +97,10 @@ ChangesOpt = Annotated[
     list[str] | None,
     typer.Option("--set", help="Change the recipe, e.g. dms.window=512; may be repeated."),
 ]
+JsonOpt = Annotated[
+    Path | None,
+    typer.Option("--json", help="Write the figures here as JSON; '-' prints them, and no table."),
+]
 DtypeOpt = Annotated[
     Dtype,
     typer.Option(help="Dtype of the base model. auto: the checkpoint's own; of GGUF, bfloat16."),
@@ -74,6 +112,8 @@ RatioOpt = Annotated[
     float | None,
     typer.Option("--cr", help="Compression ratio to run at, on the curve that the model carries."),
 ]
+TemperatureOpt = Annotated[float, typer.Option(min=0.0, help="0 is greedy.")]
+SeedOpt = Annotated[int, typer.Option(min=0, max=LARGEST_INTEGER, help="Seed for sampling.")]
 TrustOpt = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
 ]

@@ -10,6 +10,10 @@ import yaml
 _PACKAGE = Path(__file__).parents[1]
 
 
+# What suits a model that nobody has said a recipe for, and one that reads short contexts only.
+DEFAULT_RECIPE, DEFAULT_SHORT_RECIPE = "calibrated_cr4", "calibrated_cr4-1k"
+
+
 class RecipeError(ValueError):
     """A recipe that cannot be used; the message names the key, its value and what is accepted."""
 

@@ -3,7 +3,7 @@
 
 from typing import Literal
 
-from modelopt.torch.opt.config import ModeloptField
+from pydantic import Field
 
 from modelopt_dms.config.section import Section
 
@@ -11,9 +11,7 @@ from modelopt_dms.config.section import Section
 class ExportConfig(Section):
     """What `compress` writes besides the model itself."""
 
-    format: Literal["hf", "onnx", "tensorrt", "trtllm"] = ModeloptField(
-        default="hf", title="Export format"
-    )
+    format: Literal["hf", "onnx", "tensorrt", "trtllm"] = Field(default="hf", title="Export format")
     """'hf': ModelOpt's unified Hugging Face checkpoint, weights packed, for serving engines. 'trtllm': the same, with
     what makes TensorRT-LLM's AutoDeploy serve it. 'onnx': graphs of a decode step and a prefill chunk. 'tensorrt':
     those, and the kernels that TensorRT engines embed.

@@ -17,6 +17,8 @@ from typing import Any
 MARKER = ".modelopt_dms"
 _PARTIAL = f"{MARKER}.partial"
 STAGING_DIR = ".staging"
+# What an interrupted `compress` may leave in its output directory, and the next one goes on from.
+CALIBRATION_DIR, RETROFIT_DIR = "calibration", "retrofit"
 LAST = ("config.json", "dms_engine.json")
 
 
@@ -125,11 +127,14 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def check_results_file(path: Path) -> None:
-    """Refuse to write results over something else.
+    """Refuse to write results over something else, or where nothing can be written.
 
     Raises:
-        OutputError: the file exists and holds no JSON.
+        OutputError: the file exists and holds no JSON, or its directory cannot be written.
     """
+    nearest = next(x for x in path.absolute().parents if x.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise OutputError(f"{path} cannot be written: {nearest} is not a writable directory")
     if not path.exists():
         return
     try:

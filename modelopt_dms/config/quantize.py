@@ -2,28 +2,16 @@
 """The section `quantize`: ModelOpt's own, and what to calibrate ranges with."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
-from modelopt.torch.opt.config import ModeloptField
 from modelopt.torch.quantization.config import QuantizeConfig
 from pydantic import field_validator
 
-from modelopt_dms.config.section import Section
+from modelopt_dms.config.sections import QuantizeOptions
 
 
-class QuantizationConfig(Section, QuantizeConfig):
+class QuantizationConfig(QuantizeOptions, QuantizeConfig):
     """ModelOpt's own section (`quant_cfg`, `algorithm`), and what calibrates it."""
-
-    samples: int = ModeloptField(default=128, ge=1, title="Calibration samples")
-    """Samples of the data from which ranges of activations, keys and values are measured."""
-    sample_length: int = ModeloptField(default=512, ge=8, title="Tokens per calibration sample")
-    """Longer ones are cut."""
-    batch_size: int = ModeloptField(default=8, ge=1, title="Samples per forward")
-    """While calibrating."""
-    order: Literal["after_retrofit", "before_retrofit"] = ModeloptField(
-        default="after_retrofit", title="When to quantize"
-    )
-    """'before_retrofit': the gates learn under fake quantization."""
 
     @field_validator("quant_cfg", mode="before")
     @classmethod

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every section of a recipe has in common: finite numbers, and errors in one line."""
+"""What every section of a recipe has in common: finite numbers, and errors in one line.
+
+Nothing here imports ModelOpt, and torch with it: mistakes in a recipe are found before.
+"""
 
 from collections.abc import Mapping
 from typing import Any
 
-from modelopt.torch.opt.config import ModeloptBaseConfig
-from pydantic import ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 # No window, number of steps or seed that is meant needs more than 32 bits; nor a float more than this range.
 LARGEST_INTEGER = 2**32 - 1
@@ -14,10 +16,15 @@ LONGEST = 2**24
 SMALLEST_FLOAT, LARGEST_FLOAT = 1e-12, 1e9
 
 
-class Section(ModeloptBaseConfig):
+class Section(BaseModel):
     """What users write: every number is finite, and of a size that can be computed with."""
 
-    model_config = ConfigDict(allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        validate_assignment=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
 
     @field_validator("*")
     @classmethod

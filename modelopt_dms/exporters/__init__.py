@@ -69,6 +69,7 @@ def export(
         OutputError: the directory cannot be written to without losing something.
     """
     check_format(format, options)
+    check_number_format(format, str(model.dtype).removeprefix("torch."))
     write = getattr(import_module(f"{__name__}.{FORMATS[format]}"), f"export_{format}")
     return write(model, output_dir, tokenizer=tokenizer, recipe=recipe, **options)
 
@@ -91,6 +92,19 @@ def check_format(format: str, options: dict[str, Any]) -> None:
     if package is not None and find_spec(package) is None:
         raise ExportError(
             f"format={format!r} needs {package}, which is not installed; pip install 'modelopt-dms[onnx]'"
+        )
+
+
+def check_number_format(format: str, dtype: str | None) -> None:
+    """Refuse graphs that nothing could run, before the model is loaded.
+
+    Raises:
+        ExportError: onnxruntime's CPU kernels do not compute in this dtype.
+    """
+    if format == "onnx" and dtype == "bfloat16":
+        raise ExportError(
+            "format='onnx' of a bfloat16 model: onnxruntime's CPU kernels have no bfloat16; use --dtype float32 (in "
+            "Python: load(..., dtype=torch.float32)), or format='tensorrt'"
         )
 
 

@@ -401,10 +401,12 @@ class KVStats:
     Attributes:
         layers: one by one.
         free_bytes: of pages that no layer owns.
+        dtype: of the model that made keys and values, if it is known.
     """
 
     layers: list[LayerStats]
     free_bytes: int
+    dtype: torch.dtype | None = None
 
     @property
     def resident_tokens(self) -> float:
@@ -470,14 +472,49 @@ class KVStats:
             f"total {self.context_tokens:8.0f}  {self.resident_tokens:8.1f} resident on average {'':12s}"
             f" {self.kv_bytes:12d} {self.compression_ratio:11.2f}x"
         )
-        lines.append(
-            f"{self.memory_reduction:.2f}x smaller than keeping every token in bfloat16 ({self.bf16_bytes} bytes)"
-        )
+        lines.append(f"{self.kv_bytes} bytes of KV cache: {'; '.join(self._compared())}")
         if self.free_bytes:
             lines.append(
                 f"{self.reserved_bytes} bytes reserved, {self.resident_bytes} resident, {self.free_bytes} free"
             )
         return "\n".join(lines)
+
+    def _compared(self) -> list[str]:
+        """Against a cache that keeps every token, in the model's own dtype and in bfloat16."""
+        sizes = {torch.bfloat16: self.bf16_bytes}
+        if self.dtype is not None and self.dtype.itemsize != 2:
+            sizes = {self.dtype: self.bf16_bytes * self.dtype.itemsize // 2, **sizes}
+        elif self.dtype is not None:
+            sizes = {self.dtype: self.bf16_bytes}
+        return [
+            (
+                f"{dense / self.kv_bytes:.2f}x smaller than keeping every token in {_name(dtype)} ({dense} bytes)"
+                if dense >= self.kv_bytes
+                else f"{self.kv_bytes / dense:.2f}x larger than keeping every token in {_name(dtype)} ({dense} bytes), "
+                f"as room is allocated in steps ({self.resident_bytes} bytes are resident)"
+            )
+            for dtype, dense in sizes.items()
+        ]
+
+    def summary(self) -> dict[str, Any]:
+        """The figures of all layers together, as JSON."""
+        dtype = None if self.dtype is None else _name(self.dtype)
+        own = None if self.dtype is None else self.bf16_bytes * self.dtype.itemsize // 2
+        return {
+            "context_tokens": self.context_tokens,
+            "resident_tokens": self.resident_tokens,
+            "compression_ratio": self.compression_ratio,
+            "kv_bytes": self.kv_bytes,
+            "resident_bytes": self.resident_bytes,
+            "reserved_bytes": self.reserved_bytes,
+            "dtype": dtype,
+            "dense_bytes": own,
+            "bf16_bytes": self.bf16_bytes,
+        }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def kv_stats(source: nn.Module | Cache) -> KVStats:
@@ -505,7 +542,8 @@ def kv_stats(source: nn.Module | Cache) -> KVStats:
             "no KV cache with DMS layers has been used yet: run generate() or a forward with a cache first"
         )
     found = [(index, usage.synchronized()) for index, usage in used]
-    return KVStats([_layer_stats(*x) for x in found], _free_bytes([x for _, x in found]))
+    dtype = getattr(source, "dtype", None)
+    return KVStats([_layer_stats(*x) for x in found], _free_bytes([x for _, x in found]), dtype)
 
 
 def _free_bytes(usages: list[Usage]) -> int:

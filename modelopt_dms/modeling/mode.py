@@ -4,6 +4,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from modelopt.torch.opt.config import ModeloptBaseConfig
 from modelopt.torch.opt.conversion import ModelLikeModule, apply_mode
 from pydantic import ValidationError
 from torch import nn
@@ -14,6 +15,10 @@ from modelopt_dms.config.section import in_one_line
 from modelopt_dms.modeling.config_marks import mark
 from modelopt_dms.modeling.convert import check_not_quantized, convert_model, is_converted
 from modelopt_dms.modeling.modelopt_mode import MODE_NAME, KVSparsityModeRegistry
+
+
+class DMSModeConfig(DMSConfig, ModeloptBaseConfig):
+    """`DMSConfig` as ModelOpt stores the config of a mode."""
 
 
 class CheckpointError(ValueError):

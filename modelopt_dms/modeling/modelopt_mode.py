@@ -30,8 +30,8 @@ class DMSModeDescriptor(ModeDescriptor):
 
     @property
     def config_class(self) -> type[Any]:
-        """Schema of the mode's config: `DMSConfig`."""
-        found: type[Any] = import_module("modelopt_dms.config.dms").DMSConfig
+        """Schema of the mode's config: the fields of `DMSConfig`."""
+        found: type[Any] = import_module("modelopt_dms.modeling.mode").DMSModeConfig
         return found
 
     @property

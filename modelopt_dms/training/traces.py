@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modelopt_dms.config.output_dir import OutputError, check_owned, own, remove
+from modelopt_dms.config.output_dir import own, remove
+from modelopt_dms.config.traces import Sampling, check_traces_output, partial_dir
 from modelopt_dms.data import DataError
 from modelopt_dms.data.documents import tokenize_prompts
 from modelopt_dms.data.records import Tokens
@@ -27,38 +28,6 @@ from modelopt_dms.training.checkpoint import ResumeError, differences, model_dig
 
 SETTINGS_FILE = "settings.json"
 RECORDS_FILE = "traces.jsonl"
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How traces are generated; two runs with the same model, prompts and sampling write the same.
-
-    Attributes:
-        max_new_tokens: of a trace, at most.
-        temperature: 0 takes the likeliest token.
-        top_p: sample from the likeliest tokens that hold this much of the probability.
-        batch_size: prompts continued together.
-        seed: of the sampling.
-    """
-
-    max_new_tokens: int = 2048
-    temperature: float = 0.6
-    top_p: float = 0.95
-    batch_size: int = 8
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in (
-            ("max_new_tokens", 1),
-            ("batch_size", 1),
-            ("seed", 0),
-            ("temperature", 0),
-        ):
-            value = getattr(self, name)
-            if not value >= least:
-                raise ValueError(f"{name}={value} must be at least {least}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p} must be above 0 and at most 1")
 
 
 def generate_traces(
@@ -93,7 +62,7 @@ def generate_traces(
     target = check_traces_output(output)
     starts = tokenize_prompts(prompts, tokenizer, count)
     _check_fits(model, starts, sampling)
-    work = _work(target)
+    work = partial_dir(target)
     ends = _end_tokens(model, tokenizer)
     settings = _settings(model, starts, sampling, ends)
     _open(work, settings)
@@ -119,31 +88,6 @@ def generate_traces(
     os.replace(records, target)
     remove(work, (SETTINGS_FILE, f".{SETTINGS_FILE}.partial"))
     return target
-
-
-def check_traces_output(output: str | Path) -> Path:
-    """The file to write, if nothing would be lost.
-
-    Raises:
-        OutputError: it is not a .jsonl file, exists, or cannot be written.
-    """
-    target = Path(output)
-    if target.suffix != ".jsonl":
-        raise OutputError(f"output={target} must be a .jsonl file")
-    if target.exists():
-        raise OutputError(f"output={target} exists already; choose another name or remove it")
-    nearest = next(x for x in target.absolute().parents if x.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise OutputError(
-            f"output={target} cannot be written: {nearest} is not a writable directory"
-        )
-    check_owned(_work(target))
-    return target
-
-
-def _work(target: Path) -> Path:
-    """Where traces lie until all are there."""
-    return target.with_name(f"{target.name}.partial")
 
 
 def _check_fits(model: PreTrainedModel, starts: Sequence[Tokens], sampling: Sampling) -> None:

@@ -257,7 +257,7 @@ def test_quantize_and_export_from_one_recipe(
         words = ["--prompt", "def main(", "--max-new-tokens", "4", "--stats"]
         assert run(monkeypatch, "generate", place, *words) == 0
         printed = capsys.readouterr().out
-        assert "smaller than keeping every token in bfloat16" in printed
+        assert "than keeping every token in bfloat16" in printed
         texts.add(printed)
     assert len(texts) == 1
     assert run(monkeypatch, "export", tmp_path / "again", "-o", tmp_path / "x", "--format", "gguf")

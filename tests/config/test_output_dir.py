@@ -20,8 +20,8 @@ from modelopt_dms.config.output_dir import (
     own,
     remove,
 )
+from modelopt_dms.config.traces import check_traces_output
 from modelopt_dms.training.checkpoint import ResumeError
-from modelopt_dms.training.traces import check_traces_output
 
 FILES = ("a.txt", "kernels/one.ptx", "kernels/two.ptx", "dms_engine.json")
 

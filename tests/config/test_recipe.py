@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from modelopt_dms.config.bundled import RecipeError, list_recipes, recipes_dir
 from modelopt_dms.config.recipe import Recipe, load_recipe, recipe_to_yaml
+from modelopt_dms.config.recipe_file import check_recipe
 from modelopt_dms.config.schema import recipe_schema
 
 
@@ -171,3 +172,26 @@ def test_the_schema_for_editors_accepts_every_shipped_file_and_refuses_typos() -
         assert not validator.is_valid(bad), bad
     fields = recipe_schema()["$defs"]["DMSConfig"]["properties"]
     assert all(x.get("title") and x.get("description") for k, x in fields.items() if k != "$import")
+
+
+@pytest.mark.parametrize("name", [*list_recipes(), "general/ptq/fp8_default-kv_fp8"])
+def test_what_is_checked_without_modelopt_is_what_its_loader_gives(name: str) -> None:
+    quick, whole = check_recipe(name, ["metadata.description=x"]), load_recipe(name)
+    for section in ("dms", "calibrate", "retrofit", "export"):
+        assert getattr(quick, section) == getattr(whole, section), section
+    assert (quick.quantize is None) == (whole.quantize is None)
+    if quick.quantize is not None and whole.quantize is not None:
+        for key in ("samples", "sample_length", "batch_size", "order"):
+            assert getattr(quick.quantize, key) == getattr(whole.quantize, key), key
+
+
+def test_units_that_import_each_other_are_refused(tmp_path: Path) -> None:
+    unit = "# modelopt-schema: modelopt.torch.opt.config.ConfigDict\nimports: {a: %s}\n$import: a\n"
+    (tmp_path / "a.yaml").write_text(unit % (tmp_path / "b.yaml"))
+    (tmp_path / "b.yaml").write_text(unit % (tmp_path / "a.yaml"))
+    (tmp_path / "r.yaml").write_text("imports: {a: a.yaml}\ndms: {$import: a}\n")
+    with pytest.raises(RecipeError, match="imports itself"):
+        check_recipe(tmp_path / "r.yaml")
+    (tmp_path / "r.yaml").write_text("imports: {a: units/dms_cr4}\ndms: {$import: b}\n")
+    with pytest.raises(RecipeError, match=r"\$import='b' does not stand under imports"):
+        check_recipe(tmp_path / "r.yaml")
