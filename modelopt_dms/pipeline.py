@@ -20,6 +20,7 @@ from modelopt_dms.calibration.run import (
     prepare_calibration,
 )
 from modelopt_dms.calibration.state import WRITTEN as SUMS
+from modelopt_dms.checkpoints.base import own_tokenizer
 from modelopt_dms.checkpoints.model_card import CARD_FILE, card
 from modelopt_dms.checkpoints.written import check_written
 from modelopt_dms.config import distributed
@@ -31,6 +32,7 @@ from modelopt_dms.config.output_dir import (
     check_output,
     remove,
 )
+from modelopt_dms.config.progress import Watched, phase, showing
 from modelopt_dms.config.quantize import QuantizationConfig
 from modelopt_dms.config.recipe import Recipe, load_recipe
 from modelopt_dms.config.retrofit import RetrofitConfig
@@ -69,7 +71,8 @@ def compress(
     Args:
         model: any transformers causal LM with full-attention layers.
         recipe: name of a shipped recipe, path of a YAML file, or a Recipe.
-        tokenizer: needed if `data` is text or None; saved with the model.
+        tokenizer: needed if `data` is text or None; saved with the model, else that of the directory that the model was
+            loaded from.
         data: texts, chat records, token ids, a `datasets.Dataset`, paths of .jsonl, .txt or .parquet files, or a
             `Blend` of these. None: the built-in mix of chats, prose and code, see `data.mix.calibration_mix`.
         output_dir: where the model, its recipe and resumable checkpoints go; nothing is written without it.
@@ -99,9 +102,11 @@ def compress(
         )
         on_data(counted)
     where = {"resume": resume, "progress": progress and distributed.is_main()}
-    results = _run(model, recipe, plan, batches, target, **where)
-    if target is not None and distributed.is_main():
-        _write(model, target, recipe, tokenizer, results)
+    with showing(where["progress"]):
+        watched = Watched(batches, "quantize", "batch")
+        results = _run(model, recipe, plan, watched, target, **where)
+        if target is not None and distributed.is_main():
+            _write(model, target, recipe, tokenizer, results)
     distributed.wait_for_all()
     return model
 
@@ -122,7 +127,7 @@ def _run(
     model: PreTrainedModel,
     recipe: Recipe,
     plan: "_Plan",
-    batches: list[dict[str, Tensor]],
+    batches: Sequence[dict[str, Tensor]],
     target: Path | None,
     **where: bool,
 ) -> dict[str, CalibrationResult | RetrofitResult]:
@@ -173,6 +178,9 @@ def _write(
         ExportError: the format cannot hold the model, which is saved all the same.
     """
     refused = None
+    if tokenizer is None:
+        # In a directory without one, transformers would make up an empty one.
+        tokenizer = own_tokenizer(model)
     with atomic_dir(target) as place:
         if recipe.export is not None:
             try:
@@ -185,7 +193,8 @@ def _write(
                 )
             except ExportError as error:
                 refused = ExportError(f"{error} (the model itself is saved in {target})")
-        save(model, place, recipe=recipe, tokenizer=tokenizer, results=results)
+        with phase("save"):
+            save(model, place, recipe=recipe, tokenizer=tokenizer, results=results)
     remove(target / CALIBRATION_DIR, SUMS)
     remove(target / RETROFIT_DIR, RESUMABLE)
     if refused is not None:

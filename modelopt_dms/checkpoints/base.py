@@ -72,6 +72,19 @@ def load_tokenizer(
     return tokenizer
 
 
+def own_tokenizer(model: "PreTrainedModel") -> "PreTrainedTokenizerBase | None":
+    """The tokenizer in the directory that a model was loaded from, if there is one and it is the model's."""
+    place = Path(getattr(model, "name_or_path", "") or "")
+    if not place.name or not place.is_dir() or gguf.gguf_file(place) is not None:
+        return None
+    try:
+        tokenizer = load_tokenizer(place)
+    except (ValueError, OSError):
+        return None
+    rows = model.get_input_embeddings().weight.shape[0]
+    return tokenizer if tokenizer.vocab_size <= rows else None
+
+
 def locate(name_or_path: str | Path) -> str:
     """Where a model lies: what was given, unless it is the name of the embedded model or of a fetched one.
 

@@ -22,6 +22,7 @@ from modelopt_dms.cli.interrupting import Commands
 from modelopt_dms.cli.listing import recipes_app
 from modelopt_dms.cli.making import compress, export, tune
 from modelopt_dms.cli.options import err, say
+from modelopt_dms.config.progress import showing
 
 DEBUG = "MODELOPT_DMS_TRACEBACK"
 
@@ -73,7 +74,8 @@ def main() -> None:
         "ignore", message="transformers .* is not tested with current version of modelopt"
     )
     try:
-        app()
+        with showing():
+            app()
     except Exception as error:
         if os.environ.get(DEBUG) or not _expected(error):
             raise

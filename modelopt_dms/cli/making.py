@@ -23,6 +23,7 @@ from modelopt_dms.cli.opening import (
     stored_dtype,
 )
 from modelopt_dms.cli.options import (
+    STDOUT,
     BlendOpt,
     ChangesOpt,
     DeviceOpt,
@@ -41,6 +42,7 @@ from modelopt_dms.cli.options import (
 from modelopt_dms.config import distributed
 from modelopt_dms.config.bundled import DEFAULT_RECIPE, DEFAULT_SHORT_RECIPE, list_recipes
 from modelopt_dms.config.output_dir import CALIBRATION_DIR, RETROFIT_DIR, check_output
+from modelopt_dms.config.progress import phase
 from modelopt_dms.config.recipe_file import check_recipe
 from modelopt_dms.config.section import LONGEST
 from modelopt_dms.exporters import check_format, check_number_format
@@ -96,17 +98,18 @@ def compress(
             lines += _other_recipes(name)
         if not given and model != EMBEDDED and (sections.calibrate or sections.retrofit):
             lines.append("no --data: it is fitted to the built-in mix of chats, prose and code")
-        for line in lines if str(json_file) != "-" else ():
+        for line in lines if json_file != STDOUT else ():
             say(line)
     when_interrupted(lambda: _how_to_go_on(target, resume))
-    from modelopt_dms.config.recipe import load_recipe
-    from modelopt_dms.pipeline import SUMMARY_FILE
-    from modelopt_dms.pipeline import compress as run
+    with phase("start"):
+        from modelopt_dms.config.recipe import load_recipe
+        from modelopt_dms.pipeline import SUMMARY_FILE
+        from modelopt_dms.pipeline import compress as run
 
     chosen = load_recipe(name, changes or [])
     network, tokenizer = load_base(place, dtype, device, trust_remote_code)
     texts = given or (embedded_documents(tokenizer, chosen) if model == EMBEDDED else None)
-    counts = given and distributed.is_main() and str(json_file) != "-"
+    counts = given and distributed.is_main() and json_file != STDOUT
     run(
         network,
         chosen,
@@ -238,18 +241,22 @@ def tune(
     if output is not None:
         check_output(output)
     given = open_data(data, data_format)
-    from modelopt_dms.evaluation.report import trials_table
-    from modelopt_dms.evaluation.tasks import held_out_text
-    from modelopt_dms.evaluation.tuning import tune as run
-    from modelopt_dms.exporters.tuned import save_tuned
-    from modelopt_dms.gates.thresholds import curve_of
+    if json_file != STDOUT:
+        say(f"{model}: load the model, measure perplexity with the full cache and at 2 to 8 ratios")
+    with phase("start"):
+        from modelopt_dms.evaluation.report import trials_table
+        from modelopt_dms.evaluation.tasks import held_out_text
+        from modelopt_dms.evaluation.tuning import tune as run
+        from modelopt_dms.exporters.tuned import save_tuned
+        from modelopt_dms.gates.thresholds import curve_of
 
     network, tokenizer = load_any(str(place), dtype, device, trust_remote_code)
     size = curve_of(network).length if length is None else length
     texts = given or held_out_text(tokenizer, size, count, 0)
-    found = run(
-        network, data=texts, tokenizer=tokenizer, max_loss=max_loss, length=size, count=count
-    )
+    with phase("tune"):
+        found = run(
+            network, data=texts, tokenizer=tokenizer, max_loss=max_loss, length=size, count=count
+        )
     if output is not None:
         save_tuned(network, place, output)
     saved = [] if output is None else [f"saved to {output}"]
@@ -300,13 +307,17 @@ def export(
     check_output(output)
     check_device(device)
     say(f"{model} -> {output}: load the model, write it as {format}")
-    from modelopt_dms.checkpoints.load import load
-    from modelopt_dms.config.recipe import load_recipe
-    from modelopt_dms.exporters import RECIPE_FILE
-    from modelopt_dms.exporters import export as write
+    with phase("start"):
+        from modelopt_dms.checkpoints.load import load
+        from modelopt_dms.config.recipe import load_recipe
+        from modelopt_dms.exporters import RECIPE_FILE
+        from modelopt_dms.exporters import export as write
 
-    tokenizer = load_tokenizer(str(place), trust_remote_code)
-    network = load(place, dtype=dtype.value, device_map=device, trust_remote_code=trust_remote_code)
+    with phase("load"):
+        tokenizer = load_tokenizer(str(place), trust_remote_code)
+        network = load(
+            place, dtype=dtype.value, device_map=device, trust_remote_code=trust_remote_code
+        )
     recipe = load_recipe(place / RECIPE_FILE) if (place / RECIPE_FILE).is_file() else None
     write(network, output, format, tokenizer=tokenizer, recipe=recipe, **options)
     say(f"saved to {output}")

@@ -12,6 +12,7 @@ from modelopt_dms.checkpoints.formats import is_ours, read_json
 from modelopt_dms.checkpoints.gguf import AUTO_DTYPE, gguf_file, read_header
 from modelopt_dms.cli.options import Dtype
 from modelopt_dms.config import distributed
+from modelopt_dms.config.progress import phase
 from modelopt_dms.data.inputs import Blend, Formatted, as_paths, parse_data
 
 if TYPE_CHECKING:
@@ -97,9 +98,10 @@ def load_base(
     place: str, dtype: Dtype, device: str | None, trust: bool
 ) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """A plain causal LM and its tokenizer; bars of the weights are switched off."""
-    _hide_bars()
-    _check_device(device)
-    return base.load_base(place, dtype=dtype.value, device_map=device, trust_remote_code=trust)
+    with phase("load"):
+        _hide_bars()
+        _check_device(device)
+        return base.load_base(place, dtype=dtype.value, device_map=device, trust_remote_code=trust)
 
 
 def check_temperature(value: float) -> None:
@@ -155,13 +157,22 @@ def load_any(
     """A compressed model, or a plain one to compare it with; and its tokenizer."""
     if gguf_file(place) is not None:
         return load_base(place, dtype, device, trust)
+    with phase("load"):
+        return _load_any(place, dtype, device, trust)
+
+
+def _load_any(
+    place: str, dtype: Dtype, device: str | None, trust: bool
+) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     from transformers import AutoConfig
 
     from modelopt_dms.checkpoints.load import load
 
     config = AutoConfig.from_pretrained(place, trust_remote_code=trust)
     if not any(hasattr(config, x) for x in ("dms_config", "dms_quantization", "dms_window_size")):
-        return load_base(place, dtype, device, trust)
+        _hide_bars()
+        _check_device(device)
+        return base.load_base(place, dtype=dtype.value, device_map=device, trust_remote_code=trust)
     _check_device(device)
     tokenizer = load_tokenizer(place, trust)
     return load(place, dtype=dtype.value, device_map=device, trust_remote_code=trust), tokenizer

@@ -164,7 +164,7 @@ def atomic_dir(target: Path) -> Iterator[Path]:
     own(staging)
     try:
         yield staging
-    except Exception:
+    except BaseException:  # Ctrl-C too
         shutil.rmtree(staging)
         if not existed and not any(target.iterdir()):
             target.rmdir()

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 # Columns that a record of ids or texts is read with; a chat's template may take any.
 _BESIDE = ("attention_mask", "position_ids", "seq_lengths")
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _GZIP = b"\x1f\x8b"
 # Records that are read before anything else happens.
 _CHECKED = 100
@@ -68,6 +69,10 @@ def check_start(path: Path, format: str | None = None) -> None:
 
 
 def _read_file(path: Path, format: str | None) -> Iterator[tuple[Any, str]]:
+    if path.suffix == ".json":
+        raise DataError(
+            f"{path} is not JSON lines; `jq -c '.[]' {path}` makes a .jsonl file of a list"
+        )
     if path.suffix not in SUFFIXES:
         raise DataError(
             f"{str(path)[:80]} is not a {', '.join(SUFFIXES)} file; pass texts as a list of strings"
@@ -76,8 +81,13 @@ def _read_file(path: Path, format: str | None) -> Iterator[tuple[Any, str]]:
         raise DataError(f"{path} does not exist or is not a file")
     try:
         with path.open("rb") as file:
-            if file.read(2) == _GZIP:
+            start = file.read(2)
+            if start == _GZIP:
                 raise DataError(f"{path} is compressed by gzip; unpack it first")
+            if start in _UTF16:
+                raise DataError(
+                    f"{path} is UTF-16; `iconv -f UTF-16 -t UTF-8 {path}` makes it UTF-8"
+                )
         if path.suffix == ".jsonl":
             yield from _read_jsonl(path)
         elif path.suffix == ".parquet":
@@ -120,7 +130,16 @@ def _read_jsonl(path: Path) -> Iterator[tuple[Any, str]]:
             if not line.strip():
                 continue
             try:
-                yield json.loads(line, object_pairs_hook=_unique), f"{path}:{number}"
+                record = json.loads(line, object_pairs_hook=_unique)
+                if (
+                    number == 1
+                    and isinstance(record, list)
+                    and isinstance((record or [0])[0], dict)
+                ):
+                    raise DataError(
+                        f"holds a list of records; `jq -c '.[]' {path}` makes one record a line of it"
+                    )
+                yield record, f"{path}:{number}"
             except RecursionError:
                 raise DataError(f"{path}:{number} is nested too deeply") from None
             except DataError as error:

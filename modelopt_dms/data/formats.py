@@ -96,6 +96,10 @@ def _prompt_completion(record: Mapping[str, Any], label: str) -> dict[str, Any]:
     return {**others, "messages": [*prompt, *completion]}
 
 
+# Columns of data that have neither our names nor a format's.
+_ASKED = ("prompt", "instruction", "question", "query")
+_ANSWERED = ("completion", "response", "answer", "output", "chosen")
+_TEXTS = ("content", "document", "article", "body", "raw_content")
 # By name: the columns by which a record is known, and what reads it.
 FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Mapping[str, Any], str], dict[str, Any]]]] = {
     "sharegpt": (("conversations",), _sharegpt),
@@ -139,4 +143,12 @@ def explain_columns(names: Mapping[str, Any] | list[str]) -> str:
     for name, (columns, _) in FORMATS.items():
         if all(x in names for x in columns):
             return f'{found}, or say that it is {name}: --format {name}, in Python dms.Formatted(data, "{name}")'
+    asked = next((x for x in _ASKED if x in names), None)
+    answered = next((x for x in _ANSWERED if x in names), None)
+    if asked and answered:
+        change = f"{{prompt: .{asked}, completion: .{answered}}}"
+        return f"{found}; `jq -c '{change}' FILE` makes records for --format prompt-completion"
+    for said, name in (("conversation", "messages"), *((x, "text") for x in _TEXTS)):
+        if said in names:
+            return f"{found}; `jq -c '{{{name}: .{said}}}' FILE` makes such records"
     return found

@@ -154,7 +154,13 @@ def _messages(content: Any, label: str) -> list[Message]:
     if not isinstance(messages, list) or not all(
         isinstance(x, dict) and isinstance(x.get("role"), str) for x in messages
     ):
-        raise DataError(f'{where} must be a list of {{"role": ..., "content": ...}}')
+        hint = ""
+        if isinstance(messages, list) and all(
+            isinstance(x, dict) and {"from", "value"} <= x.keys() for x in messages
+        ):
+            change = "`jq -c '{conversations: .messages}' FILE`"
+            hint = f"; these are ShareGPT's: {change} makes records for --format sharegpt"
+        raise DataError(f'{where} must be a list of {{"role": ..., "content": ...}}{hint}')
     if not messages:
         raise DataError(f"{where} is empty; expected at least one message")
     for index, message in enumerate(messages):

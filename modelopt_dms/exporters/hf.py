@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modelopt_dms.checkpoints.unified_hf import PACKED_FILE
 from modelopt_dms.checkpoints.written import check_written
 from modelopt_dms.config.output_dir import atomic_dir, check_output
+from modelopt_dms.config.progress import phase
 from modelopt_dms.config.recipe import Recipe, recipe_to_yaml
 from modelopt_dms.exporters import ExportError
 from modelopt_dms.modeling.config_marks import GUARD_OF_EXPORTS, QUANT_METHOD, unmark
@@ -80,7 +81,8 @@ def write_packed(model: PreTrainedModel, place: Path) -> None:
     # some codes come out a step off. Weights that lie on the grid already get the right code both ways.
     put_weights_on_grids(packed)
     try:
-        export_hf_checkpoint(packed, dtype=model.dtype, export_dir=place)
+        with phase("pack weights"):
+            export_hf_checkpoint(packed, dtype=model.dtype, export_dir=place)
     except (AssertionError, RuntimeError, ValueError) as error:
         raise ExportError(
             f"ModelOpt's unified checkpoint cannot hold this quantization ({error}); use save_pretrained"

@@ -158,7 +158,7 @@ def _check_finite(model: PreTrainedModel, values: Tensor) -> None:
     dtype = str(model.dtype).removeprefix("torch.")
     advice = "use bfloat16" if dtype == "float16" else "use float32"
     raise FloatingPointError(
-        f"{type(model).__name__}: hidden states are not finite in {dtype}; {advice}"
+        f"{type(model).__name__}: hidden states are not finite (NaN or infinity) in {dtype}; {advice}"
     )
 
 

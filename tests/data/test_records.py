@@ -3,6 +3,7 @@
 
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from modelopt_dms.data import DataError, documents
 from modelopt_dms.data.documents import open_documents, tokenize_prompts
+from modelopt_dms.data.files import read_files
 from modelopt_dms.data.inputs import Formatted
 
 WORDS = ["<s>", "the", "cat", "sat", "user", "assistant", ":", ";"]
@@ -160,6 +162,40 @@ def test_records_of_other_formats_are_read_when_named_and_else_the_name_is_said(
         with pytest.raises(DataError, match=f"or say that it is {name}: --format {name}"):
             ids_of(data, tokenizer)
     assert tokenize_prompts(Formatted([row], name), tokenizer, None)[0].tolist() == CHAT[:5]
+
+
+@pytest.mark.parametrize(
+    ("row", "hint"),
+    [
+        ({"prompt": "q", "response": "a"}, "{prompt: .prompt, completion: .response}"),
+        ({"instruction": "q", "context": "", "response": "a"}, "{prompt: .instruction, completion"),
+        ({"conversation": []}, "{messages: .conversation}"),
+        ({"content": "a"}, "{text: .content}"),
+        ({"messages": [{"from": "human", "value": "q"}]}, "{conversations: .messages}"),
+    ],
+)
+def test_records_of_unknown_columns_are_refused_with_what_converts_them(
+    row: Any, hint: str
+) -> None:
+    with pytest.raises(DataError, match=re.escape(f"`jq -c '{hint}")):
+        ids_of([row])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"text": "the"}'.encode("utf-16"), "a.jsonl is UTF-16; `iconv"),
+        ("a.txt", "the".encode("utf-16"), "a.txt is UTF-16; `iconv"),
+        ("a.jsonl", b'[{"text": "the"}]', "a.jsonl:1 holds a list of records; `jq -c '.\[\]'"),
+        ("a.json", b'[{"text": "the"}]', "a.json is not JSON lines; `jq -c '.\[\]'"),
+    ],
+)
+def test_files_of_another_kind_are_refused_with_what_converts_them(
+    name: str, content: bytes, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read_files([tmp_path / name])
 
 
 def test_formats_keep_systems_inputs_and_calls(tokenizer: Any) -> None:

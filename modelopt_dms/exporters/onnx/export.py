@@ -8,6 +8,7 @@ from pathlib import Path
 import onnx_ir as ir
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from modelopt_dms.config import progress
 from modelopt_dms.config.output_dir import atomic_dir, check_output
 from modelopt_dms.config.recipe import Recipe
 from modelopt_dms.exporters import ExportError
@@ -107,12 +108,14 @@ def write_graphs(
     weights = WeightsFile(place)
     phases, scoring = {}, None
     for phase in PHASES:
-        graph = trace(model, description, sizes, phase, plugin_free)
+        with progress.phase(f"trace the {phase} graph ({description.layers} layers)"):
+            graph = trace(model, description, sizes, phase, plugin_free)
         if phase == "decode" and not plugin_free:
             scoring = scoring_of(graph.model)
-        weights.take(graph.model)
         file = f"{phase}.onnx"
-        ir.save(graph.model, place / file)
+        with progress.phase(f"write the {phase} graph"):
+            weights.take(graph.model)
+            ir.save(graph.model, place / file)
         outputs = graph.outputs
         if plugin_free:  # nothing is changed in place
             outputs = tuple(replace(x, aliases=None) for x in outputs)

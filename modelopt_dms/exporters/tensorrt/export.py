@@ -6,6 +6,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelopt_dms.config.output_dir import atomic_dir, check_output
+from modelopt_dms.config.progress import phase
 from modelopt_dms.config.recipe import Recipe
 from modelopt_dms.exporters.hf import write_companions
 from modelopt_dms.exporters.onnx.describe import model_of
@@ -55,9 +56,10 @@ def export_tensorrt(
         written = write_graphs(model, place, description, sizes, plugin_free=plugin_free)
         kernels: tuple[Kernel, ...] = ()
         if written.scoring is not None:
-            made = compile_kernels(
-                description, written.scoring, chunk=chunk, programs=sizes.programs
-            )
+            with phase("compile kernels"):
+                made = compile_kernels(
+                    description, written.scoring, chunk=chunk, programs=sizes.programs
+                )
             kernels = write_kernels(place, made)
         write_companions(place, tokenizer, recipe)
         manifest_of(description, sizes, place, written.phases, kernels, plugin_free).save(place)
