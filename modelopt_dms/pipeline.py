@@ -3,6 +3,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from modelopt_dms.checkpoints.model_card import CARD_FILE, card
 from modelopt_dms.checkpoints.written import check_written
 from modelopt_dms.config import distributed
 from modelopt_dms.config.calibrate import CalibrateConfig
+from modelopt_dms.config.in_use import in_use
 from modelopt_dms.config.output_dir import (
     CALIBRATION_DIR,
     RETROFIT_DIR,
@@ -89,6 +91,36 @@ def compress(
     """
     recipe = load_recipe(recipe, overrides)
     target = _check_target(recipe, output_dir)
+    with _alone(target):
+        return _compress(
+            model,
+            recipe,
+            target,
+            tokenizer,
+            data,
+            resume=resume,
+            progress=progress,
+            on_data=on_data,
+        )
+
+
+def _alone(target: Path | None) -> AbstractContextManager[None]:
+    """Keep other runs out of the output directory; of several processes of this run, one writes."""
+    return nullcontext() if target is None or not distributed.is_main() else in_use(target)
+
+
+def _compress(
+    model: PreTrainedModel,
+    recipe: Recipe,
+    target: Path | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    data: Any,
+    *,
+    resume: bool,
+    progress: bool,
+    on_data: Callable[[Preview], None] | None,
+) -> PreTrainedModel:
+    """As `compress`, with a recipe that is loaded, into a directory that nobody else uses."""
     plan = _plan_dms(model, recipe, data, tokenizer, target if resume else None)
     batches = _plan_quantization(model, recipe.quantize, data, tokenizer)
     if on_data is not None and plan.retrofit is not None:

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from modelopt_dms.calibration.statistics import Regression
-from modelopt_dms.config.output_dir import own
+from modelopt_dms.config.output_dir import own, writing
 from modelopt_dms.training.checkpoint import WAYS_OUT, ResumeError, differences
 
 STATE_FILE = "sums.safetensors"
@@ -33,11 +33,12 @@ def save_state(
     staged = directory / f".{STATE_FILE}.partial"
     try:
         own(directory)
-        save_file(
-            tensors,
-            staged,
-            metadata={"done": str(done), "description": json.dumps(description)},
-        )
+        with writing(directory):
+            save_file(
+                tensors,
+                staged,
+                metadata={"done": str(done), "description": json.dumps(description)},
+            )
         os.replace(staged, directory / STATE_FILE)
     except OSError as error:
         raise ResumeError(f"output_dir={directory} cannot be written: {error}") from error

@@ -77,7 +77,7 @@ def main() -> None:
         with showing():
             app()
     except Exception as error:
-        if os.environ.get(DEBUG) or not _expected(error):
+        if os.environ.get(DEBUG) or not is_expected(error):
             raise
         err.print(
             f"[bold red]error:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True
@@ -85,7 +85,7 @@ def main() -> None:
         sys.exit(1)
 
 
-def _expected(error: Exception) -> bool:
+def is_expected(error: Exception) -> bool:
     """Whether the message says it all."""
     if isinstance(error, (ValueError, OSError, FloatingPointError)):
         return True

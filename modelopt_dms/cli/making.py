@@ -41,6 +41,7 @@ from modelopt_dms.cli.options import (
 )
 from modelopt_dms.config import distributed
 from modelopt_dms.config.bundled import DEFAULT_RECIPE, DEFAULT_SHORT_RECIPE, list_recipes
+from modelopt_dms.config.in_use import in_use
 from modelopt_dms.config.output_dir import CALIBRATION_DIR, RETROFIT_DIR, check_output
 from modelopt_dms.config.progress import phase
 from modelopt_dms.config.recipe_file import check_recipe
@@ -86,7 +87,8 @@ def compress(
     sections = check_recipe(name, changes or [])
     target = output or Path(f"{Path(model).name.removesuffix('.gguf')}-{Path(name).stem}")
     check_output(target, (CALIBRATION_DIR, RETROFIT_DIR))
-    check_device(device)
+    with in_use(target):
+        check_device(device)
     check_json(json_file)
     if sections.export is not None:
         check_format(sections.export.format, {})

@@ -5,6 +5,7 @@ A directory is ours if it holds our marker file, which `own` writes; only what l
 and only by names that we give to what we write.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -14,16 +15,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from modelopt_dms.config.in_use import OutputError as OutputError
+from modelopt_dms.config.in_use import in_use
+
 MARKER = ".modelopt_dms"
+# A disk is full, a quota is reached, a file is too large.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _PARTIAL = f"{MARKER}.partial"
 STAGING_DIR = ".staging"
 # What an interrupted `compress` may leave in its output directory, and the next one goes on from.
 CALIBRATION_DIR, RETROFIT_DIR = "calibration", "retrofit"
 LAST = ("config.json", "dms_engine.json")
-
-
-class OutputError(ValueError):
-    """An output directory that cannot be written to without losing something."""
 
 
 def check_output(output_dir: str | Path, ours: tuple[str, ...] = ()) -> Path:
@@ -151,6 +153,25 @@ def write_json(path: Path, content: Any) -> None:
 
 
 @contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Turn what safetensors and torch raise where a disk is full, which is no OSError, into one error.
+
+    Raises:
+        OutputError: the place cannot be written.
+    """
+    try:
+        yield
+    except Exception as error:
+        kind, text = type(error).__name__, " ".join(str(error).split())
+        full = isinstance(error, OSError) and error.errno in _FULL
+        # torch.save's writer of archives, whose own errors say where in its source they come from.
+        archive = any(x in text for x in ("PytorchStreamWriter", "inline_container.cc"))
+        if full or archive or kind == "SafetensorError":
+            raise OutputError(f"{place} cannot be written: {text}") from error
+        raise
+
+
+@contextmanager
 def atomic_dir(target: Path) -> Iterator[Path]:
     """A directory to write a model into; when all is written, its files move to `target`. An error leaves no trace.
 
@@ -163,9 +184,10 @@ def atomic_dir(target: Path) -> Iterator[Path]:
     _remove_interrupted(target)
     own(staging)
     try:
-        yield staging
+        with in_use(target), writing(target):
+            yield staging
     except BaseException:  # Ctrl-C too
-        shutil.rmtree(staging)
+        shutil.rmtree(staging, ignore_errors=True)
         if not existed and not any(target.iterdir()):
             target.rmdir()
         raise

@@ -88,6 +88,8 @@ def _unit(name: str, recipe: Path, depth: int) -> dict[str, Any]:
     documents = [x for x in read_unit(path, recipe) if isinstance(x, dict)]
     merged = {k: v for x in documents for k, v in x.items()}
     imports = merged.pop("imports", None) or {}
+    if not isinstance(imports, dict) or not all(isinstance(x, str) for x in imports.values()):
+        raise RecipeError(f"{recipe}: imports of unit {path} must be a mapping from names to units")
     return _merged(merged, imports, recipe, depth)
 
 
@@ -107,8 +109,10 @@ def read_raw(path: Path) -> dict[str, Any]:
     raw = documents[0]
     check_keys(raw, Sections, "", str(path), also=("imports", "$import"))
     _check_imports(raw, "", path)
-    imports = raw.get("imports")
-    if isinstance(imports, dict):
+    imports = raw.get("imports") or {}
+    if not isinstance(imports, dict):
+        raise RecipeError(f"{path}: imports={imports!r:.80} must be a mapping from names to units")
+    if imports:
         raw["imports"] = {key: _locate(value, path.parent) for key, value in imports.items()}
         _check_units(raw["imports"], path)
     return raw
@@ -129,8 +133,10 @@ def _check_imports(data: Any, at: str, recipe: Path) -> None:
 def _check_units(imports: dict[str, Any], recipe: Path) -> None:
     """Refuse units that are no plain YAML before ModelOpt's loader, which takes anything, reads them."""
     for name, unit in imports.items():
-        if not isinstance(unit, str):
-            raise RecipeError(f"{recipe}: imports.{name}={unit!r} must be the path of a unit")
+        if not isinstance(unit, str) or not isinstance(name, str):
+            raise RecipeError(
+                f"{recipe}: imports.{name}={unit!r} must be a name, and the path of a unit"
+            )
         if Path(unit).is_file():
             read_unit(Path(unit), recipe)
 

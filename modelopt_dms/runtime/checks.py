@@ -6,7 +6,16 @@ Each check raises an error of its own, before anything is loaded.
 
 from pathlib import Path
 
-from modelopt_dms.runtime.manifest import EngineError, Kernel, Manifest, ManifestError, Port, sha256
+from modelopt_dms.runtime.manifest import (
+    FILE,
+    PHASES,
+    EngineError,
+    Kernel,
+    Manifest,
+    ManifestError,
+    Port,
+    sha256,
+)
 
 OLDEST, NEWEST = (10, 10), (11, 99)
 
@@ -53,6 +62,17 @@ def check_files(manifest: Manifest, directory: Path) -> None:
     Raises:
         ManifestError: one is missing or changed.
     """
+    if manifest.phases.keys() != set(PHASES):
+        raise ManifestError(
+            f"{directory / FILE}: phases are {sorted(manifest.phases)}, expected {sorted(PHASES)}; export again"
+        )
+    for phase in manifest.phases.values():
+        # Exporters say what they are, and hash what they write.
+        if manifest.made_by and phase.graph not in manifest.files:
+            raise ManifestError(
+                f"{directory / FILE}: files has no hash of {phase.graph}, so that nobody can tell whether it was "
+                "changed; export again"
+            )
     for name, expected in manifest.files.items():
         _check_file(directory / name, expected)
 

@@ -196,16 +196,18 @@ class Manifest:
             )
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ManifestError(f"{path} is not JSON ({error}); export again") from error
-        if content.pop("format", None) != FORMAT:
+        if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
             raise ManifestError(f"{path} is of another format than {FORMAT}; export again")
         try:
-            return _manifest(content)
-        except (KeyError, TypeError) as error:
+            found = _manifest(content)
+            _check(found)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ManifestError(
                 f"{path} lacks or misnames a field ({error}); export again"
             ) from error
+        return found
 
     def with_engines(
         self, engines: dict[str, str], directory: Path, build: dict[str, Any]
@@ -245,3 +247,58 @@ def _manifest(content: dict[str, Any]) -> Manifest:
 
 def _ports(items: list[dict[str, Any]]) -> tuple[Port, ...]:
     return tuple(Port(**{**x, "shape": tuple(x["shape"])}) for x in items)
+
+
+# Not by pydantic: what reads a manifest beside TensorRT may have nothing but Python.
+def _check(manifest: Manifest) -> None:
+    """Raise ValueError for what no exporter writes."""
+    model = manifest.model
+    for holder, counts in ((manifest, _COUNTS), (model, _MODEL_COUNTS)):
+        for name in counts:
+            value = getattr(holder, name)
+            if type(value) is not int or not 0 < value < 2**31:
+                raise ValueError(f"{name}={value!r:.80} must be a number from 1 to 2**31 - 1")
+    for name, accepted in _WORDS.items():
+        if (value := getattr(model, name)) not in accepted:
+            raise ValueError(f"{name}={value!r:.80} must be one of {', '.join(map(str, accepted))}")
+    if not all(type(x) is int for x in model.eos):
+        raise ValueError(f"eos={model.eos!r:.80} must be token ids")
+    for name in ("made_by", "files"):
+        value = getattr(manifest, name)
+        if not isinstance(value, dict) or not all(isinstance(x, str) for x in value.values()):
+            raise ValueError(f"{name}={value!r:.80} must be a mapping to texts")
+    if not isinstance(manifest.build, dict | None) or type(manifest.plugin_free) is not bool:
+        raise ValueError("build must be a mapping or null, plugin_free true or false")
+    phases = manifest.phases.values()
+    names = [x for phase in phases for x in (phase.graph, phase.engine) if x is not None]
+    for name in (*names, *manifest.files, *(x.file for x in manifest.kernels)):
+        if (
+            not isinstance(name, str)
+            or {"..", "/", "."} & {*(Path(name).parts or ".")}
+            or "\0" in name
+        ):
+            raise ValueError(f"{name!r:.80} is no name of a file beside it")
+    for port in (x for phase in phases for x in (*phase.inputs, *phase.outputs)):
+        if not isinstance(port.name, str) or not all(isinstance(x, int | str) for x in port.shape):
+            raise ValueError(f"port {port.name!r:.80} has shape {port.shape!r:.80}")
+    for kernel in manifest.kernels:
+        words = (
+            *kernel.grid,
+            *kernel.integers,
+            kernel.operator,
+            kernel.entry,
+            kernel.sha256,
+            kernel.arch,
+        )
+        if not all(isinstance(x, str) for x in words):
+            raise ValueError(f"kernel {kernel.operator!r:.80}: what is no number must be text")
+
+
+_COUNTS = ("page", "pages_per_list", "chunk", "programs")
+_MODEL_COUNTS = ("layers", "kv_heads", "heads", "key_dim", "value_dim", "vocabulary", "window")
+_WORDS: dict[str, tuple[Any, ...]] = {
+    "dtype": ("float32", "float16", "bfloat16"),
+    "shift": (0, 1),
+    "key_number": ("plain", "fp8", "int8"),
+    "value_number": ("plain", "fp8", "int8"),
+}

@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from modelopt_dms.config.in_use import in_use
 from modelopt_dms.config.output_dir import own, remove
 from modelopt_dms.config.traces import Sampling, check_traces_output, partial_dir
 from modelopt_dms.data import DataError
@@ -65,12 +66,29 @@ def generate_traces(
     work = partial_dir(target)
     ends = _end_tokens(model, tokenizer)
     settings = _settings(model, starts, sampling, ends)
-    _open(work, settings)
+    model.eval()
+    with in_use(work):
+        _open(work, settings)
+        _write_all(model, tokenizer, starts, work, sampling, ends, progress)
+        os.replace(work / RECORDS_FILE, target)
+        remove(work, (SETTINGS_FILE, f".{SETTINGS_FILE}.partial"))
+    return target
+
+
+def _write_all(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    starts: Sequence[Tokens],
+    work: Path,
+    sampling: Sampling,
+    ends: list[int],
+    progress: bool,
+) -> None:
+    """Add the traces that are not there yet, batch by batch."""
     records = work / RECORDS_FILE
     size = sampling.batch_size
     first = -(-_cut_to_whole_batches(records, len(starts), size) // size)
     batches = range(first, -(-len(starts) // size))
-    model.eval()
     for batch in tqdm(
         batches, "traces", total=first + len(batches), initial=first, disable=not progress
     ):
@@ -85,9 +103,6 @@ def generate_traces(
         ]
         with records.open("a", encoding="utf-8") as file:
             file.write("\n".join(lines) + "\n")
-    os.replace(records, target)
-    remove(work, (SETTINGS_FILE, f".{SETTINGS_FILE}.partial"))
-    return target
 
 
 def _check_fits(model: PreTrainedModel, starts: Sequence[Tokens], sampling: Sampling) -> None:

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from modelopt_dms.config.compression_ratio import physical_cr, target_evicted_fraction
+from modelopt_dms.config.output_dir import writing
 from modelopt_dms.config.retrofit import RetrofitConfig
 from modelopt_dms.data.mixing import Visits
 from modelopt_dms.gates.thresholds import curve_of
@@ -131,7 +132,8 @@ class RetrofitTrainer(Trainer):
         )
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        super()._save_checkpoint(model, trial)
+        with writing(self.directory or Path()):
+            super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero() and self.directory is not None:
             commit(self.directory, self.state.global_step)

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 
 from modelopt_dms.cli import main
 from modelopt_dms.exporters.tensorrt.build import BuildOptions, build
+from modelopt_dms.runtime.checks import check_files
 from modelopt_dms.runtime.gpu import Gpu
 from modelopt_dms.runtime.manifest import EngineError, Kernel, Manifest, ManifestError, sha256
 from modelopt_dms.runtime.ort import OnnxRuntimeBackend
@@ -435,3 +436,11 @@ def with_vocabulary(size: int) -> Manifest:
         logits = dataclasses.replace(phase.outputs[0], shape=("batch", size))
         phases[name] = dataclasses.replace(phase, outputs=(logits, *phase.outputs[1:]))
     return dataclasses.replace(manifest, phases=phases)
+
+
+def test_a_manifest_cannot_leave_out_the_hashes_of_its_graphs(tmp_path: Path) -> None:
+    manifest = dataclasses.replace(toy_manifest(), made_by={"modelopt-dms": "0"}, files={})
+    with pytest.raises(ManifestError, match=r"files has no hash of decode.onnx"):
+        check_files(manifest, tmp_path)
+    with pytest.raises(ManifestError, match=r"phases are \[\], expected \['decode', 'prefill'\]"):
+        check_files(dataclasses.replace(manifest, phases={}), tmp_path)
