@@ -80,7 +80,7 @@ def _header(file: Path) -> dict[str, Any]:
             if size > min(_LONGEST_HEADER, file.stat().st_size):
                 raise ValueError(f"a header of {size} bytes")
             header: dict[str, Any] = json.loads(stream.read(size))
-    except (OSError, ValueError, struct.error) as error:
+    except (OSError, ValueError, RecursionError, struct.error) as error:
         raise FormatError(f"{file} cannot be read: {error}") from error
     header.pop("__metadata__", None)
     return header
@@ -96,7 +96,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise FormatError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise FormatError(f"{path} holds a {type(content).__name__}; expected an object")

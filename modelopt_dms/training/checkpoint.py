@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import shutil
 import zipfile
 from collections.abc import Mapping
@@ -271,6 +272,8 @@ def _check_complete(checkpoint: Path, *, sharded: bool) -> None:
         problems = _incomplete_shards(checkpoint)
     archives = [x for x in names if x.endswith(".pt") and x not in problems]
     problems |= {x: "is broken" for x in archives if not _is_intact(checkpoint / x)}
+    logs = [x for x in names[:2] if x not in problems]
+    problems |= {x: "is broken" for x in logs if not _holds_object(checkpoint / x)}
     for name, problem in problems.items():
         raise ResumeError(
             f"{checkpoint / name} {problem}; remove {checkpoint.name} to go on from an earlier checkpoint"
@@ -294,8 +297,18 @@ def _incomplete_shards(checkpoint: Path) -> dict[str, str]:
 
 
 def _is_intact(archive: Path) -> bool:
-    """Whether a file of torch.save, a zip, is whole: its checksums agree."""
+    """Whether a file of torch.save, a zip, is whole: its checksums agree, and it holds numbers and no programs."""
     try:
-        return zipfile.ZipFile(archive).testzip() is None
-    except zipfile.BadZipFile:
+        if zipfile.ZipFile(archive).testzip() is not None:
+            return False
+        torch.load(archive, map_location="cpu", mmap=True, weights_only=True)
+    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, KeyError):
+        return False
+    return True
+
+
+def _holds_object(file: Path) -> bool:
+    try:
+        return isinstance(json.loads(file.read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError, RecursionError):
         return False
