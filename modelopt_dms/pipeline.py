@@ -25,6 +25,7 @@ from modelopt_dms.checkpoints.base import own_tokenizer
 from modelopt_dms.checkpoints.model_card import CARD_FILE, card
 from modelopt_dms.checkpoints.written import check_written
 from modelopt_dms.config import distributed
+from modelopt_dms.config.bundled import DEFAULT_RECIPE
 from modelopt_dms.config.calibrate import CalibrateConfig
 from modelopt_dms.config.in_use import in_use
 from modelopt_dms.config.output_dir import (
@@ -58,7 +59,7 @@ MOST_BUILT_IN = 1024
 
 def compress(
     model: PreTrainedModel,
-    recipe: Recipe | str | Path = "dms_cr4",
+    recipe: Recipe | str | Path = DEFAULT_RECIPE,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     data: Any = None,
@@ -72,7 +73,7 @@ def compress(
 
     Args:
         model: any transformers causal LM with full-attention layers.
-        recipe: name of a shipped recipe, path of a YAML file, or a Recipe.
+        recipe: calibrated_cr4, or another name of a shipped recipe, path of a YAML file, or a Recipe.
         tokenizer: needed if `data` is text or None; saved with the model, else that of the directory that the model was
             loaded from.
         data: texts, chat records, token ids, a `datasets.Dataset`, paths of .jsonl, .txt or .parquet files, or a

@@ -189,7 +189,8 @@ def main() -> None:
             largest = max(largest, worst)
     print(
         f"{options.cases} cases, {wrong} differ, {near} with a gate nearer than {NEAR:g} to its threshold (not "
-        f"counted); largest difference {largest:.1e}; {100 * kept:.0f} % of tokens resident; {time.perf_counter() - start:.0f} s"
+        f"counted); largest difference {largest:.1e}; {100 * kept:.0f} % of tokens resident; "
+        f"{time.perf_counter() - start:.0f} s"
     )
     sys.exit(min(wrong, 1))
 
