@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`generate` against `tools/differential.py`, an implementation of its own in float64; and a short soak of one cache."""
+"""`generate` against `tools/differential.py`, which computes in float64 by itself; a short soak of one cache."""
 
 import importlib.util
 import sys
