@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from modelopt_dms.kernels import row_bytes as sizes
+from modelopt_dms.kernels.row_bytes import BLOCK
+
 E4M3_MAX = 448.0
 INT8_MAX = 127.0
 E2M1_MAX = 6.0
-BLOCK = 16  # values of a row that share an NVFP4 scale
 SMALLEST_BLOCK_SCALE = 2.0**-9  # of e4m3
 SMALLEST_AMAX = 2.0**-24  # below it, ModelOpt takes a tensor for zeros
 
@@ -69,7 +71,7 @@ class _Scaled(RowFormat):
 
     def row_bytes(self, dim: int) -> int:
         """A byte a value, and four for the scale if rows have their own."""
-        return dim + (4 if self.amax is None else 0)
+        return sizes.row_bytes("fp8", dim, per_row=self.amax is None)
 
     def encode(self, rows: Tensor) -> Tensor:
         """See `RowFormat`."""
@@ -161,7 +163,7 @@ class Nvfp4(RowFormat):
 
     def row_bytes(self, dim: int) -> int:
         """Half a byte a value, and a byte a block."""
-        return -(-dim // 2) + -(-dim // BLOCK)
+        return sizes.row_bytes("nvfp4", dim)
 
     def encode(self, rows: Tensor) -> Tensor:
         """See `RowFormat`."""
