@@ -39,6 +39,7 @@ Expand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 # What transformers hands on to every attention function, and what does not change what it computes. `position_ids` and
 # sequence indices are in the mask already.
 HARMLESS = {
+    "assistant_tokenizer",
     "cache_position",
     "image_sizes",
     "inputs_embeds",
@@ -50,6 +51,7 @@ HARMLESS = {
     "past_key_values",
     "position_ids",
     "return_dict",
+    "tokenizer",
     "use_cache",
 }
 

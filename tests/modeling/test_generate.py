@@ -120,6 +120,13 @@ def test_streaming_gives_the_same_tokens(llama: PreTrainedModel) -> None:
     assert streamer.seen == [*out[0].tolist(), -1]
 
 
+def test_a_tokenizer_for_stop_strings_may_be_passed(llama: PreTrainedModel) -> None:
+    """transformers 5.23 hands it on to attention, where it was refused."""
+    ids = tokens(1, PROMPT)
+    whole = llama.generate(ids, max_new_tokens=4)
+    assert torch.equal(llama.generate(ids, max_new_tokens=4, tokenizer=object()), whole)
+
+
 def test_turns_on_one_cache_equal_the_whole_conversation(model: PreTrainedModel) -> None:
     ids, cache = tokens(1, PROMPT), None
     for turn in range(3):
