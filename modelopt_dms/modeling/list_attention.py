@@ -97,10 +97,11 @@ def _attend_chunk(module: Any, layer: DMSLayer, prompt: Prompt, scoring: Scoring
     new = [x.reshape(slots.lists, -1, T, x.shape[-1]) for x in (prompt.q, prompt.k, prompt.v)]
     out = prompt.q.new_empty(*new[0].shape[:3], prompt.v.shape[-1])  # [B*K, H/K, T, Dv]
     for bucket in slots.buckets:
-        q, *own = (x[bucket.lists] for x in new)
-        past = _read(module, layer, bucket)
-        k, v = (torch.cat(x, dim=2) for x in zip(past, own, strict=True))
+        q, k, v = (x[bucket.lists] for x in new)
         N, C = bucket.bias.shape
+        if C:
+            past = _read(module, layer, bucket)
+            k, v = (torch.cat(x, dim=2) for x in zip(past, (k, v), strict=True))
         sinks = _sinks(scoring, bucket, slots.K)
         size = max(32, BIAS_BYTES // (4 * N * (C + T)))
         for start in range(0, T, size):
