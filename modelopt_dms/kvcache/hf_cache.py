@@ -120,7 +120,12 @@ class DMSLayer(CacheLayerMixin):
     def read(self, bucket: Bucket) -> tuple[Tensor, Tensor]:
         """Keys [N, C, Dk] and values [N, C, Dv] of a bucket."""
         heads = bucket.lists[:, None, None] % self.slots.K
-        return self._decoded((bucket.keys, bucket.values), heads)
+        k, v = self._decoded((bucket.keys, bucket.values), heads)
+        if self.formats == (None, None):
+            return k, v
+        # A row that nobody wrote has a scale of 0, and decodes to NaN.
+        nothing = (bucket.bias != 0)[..., None]
+        return k.masked_fill(nothing, 0.0), v.masked_fill(nothing, 0.0)
 
     def _decoded(self, stored: tuple[Tensor, Tensor], head: int | Tensor) -> tuple[Tensor, Tensor]:
         k, v = (
