@@ -48,7 +48,7 @@ class RowFormat(ABC):
 
     @abstractmethod
     def decode(
-        self, stored: Tensor, dim: int, dtype: torch.dtype, head: int | None = None
+        self, stored: Tensor, dim: int, dtype: torch.dtype, head: int | Tensor | None = None
     ) -> Tensor:
         """Rows [.., D] of stored rows: [L, N] of one KV head, or [B, K, T, N] of all (head None)."""
 
@@ -56,7 +56,7 @@ class RowFormat(ABC):
     def factors(self) -> tuple[Tensor, Tensor]:
         """What encoding and what decoding multiplies by, each as long as the calibrated amax; see `kernels.layout`."""
 
-    def _calibrated(self, like: Tensor, head: int | None) -> Tensor:
+    def _calibrated(self, like: Tensor, head: int | Tensor | None) -> Tensor:
         """The calibrated amax, in a shape that multiplies rows: [1], or [K, 1, 1] for all heads of [B, K, T, .]."""
         assert self.amax is not None
         amax = self.amax.to(like.device, torch.float32)
@@ -82,7 +82,7 @@ class _Scaled(RowFormat):
         return torch.cat([self._codes(rows * scale), scale.view(torch.uint8)], dim=-1)
 
     def decode(
-        self, stored: Tensor, dim: int, dtype: torch.dtype, head: int | None = None
+        self, stored: Tensor, dim: int, dtype: torch.dtype, head: int | Tensor | None = None
     ) -> Tensor:
         """See `RowFormat`."""
         if self.amax is not None:
@@ -178,7 +178,7 @@ class Nvfp4(RowFormat):
         return torch.cat([packed[..., : -(-dim // 2)], scale.view(torch.uint8)], dim=-1)
 
     def decode(
-        self, stored: Tensor, dim: int, dtype: torch.dtype, head: int | None = None
+        self, stored: Tensor, dim: int, dtype: torch.dtype, head: int | Tensor | None = None
     ) -> Tensor:
         """See `RowFormat`."""
         packed, scale = stored.split([-(-dim // 2), -(-dim // BLOCK)], dim=-1)
@@ -198,7 +198,7 @@ class Nvfp4(RowFormat):
         double_scale = self.amax.float() / (E2M1_MAX * E4M3_MAX)
         return double_scale, double_scale
 
-    def _double_scale(self, like: Tensor, head: int | None) -> Tensor:
+    def _double_scale(self, like: Tensor, head: int | Tensor | None) -> Tensor:
         return self._calibrated(like, head) / (E2M1_MAX * E4M3_MAX)
 
 
