@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from modelopt_dms.modeling.mode import apply_dms
     from modelopt_dms.pipeline import compress
     from modelopt_dms.quantization.apply import quantize
+    from modelopt_dms.serving.planner.capacity import plan
     from modelopt_dms.training.loop import RetrofitResult, retrofit
     from modelopt_dms.training.traces import generate_traces
 
@@ -73,6 +74,7 @@ _HOME = {
     "load": "checkpoints.load",
     "load_base": "checkpoints.base",
     "load_recipe": "config.recipe",
+    "plan": "serving.planner.capacity",
     "preview": "data.dry_run",
     "quantize": "quantization.apply",
     "retrofit": "training.loop",
@@ -105,6 +107,7 @@ __all__ = [
     "load",
     "load_base",
     "load_recipe",
+    "plan",
     "preview",
     "quantize",
     "retrofit",
