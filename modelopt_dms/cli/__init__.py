@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: modelopt-dms {fetch, compress, preview, traces, generate, eval, lm-eval, tune, export, ...}.
+"""The command line: modelopt-dms {fetch, compress, traces, generate, eval, lm-eval, report, tune, export, ...}.
 
 Heavy imports stand inside the commands, so that --help answers at once.
 """
@@ -19,6 +19,7 @@ from modelopt_dms.cli.harness import PASSED_ON, lm_eval
 from modelopt_dms.cli.listing import recipes_app
 from modelopt_dms.cli.making import compress, export, tune
 from modelopt_dms.cli.options import err
+from modelopt_dms.cli.reporting import report
 
 DEBUG = "MODELOPT_DMS_TRACEBACK"
 
@@ -35,6 +36,7 @@ app.command()(traces)
 app.command()(generate)
 app.command("eval")(evaluate)
 app.command("lm-eval", context_settings=PASSED_ON)(lm_eval)
+app.command()(report)
 app.command()(tune)
 app.command()(export)
 app.add_typer(engine_app, name="engine")

@@ -30,6 +30,7 @@ from modelopt_dms.cli.options import (
     out,
     warn,
 )
+from modelopt_dms.cli.reporting import report_after_compress
 from modelopt_dms.config import distributed
 
 if TYPE_CHECKING:
@@ -46,6 +47,9 @@ def compress(
     dtype: DtypeOpt = Dtype.auto,
     device: DeviceOpt = None,
     resume: Annotated[bool, typer.Option(help="Go on from an interrupted run in OUTPUT.")] = True,
+    report: Annotated[
+        bool, typer.Option(help="Write report.html beside the model: what it forgets of a text.")
+    ] = True,
     trust_remote_code: TrustOpt = False,
 ) -> None:
     """Retrofit MODEL so that its KV cache forgets, and save it to OUTPUT."""
@@ -100,6 +104,8 @@ def compress(
             ),
             highlight=False,
         )
+    if report and stages and chosen.dms is not None and distributed.count() == 1:
+        report_after_compress(network, tokenizer, output)
 
 
 def tune(

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
@@ -120,28 +121,55 @@ def score_task(
     right, total = 0, 0
     contexts, ends = [], []
     for batch in _batches(episodes, batch_size):
-        ids = torch.tensor([episode.context_ids for episode in batch], device=model.device)
-        cache: Any = None
-        last = ids[:, :0]
-        for part in ids.split(chunk, dim=1):
-            given = cache_argument(type(model).forward, cache)
-            out = model(input_ids=part, use_cache=True, logits_to_keep=1, **given)
-            cache, last = cache_of(out), out.logits.argmax(-1)
+        cache, last = read_contexts(model, batch, chunk)
         contexts.append((len(batch), footprint(cache)))
-        turns = torch.tensor([_conversation(episode) for episode in batch], device=model.device)
-        given = cache_argument(type(model).forward, cache)
-        out = model(input_ids=turns, use_cache=True, **given)
-        ends.append((len(batch), footprint(cache_of(out))))
-        # What is predicted for turn token t was said at token t - 1.
-        predicted = torch.cat([last, out.logits[:, :-1].argmax(-1)], dim=1)
-        for episode, hits in zip(batch, predicted == turns, strict=True):
-            position = 0
-            for question in episode.questions:
-                start = position + len(question.prompt_ids)
-                position = start + len(question.answer_ids)
-                right += bool(hits[start:position].all())
-                total += 1
+        hits = answer_on(model, cache, last, batch)
+        ends.append((len(batch), footprint(cache)))
+        right, total = right + sum(map(sum, hits)), total + sum(map(len, hits))
     return Score("accuracy", right / total, total, _mean(contexts), _mean(ends))
+
+
+@torch.no_grad()
+def read_contexts(
+    model: PreTrainedModel, batch: Sequence[Episode], chunk: int = 512
+) -> tuple[Cache, Tensor]:
+    """The cache of a model that has read contexts of one length, and what it says next, as ids [B, 1]."""
+    ids = torch.tensor([episode.context_ids for episode in batch], device=model.device)
+    cache: Any = None
+    last = ids[:, :0]
+    for part in ids.split(chunk, dim=1):
+        given = cache_argument(type(model).forward, cache)
+        out = model(input_ids=part, use_cache=True, logits_to_keep=1, **given)
+        cache, last = cache_of(out), out.logits.argmax(-1)
+    return cache, last
+
+
+@torch.no_grad()
+def answer_on(
+    model: PreTrainedModel, cache: Cache, last: Tensor, batch: Sequence[Episode]
+) -> list[list[bool]]:
+    """Which questions are answered exactly on a cache that holds the contexts; see `score_task`. The cache grows.
+
+    Args:
+        model: that read the contexts.
+        cache: what is left of them.
+        last: what the model says after the contexts [B, 1].
+        batch: conversations of one length.
+    """
+    turns = torch.tensor([_conversation(episode) for episode in batch], device=model.device)
+    given = cache_argument(type(model).forward, cache)
+    out = model(input_ids=turns, use_cache=True, **given)
+    # What is predicted for turn token t was said at token t - 1.
+    predicted = torch.cat([last, out.logits[:, :-1].argmax(-1)], dim=1)
+    found = []
+    for episode, hits in zip(batch, predicted == turns, strict=True):
+        position, right = 0, []
+        for question in episode.questions:
+            start = position + len(question.prompt_ids)
+            position = start + len(question.answer_ids)
+            right.append(bool(hits[start:position].all()))
+        found.append(right)
+    return found
 
 
 @torch.no_grad()
