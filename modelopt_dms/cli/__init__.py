@@ -11,7 +11,7 @@ import warnings
 import typer
 from rich.markup import escape
 
-from modelopt_dms.cli.asking import evaluate, generate
+from modelopt_dms.cli.asking import generate
 from modelopt_dms.cli.engines import engine_app
 from modelopt_dms.cli.feeding import preview, traces
 from modelopt_dms.cli.fetching import fetch
@@ -20,6 +20,7 @@ from modelopt_dms.cli.listing import recipes_app
 from modelopt_dms.cli.making import compress, export, tune
 from modelopt_dms.cli.options import err
 from modelopt_dms.cli.reporting import report
+from modelopt_dms.cli.scoring import evaluate
 
 DEBUG = "MODELOPT_DMS_TRACEBACK"
 

@@ -16,15 +16,17 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
+from modelopt_dms.evaluation.conversations import make_conversations
+from modelopt_dms.evaluation.names import CHATS, DEFAULT, RULER_EXACT, RULER_OPEN, TEXT, check_tasks
 from modelopt_dms.evaluation.peers import CutLayer
-from modelopt_dms.evaluation.tasks import TASKS, Episode, held_out_text, make_episodes
+from modelopt_dms.evaluation.ruler import make_prompts
+from modelopt_dms.evaluation.ruler_open import OpenPrompt, make_open_prompts
+from modelopt_dms.evaluation.tasks import Episode, held_out_text, make_episodes
 from modelopt_dms.kvcache.hf_cache import DMSLayer, cache_argument, cache_of, kv_stats
 
-TEXT = "text"  # the name of the perplexity "task"
 QUESTIONS = (
     24  # in a conversation, if its context has facts for so many: reading costs more than asking
 )
-EVALUATIONS: tuple[str, ...] = (*TASKS, TEXT)
 
 Row = dict[str, Any]
 
@@ -217,20 +219,29 @@ def measure(
     batch_size: int = 8,
 ) -> Score:
     """One task at one length: accuracy of a task's questions, or perplexity if `task` is "text"; see `evaluate`."""
+    (task,) = check_tasks([task])
+    where: Any = (tokenizer, length, count, seed)
     if task == TEXT:
-        samples = held_out_text(tokenizer, length, count, seed)
-        return perplexity(model, samples, batch_size)
-    if task not in TASKS:
-        raise ValueError(f"task is {task!r}, must be one of {EVALUATIONS}")
-    return score_task(
-        model, make_episodes(task, tokenizer, length, count, seed, QUESTIONS), batch_size
-    )
+        return perplexity(model, held_out_text(*where), batch_size)
+    if task in RULER_OPEN:
+        return score_open(model, tokenizer, make_open_prompts(task, *where))
+    make: dict[str, Any] = dict.fromkeys(CHATS, make_conversations)
+    make |= dict.fromkeys(RULER_EXACT, make_prompts)
+    if task in make:
+        return score_task(model, make[task](task, *where), batch_size)
+    episodes = make_episodes(_name(task), tokenizer, length, count, seed, QUESTIONS)
+    return score_task(model, episodes, batch_size)
+
+
+def _name(task: str) -> Any:
+    """A checked name, for functions that take a literal."""
+    return task
 
 
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[str] = EVALUATIONS,
+    tasks: Sequence[str] = DEFAULT,
     lengths: Sequence[int] = (1024,),
     count: int = 16,
     seed: int = 0,
@@ -241,15 +252,13 @@ def evaluate(
     Args:
         model: a causal LM; plain ones report a dense cache. Left in eval mode.
         tokenizer: the model's.
-        tasks: some of EVALUATIONS.
+        tasks: some of `evaluation.names.EVALUATIONS`.
         lengths: context tokens.
         count: conversations or texts of a task and length.
         seed: draws them.
         batch_size: sequences at a time.
     """
-    unknown = [task for task in tasks if task not in EVALUATIONS]
-    if unknown:
-        raise ValueError(f"tasks {unknown} are unknown, must be among {EVALUATIONS}")
+    tasks = check_tasks(tasks)
     if count < 1:
         raise ValueError(f"count is {count}, must be at least 1")
     model.eval()
@@ -259,6 +268,50 @@ def evaluate(
             score = measure(model, tokenizer, task, length, count, seed, batch_size)
             rows.append({"task": task, "length": length, **score.row()})
     return rows
+
+
+@torch.no_grad()
+def score_open(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[OpenPrompt]
+) -> Score:
+    """Mean share of the wanted words that greedy generation says, each prompt on its own cache that forgets."""
+    if not prompts:
+        raise ValueError("no prompts to score")
+    shares, contexts, ends = [], [], []
+    for prompt in prompts:
+        episode = Episode(prompt.task, prompt.context_ids, [])
+        cache, _ = read_contexts(model, [episode])
+        contexts.append((1, footprint(cache)))
+        said = write_on(model, cache, prompt.prompt_ids, prompt.tokens, stop_ids(model, tokenizer))
+        ends.append((1, footprint(cache)))
+        shares.append(prompt.share(str(tokenizer.decode(said, skip_special_tokens=True))))
+    return Score("accuracy", sum(shares) / len(shares), len(shares), _mean(contexts), _mean(ends))
+
+
+@torch.no_grad()
+def write_on(
+    model: PreTrainedModel, cache: Cache, ids: Sequence[int], tokens: int, stop: Sequence[int]
+) -> list[int]:
+    """At most so many tokens that greedy decoding writes after ids on a cache, which grows; without the stop token."""
+    fed = torch.tensor([list(ids)], device=model.device)
+    written: list[int] = []
+    while len(written) < tokens:
+        given = cache_argument(type(model).forward, cache)
+        out = model(input_ids=fed, use_cache=True, logits_to_keep=1, **given)
+        token = int(out.logits[0, -1].argmax())
+        if token in stop:
+            break
+        written.append(token)
+        fed = fed.new_tensor([[token]])
+    return written
+
+
+def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Tokens that end an answer."""
+    config = getattr(model, "generation_config", None)
+    found = getattr(config, "eos_token_id", None)
+    several = found if isinstance(found, list) else [found]
+    return tuple(x for x in (*several, tokenizer.eos_token_id) if isinstance(x, int))
 
 
 def _conversation(episode: Episode) -> list[int]:

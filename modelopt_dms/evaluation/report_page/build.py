@@ -150,6 +150,10 @@ def build(
     meter.step(1.0)
     found["answers"] = answers(model, twin, tokenizer, asked.told, plan.questions, meter)
     found |= _tradeoff(model, twin, asked, plan, meter)
+    if time.monotonic() > meter.end and plan.prompts:
+        notes.append(
+            f"Time was up after {plan.minutes:g} minutes: not all of the {plan.prompts} prompts of a task were asked."
+        )
     if plan.new_tokens and twin is not None:
         step = _shares(meter, plan, len(ids))
         found["growth"] = compare_growth(model, twin, ids, plan.new_tokens, step)

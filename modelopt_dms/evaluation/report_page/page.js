@@ -152,7 +152,7 @@ function drawAccuracy() {
       traces.unshift(line("full", ends, ends.map(() => 100 * full.right / full.count),
         {mode: "lines", text: ends.map(() => `${full.right} of ${full.count}`), hovertemplate: "full cache: %{text}<extra></extra>"}));
     }
-    plot(`plot-task-${i}`, traces, layout(`${task}: right answers`, "compression ratio reached", "%", {xaxis: RATIO, yaxis: {range: [-5, 107]}}));
+    plot(`plot-task-${i}`, traces, layout(`${task}: right answers, of ${points[0].count}`, "compression ratio reached", "%", {xaxis: RATIO, yaxis: {range: [-5, 107]}}));
   });
 }
 
@@ -197,7 +197,9 @@ function drawGrowth() {
     return line(method, at.map(i => own.seen[i]), at.map(i => own.milliseconds[i]),
       {mode: "markers", marker: {symbol: METHODS[method].symbol, size: 5, color: css(`--m-${method}`)}, hovertemplate: "%{fullData.name}: %{y:.1f} ms<extra></extra>"});
   });
-  plot("plot-time", times, layout("Time of a new token", "tokens seen", "ms", {yaxis: {rangemode: "tozero"}}));
+  // Single slow tokens, when the machine did something else, would flatten all others.
+  const most = 3 * Math.max(data.growth.full.milliseconds_a_token, data.growth.dms.milliseconds_a_token);
+  plot("plot-time", times, layout("Time of a new token", "tokens seen", "ms", {yaxis: {range: [0, most]}}));
 }
 
 function draw() { drawHeads(); drawAccuracy(); drawKl(); drawCurve(); drawGrowth(); }

@@ -93,14 +93,16 @@ def measure_answers(
     length: int,
     step: Step,
 ) -> list[Point]:
-    """Questions answered exactly, prompt by prompt over all families, until none is left or time is up."""
+    """Questions answered exactly, until no prompt is left or time is up; the first of every family is always asked."""
     sums = _Sums()
     with thresholds_kept(model):
         for turn in zip(*prompts.values(), strict=True):
+            in_time = True
             for family, episode in zip(prompts, turn, strict=True):
                 _ask(model, twin, family, episode, ratios, length, sums)
-                if not step():
-                    return sums.points()
+                in_time = step()
+            if not in_time:
+                break
     return sums.points()
 
 
