@@ -125,8 +125,8 @@ def report_after_compress(
         write_page(
             place, measure(model, tokenizer, replace(BRIEF, length=size), origin, quiet=True)
         )
-    except (ValueError, OSError, RuntimeError) as error:
-        warn(f"no report was written: {error}")
+    except Exception as error:  # whatever it is, the model is saved
+        warn(f"no report was written: {type(error).__name__}: {error}")
         return
     said = f"report: {escape(str(place))} (in full: {escape(command)})"
     out.print(said, highlight=False, soft_wrap=True)

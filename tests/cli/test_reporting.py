@@ -5,10 +5,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from modelopt_dms import cli
+from modelopt_dms.cli import reporting
 
 SMALL = ("samples=4", "held_out=2", "sample_length=256", "curve=[2,4]", "batch_size=2")
 CALIBRATED = [x for change in SMALL for x in ("--set", f"calibrate.{change}")]
@@ -98,3 +101,16 @@ def test_what_cannot_be_meant_is_one_line_before_anything_heavy_is_imported(tmp_
     for message, line in zip(cases, lines, strict=True):
         assert message.replace("no/page.html's folder", "no does not exist") in line
     assert (tmp_path / "mine.html").read_text() == "<p>not yours"
+
+
+def test_a_report_that_fails_after_compress_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any) -> None:
+        raise TypeError("forward() got an unexpected keyword argument 'logits_to_keep'")
+
+    monkeypatch.setattr(reporting, "check_evicts", fail)
+    odd: Any = SimpleNamespace(config=SimpleNamespace())
+    reporting.report_after_compress(odd, odd, tmp_path)
+    assert "no report was written: TypeError: forward() got" in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]
