@@ -34,26 +34,30 @@ if TYPE_CHECKING:
 SHORTEST = 256  # has room for the facts
 LONGEST = 2048  # by default: curves may be of longer texts, which take long on a CPU
 
+TextOpt = Annotated[
+    Path | None,
+    typer.Option(help="Text file whose start is shown. By default, text with facts, made here."),
+]
+LengthOpt = Annotated[
+    int | None,
+    typer.Option(
+        min=SHORTEST,
+        help=f"Tokens of the text and of prompts. By default the curve's, at most {LONGEST}.",
+    ),
+]
+CountOpt = Annotated[
+    int, typer.Option(min=0, help="Prompts of each of two tasks; 0 leaves accuracy and KL out.")
+]
+
 
 def report(
     model: Annotated[Path, typer.Argument(help="Directory of a compressed model.")],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="The HTML file; one of ours is replaced.")
     ] = Path(PAGE),
-    text: Annotated[
-        Path | None,
-        typer.Option(help="Text file whose start is shown. [default: text with facts, made here]"),
-    ] = None,
-    length: Annotated[
-        int | None,
-        typer.Option(
-            min=SHORTEST,
-            help=f"Tokens of the text and of prompts. [default: the curve's, at most {LONGEST}]",
-        ),
-    ] = None,
-    count: Annotated[
-        int, typer.Option(min=0, help="Prompts of each of two tasks; 0 leaves accuracy and KL out.")
-    ] = 4,
+    text: TextOpt = None,
+    length: LengthOpt = None,
+    count: CountOpt = 4,
     ratios: Annotated[
         str, typer.Option(help="Compression ratios of these, comma-separated, within the curve.")
     ] = "2,4,8",

@@ -31,31 +31,35 @@ if TYPE_CHECKING:
 # The exit code when results break a limit; 1 and 2 are errors.
 FAILED = 3
 
+TasksOpt = Annotated[
+    str | None,
+    typer.Option(
+        help=f"{', '.join(EVALUATIONS)}; comma-separated. The first {len(DEFAULT)}, unless --data or --fidelity is "
+        "given."
+    ),
+]
+FidelityOpt = Annotated[
+    bool,
+    typer.Option(
+        "--fidelity",
+        help="KL from the full cache and agreement, by category of text: each --data file, or the package's.",
+    ),
+]
+LimitsOpt = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Exit with 3 if a result breaks this, e.g. 'kl>0.05', 'prose.top1<0.97', 'needle.accuracy<0.9'."
+    ),
+]
+
 
 def evaluate(
     model: DirArg,
     data: DataOpt = None,
     data_format: FormatOpt = None,
-    tasks: Annotated[
-        str | None,
-        typer.Option(
-            help=f"{', '.join(EVALUATIONS)}; comma-separated. The first {len(DEFAULT)}, unless --data or --fidelity is "
-            "given."
-        ),
-    ] = None,
-    fidelity: Annotated[
-        bool,
-        typer.Option(
-            "--fidelity",
-            help="KL from the full cache and agreement, by category of text: each --data file, or the package's.",
-        ),
-    ] = False,
-    fail_if: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Exit with 3 if a result breaks this, e.g. 'kl>0.05', 'prose.top1<0.97', 'needle.accuracy<0.9'."
-        ),
-    ] = None,
+    tasks: TasksOpt = None,
+    fidelity: FidelityOpt = False,
+    fail_if: LimitsOpt = None,
     lengths: Annotated[
         str, typer.Option(help="Context lengths in tokens, comma-separated.")
     ] = "512,1024,2048",

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 "use strict";
 // Hover over tokens works without plotly; plots are drawn when it is unpacked, and again when the colour scheme changes.
 const data = JSON.parse(document.getElementById("data").textContent);
