@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TENSORRT_VENV ?= .venv-tensorrt
+BROWSER_VENV ?= .venv-browser
 KVPRESS_VENV ?= .venv-kvpress
 BIN := $(VENV)/bin
 # Of the demo: smollm2, which is fetched, or embedded.
@@ -17,7 +18,7 @@ INPUTS := pyproject.toml constraints.txt
 # Compiling every file of every package would take a minute; most are never imported.
 PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 
-.PHONY: help demo models test test-all test-gpu test-tensorrt lint docs bench clean
+.PHONY: help demo models test test-all test-gpu test-tensorrt test-browser lint docs bench clean
 
 help:
 	@echo "make demo   compress SmolLM2-135M, ask it and its peers about a text, write demo_output/ (downloads 93 MB)"
@@ -25,11 +26,12 @@ help:
 	@echo "make test   the test suite (make test-all: the slow tests too)"
 	@echo "make test-gpu  the tests that need a CUDA device"
 	@echo "make test-tensorrt  the tests that need TensorRT's packages, and neither its libraries nor a GPU"
+	@echo "make test-browser  the test that looks at a report in headless Chromium, which must be installed"
 	@echo "make lint   ruff and mypy"
 	@echo "make docs   the documentation as a site, site/index.html; warnings are errors"
 	@echo "make models  try every architecture of transformers on a tiny model: docs/models.md (15 minutes)"
 	@echo "make bench  the CPU benchmark, benchmarks/results/cpu.json"
-	@echo "make clean  remove .venv, .venv-tensorrt, .venv-kvpress, site and demo_output"
+	@echo "make clean  remove .venv, its neighbours, site and demo_output"
 
 demo: $(VENV)/.runtime
 	$(BIN)/python -W ignore:transformers:UserWarning examples/demo.py --model $(MODEL)
@@ -47,6 +49,10 @@ test-tensorrt: $(VENV)/.dev $(TENSORRT_VENV)/.ready
 	MODELOPT_DMS_TENSORRT_PYTHON=$(abspath $(TENSORRT_VENV))/bin/python \
 	TENSORRT_10_BINDINGS=$(abspath $(TENSORRT_VENV))/trt10 \
 	$(BIN)/python -m pytest -m tensorrt -n 2 --dist loadfile
+
+test-browser: $(VENV)/.dev $(BROWSER_VENV)/.ready
+	MODELOPT_DMS_BROWSER_PYTHON=$(abspath $(BROWSER_VENV))/bin/python \
+	$(BIN)/python -m pytest tests/evaluation/test_report_page.py -k browser
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -90,6 +96,13 @@ $(TENSORRT_VENV)/.ready: constraints.txt
 		--target $(TENSORRT_VENV)/trt10 "tensorrt-cu12-bindings==10.10.*"
 	@touch $@
 
+# playwright drives the Chromium of the system.
+$(BROWSER_VENV)/.ready: constraints.txt
+	@rm -f $@
+	@$(PYTHON) -m venv --clear $(BROWSER_VENV)
+	@$(BROWSER_VENV)/bin/python -m pip install --quiet --no-compile --constraint constraints.txt playwright
+	@touch $@
+
 # kvpress' presses, for benchmarks/real_models.py, with the transformers that they need, which is not ours.
 $(KVPRESS_VENV)/.ready: constraints.txt
 	@echo "setting up $(KVPRESS_VENV) (about 2 minutes)"
@@ -104,4 +117,4 @@ models: $(VENV)/.runtime
 	$(BIN)/python tools/model_table.py
 
 clean:
-	rm -rf $(VENV) $(TENSORRT_VENV) $(KVPRESS_VENV) site demo_output
+	rm -rf $(VENV) $(TENSORRT_VENV) $(KVPRESS_VENV) $(BROWSER_VENV) site demo_output

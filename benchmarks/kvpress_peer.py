@@ -6,7 +6,7 @@
 kvpress needs a transformers that is not ours, hence a process of its own (`make .venv-kvpress/.ready`). Its presses are
 unmodified: each gets, layer by layer, what its own hook would give it in the forward of a context, and says what stays.
 As that forward is the same for all presses and ratios, it runs once a prompt. Questions and continuations then are read
-on what each kept; nothing is evicted afterwards.
+on what each kept, or answers written; nothing is evicted afterwards.
 """
 
 import json
@@ -80,6 +80,18 @@ def continue_on(model: Any, cache: DynamicCache, ids: list[int], start: int) -> 
     return out.logits[0]
 
 
+def write_on(model: Any, cache: DynamicCache, prompt: dict[str, Any], start: int) -> list[int]:
+    """What greedy decoding writes after a question, at most prompt["tokens"] ids, without the one that ends it."""
+    fed, written = prompt["prompt"], list[int]()
+    while len(written) < prompt["tokens"]:
+        token = int(continue_on(model, cache, fed, start)[-1].argmax())
+        if token in prompt["stop"]:
+            break
+        written.append(token)
+        start, fed = start + len(fed), [token]
+    return written
+
+
 def right_answers(logits: Tensor, last: Tensor, turns: list[list[list[int]]]) -> tuple[int, int]:
     """How many answers are the arg-max given what came before, and how many there are."""
     predicted = torch.cat([last, logits.argmax(-1)]).tolist()  # predicted[t] is said before token t
@@ -99,12 +111,16 @@ def measure(model: Any, task: dict[str, Any]) -> list[dict[str, Any]]:
     asked = 0
     kl: dict[Key, list[Tensor]] = {key: [] for key in keys}
     same: dict[Key, list[Tensor]] = {key: [] for key in keys}
+    written: dict[Key, list[list[int]]] = {key: [] for key in keys}
     begin = time.perf_counter()
     for prompt in task["prompts"]:
         caches = read(model, prompt, wanted)
         start = len(prompt["context"])
         reference = None
         for key, cache in caches.items():
+            if "prompt" in prompt:
+                written[key].append(write_on(model, cache, prompt, start))
+                continue
             if "turns" in prompt:
                 ids = [token for turn in prompt["turns"] for part in turn for token in part]
                 logits = continue_on(model, cache, ids, start)
@@ -121,7 +137,9 @@ def measure(model: Any, task: dict[str, Any]) -> list[dict[str, Any]]:
     for key in keys:
         row: dict[str, Any] = {"press": key[0], "ratio": key[1], "kvpress": kvpress_version()}
         row["seconds"] = round(time.perf_counter() - begin, 1)
-        if asked:
+        if written[key]:
+            row["written"] = written[key]
+        elif asked:
             row |= {"right": right[key], "asked": asked}
         else:
             values = torch.cat(kl[key]).double()

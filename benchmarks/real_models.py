@@ -37,15 +37,18 @@ from transformers.utils import logging as hf_logging
 
 import modelopt_dms as dms
 from modelopt_dms.checkpoints.base import load_base
+from modelopt_dms.evaluation.conversations import make_conversations
 from modelopt_dms.evaluation.fidelity import compare, full_hidden, summarize
+from modelopt_dms.evaluation.names import CHATS, RULER_OPEN
 from modelopt_dms.evaluation.prose import read_sentences
 from modelopt_dms.evaluation.ruler import FAMILIES, make_prompts
-from modelopt_dms.evaluation.score import score_task
-from modelopt_dms.evaluation.tasks import Episode
+from modelopt_dms.evaluation.ruler_open import OpenPrompt, make_open_prompts
+from modelopt_dms.evaluation.score import score_open, score_task, stop_ids
 from modelopt_dms.gates.thresholds import CompressionError
 
 FIDELITY = "fidelity"
 COUNTS = {"needle": 20, "multikey": 12, "multivalue": 12, "tracking": 12, FIDELITY: 3}
+OTHERS = 8  # prompts of the families that are not asked by default
 TAIL = 128
 PRESSES = ("KeyDiff", "SnapKV", "ExpectedAttention", "TOVA", "StreamingLLM", "Knorm")
 KVPRESS_PYTHON = Path(__file__).parent.parent / ".venv-kvpress/bin/python"
@@ -94,10 +97,11 @@ class Study:
 
     def __init__(self, args: argparse.Namespace, dtype: str, rows: Rows, console: Console) -> None:
         self.args, self.dtype, self.rows, self.console = args, dtype, rows, console
-        self.tokenizer = load_base(args.model, dtype=dtype)[1]
+        plain, self.tokenizer = load_base(args.model, dtype=dtype)
+        self.stop = stop_ids(plain, self.tokenizer)
         self.haystack = None if args.haystack is None else read_sentences(args.haystack)
         self.texts = categories(self.tokenizer, args.text, args.seed)
-        self.prompts: dict[tuple[str, int], list[Episode]] = {}
+        self.prompts: dict[tuple[str, int], list[Any]] = {}
         self.samples: dict[tuple[str, int], list[list[int]]] = {}
         self.references: dict[tuple[str, int], list[torch.Tensor]] = {}
 
@@ -114,17 +118,22 @@ class Study:
         }
         found = []
         for task in self.args.tasks:
-            count = self.args.count or COUNTS[task]
+            count = self.args.count or COUNTS.get(task, OTHERS)
             names = self.texts if task == FIDELITY else (None,)
             found += [{**common, "task": task, "count": count, "category": x} for x in names]
         return found
 
-    def episodes(self, key: Row) -> list[Episode]:
-        """The prompts of a row."""
+    def episodes(self, key: Row) -> list[Any]:
+        """The prompts of a row: Episode, or OpenPrompt of the families whose answers are generated."""
         place = (key["task"], key["length"])
         if place not in self.prompts:
+            make: Any = make_prompts
+            if key["task"] in RULER_OPEN:
+                make = make_open_prompts
+            elif key["task"] in CHATS:
+                make = make_conversations
             drawn = (self.args.seed, self.haystack)
-            self.prompts[place] = make_prompts(
+            self.prompts[place] = make(
                 key["task"], self.tokenizer, key["length"], key["count"], *drawn
             )
         return self.prompts[place]
@@ -179,8 +188,12 @@ class Study:
         right = asked = 0
         kept, seen, lived = [], 0.0, 0.0
         for episode in self.episodes(key):
-            score = score_task(model, [episode], chunk=len(episode.context_ids))
-            right, asked = right + round(score.value * score.count), asked + score.count
+            if isinstance(episode, OpenPrompt):
+                score, count = score_open(model, self.tokenizer, [episode]), len(episode.wanted)
+            else:
+                score = score_task(model, [episode], chunk=len(episode.context_ids))
+                count = score.count
+            right, asked = right + round(score.value * count), asked + count
             kept.append(score.context.resident_tokens)
             seen, lived = seen + score.end.context_tokens, lived + score.end.resident_tokens
         return {"right": right, "asked": asked, "compression_ratio": seen / lived, "kept": kept}
@@ -222,6 +235,8 @@ class Study:
             for line in process.stdout:
                 found = json.loads(line)
                 task = tasks[found.pop("number")]
+                if "written" in found:
+                    found |= self._judged(task[0], found.pop("written"))
                 name, ratio = found.pop("press"), found.pop("ratio")
                 for key in task:
                     if (key["method"], key["ratio"]) == (f"kvpress {name}", ratio):
@@ -236,6 +251,15 @@ class Study:
         if process.returncode != 0:
             raise SystemExit(f"{command[1]} ended with {process.returncode}; its message is above")
 
+    def _judged(self, key: Row, written: list[list[int]]) -> Row:
+        """How many of the wanted words stand in what a press let the model write, prompt by prompt."""
+        right = asked = 0
+        for prompt, ids in zip(self.episodes(key), written, strict=True):
+            said = str(self.tokenizer.decode(ids, skip_special_tokens=True))
+            right += round(prompt.share(said) * len(prompt.wanted))
+            asked += len(prompt.wanted)
+        return {"right": right, "asked": asked}
+
     def _job(self, keys: list[Row]) -> Row:
         """One task for the presses, with what each may keep of every context."""
         kept = {str(key["ratio"]): self._kept(key) for key in keys}
@@ -245,6 +269,10 @@ class Study:
                 prompts.append({"context": ids[:-TAIL], "tail": ids[-TAIL:]})
         else:
             for x in self.episodes(keys[0]):
+                if isinstance(x, OpenPrompt):
+                    question = {"prompt": x.prompt_ids, "tokens": x.tokens, "stop": self.stop}
+                    prompts.append({"context": x.context_ids, **question})
+                    continue
                 turns = [[q.prompt_ids, q.answer_ids] for q in x.questions]
                 prompts.append({"context": x.context_ids, "turns": turns})
         for i, prompt in enumerate(prompts):
@@ -341,7 +369,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096])
     parser.add_argument("--ratios", type=float, nargs="+", default=[2.0, 4.0, 8.0, 16.0])
-    parser.add_argument("--tasks", nargs="+", choices=[*FAMILIES, FIDELITY], default=[*COUNTS])
+    parser.add_argument(
+        "--tasks", nargs="+", choices=[*FAMILIES, *RULER_OPEN, *CHATS, FIDELITY], default=[*COUNTS]
+    )
     parser.add_argument(
         "--count", type=int, help="prompts or samples of a task; 3 to 20 by default"
     )

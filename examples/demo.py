@@ -6,14 +6,13 @@
 Fetches SmolLM2-135M-Instruct, fits gates to text that the package makes itself (recipe `calibrated_cr4-1k`, no
 training), and asks the same questions of four caches: the full one, DMS, and two ways to forget that need no gates,
 KeyDiff and StreamingLLM, which hold equally many tokens. What is asked about was never calibrated on. Writes
-results.json, smollm2.png and the compressed model to the output directory.
+results.json, report.html, smollm2.png and the compressed model to the output directory.
 
 `make demo MODEL=embedded` needs no download: examples/demo_embedded.py.
 """
 
 import argparse
 import copy
-import random
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +24,6 @@ from typing import Any
 import demo_embedded
 import torch
 from demo_embedded import clear, versions
-from demo_memories import FACTS, METHODS, Story, asks_of, heads_holding, memories, story
 from demo_picture import Passage, draw
 from rich.console import Console
 from rich.markup import escape
@@ -38,9 +36,17 @@ import modelopt_dms
 from modelopt_dms.checkpoints.base import load_base
 from modelopt_dms.checkpoints.fetch import KNOWN, FetchError, fetch
 from modelopt_dms.config.output_dir import write_json
-from modelopt_dms.data.installed_text import english, python_source
+from modelopt_dms.config.recipe import recipe_to_yaml
 from modelopt_dms.data.mix import calibration_mix
 from modelopt_dms.evaluation.fidelity import Fidelity, fidelity
+from modelopt_dms.evaluation.memories import METHODS, Story, asks_of, is_right, memories, story
+from modelopt_dms.evaluation.report_page import PAGE
+from modelopt_dms.evaluation.report_page.build import Origin, ReportPlan, answer_figures, start
+from modelopt_dms.evaluation.report_page.material import plain_texts
+from modelopt_dms.evaluation.report_page.render import write_page
+from modelopt_dms.evaluation.report_page.retention import Retention, retention
+from modelopt_dms.evaluation.report_page.tradeoff import Point
+from modelopt_dms.evaluation.report_page.tradeoff import figures as report_points
 from modelopt_dms.evaluation.ruler import Family, make_prompts
 from modelopt_dms.evaluation.score import Footprint
 
@@ -138,12 +144,17 @@ def run(
         highlight=False,
     )
     with clock.time("texts"), console.status("two plain texts, with and without eviction"):
-        compared = fidelity(model, {k: [v] for k, v in texts(tokenizer, plan.length, seed).items()})
+        plain_text = plain_texts(tokenizer, plan.length, seed)
+        compared = fidelity(model, {k: [v] for k, v in plain_text.items()})
     console.print(texts_table(compared, plan.length))
     with clock.time("picture"):
-        picture(
-            output / "smollm2.png", about.split(",")[0], model, tokenizer, told, found, plan, caches
-        )
+        kept = retention(model, tokenizer, told.ids, told.spans)
+        origin = Origin(name, f"python examples/demo.py --seed {seed}", recipe_to_yaml(recipe))
+        figures = start(model, origin, ReportPlan(plan.length, seed=seed), kept, "facts in prose")
+        figures["answers"] = answer_figures(answers, held)
+        figures |= points(found, plan.count, caches, compared, recipe)
+        write_page(output / PAGE, figures)
+        picture(output / "smollm2.png", about.split(",")[0], kept, told, found, plan, caches)
     results = {
         "model": about,
         "dtype": dtype,
@@ -201,10 +212,9 @@ def ask_story(
     """What every method answers to every question about the story, and what its cache held then."""
     held = memories(plain, model, told.ids)
     rows = []
-    pairs = list(zip(told.asks, FACTS, strict=True))
-    for ask, fact in track(pairs, "questions", console=console, transient=True):
+    for ask in track(told.asks, "questions", console=console, transient=True):
         said = {method: x.answer(ask, plan.tokens, tokenizer) for method, x in held.items()}
-        rows.append({"question": fact.question, "right": ask.right, "answers": said})
+        rows.append({"question": ask.question, "right": ask.right, "answers": said})
     return rows, {method: x.footprint for method, x in held.items()}
 
 
@@ -240,22 +250,6 @@ def _mean(parts: list[Footprint]) -> Footprint:
     return Footprint(seen, live, sum(x.kv_bytes for x in parts) / len(parts), seen / live)
 
 
-def texts(tokenizer: PreTrainedTokenizerBase, length: int, seed: int) -> dict[str, list[int]]:
-    """Prose and code of so many tokens each, out of the part of Python's own text that is never calibrated on."""
-    rng = random.Random(f"demo/{seed}")
-    found = {}
-    sources = {
-        "prose": ["\n\n".join(x) for x in english("evaluation").values()],
-        "code": list(python_source("evaluation").values()),
-    }
-    for kind, pieces in sources.items():
-        rng.shuffle(pieces)
-        # Characters enough for so many tokens of any tokenizer.
-        ids = tokenizer("\n\n".join(pieces)[: 16 * length])["input_ids"]
-        found[kind] = list(ids[:length])
-    return found
-
-
 def answers_table(rows: list[dict[str, Any]], held: Mapping[str, Footprint]) -> Table:
     """Question, right answer, and what each method said."""
     seen = held["full"].context_tokens
@@ -279,11 +273,6 @@ def answers_table(rows: list[dict[str, Any]], held: Mapping[str, Footprint]) -> 
 def verdict(answer: str, right: str) -> str:
     """An answer for the table, green if what is right stands in it."""
     return f"[{'green' if is_right(answer, right) else 'red'}]{mark(answer, right)}[/]"
-
-
-def is_right(answer: str, right: str) -> bool:
-    """Whether the answer has the right words in it, as RULER counts."""
-    return right.casefold() in answer.casefold()
 
 
 def mark(answer: str, right: str) -> str:
@@ -346,21 +335,19 @@ def texts_table(found: Mapping[str, Fidelity], length: int) -> Table:
 def picture(
     path: Path,
     name: str,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    kept: Retention,
     told: Story,
     found: Counts,
     plan: Plan,
     caches: Mapping[str, Footprint],
 ) -> None:
     """Draw the surroundings of one of the story's facts, and the bars."""
-    held = heads_holding(model, told.ids)
-    heads = int(held.max())
+    held, heads = kept.heads_holding(), len(kept.rows)
     span = told.spans[PICTURED]
     begin, end = max(0, span.start - SHOWN), span.stop + SHOWN
     shown = Passage(
-        tokens=[str(tokenizer.decode([x])) for x in told.ids[begin:end]],
-        held=held[begin:end].tolist(),
+        tokens=kept.tokens[begin:end],
+        held=held[begin:end],
         heads=heads,
         fact=range(span.start - begin, span.stop - begin),
     )
@@ -378,6 +365,35 @@ def picture(
     )
 
 
+def points(
+    found: Counts,
+    asked: Mapping[Family, int],
+    caches: Mapping[str, Footprint],
+    compared: Mapping[str, Fidelity],
+    recipe: modelopt_dms.Recipe,
+) -> dict[str, Any]:
+    """Accuracy and KL as the report draws them."""
+    assert recipe.dms is not None
+    target = recipe.dms.target_cr
+    accuracy = [
+        Point(
+            method,
+            None if method == "full" else target,
+            caches[method].compression_ratio,
+            family,
+            right,
+            asked[family],
+        )
+        for method, counts in found.items()
+        for family, right in counts.items()
+    ]
+    kl = [
+        Point("dms", target, x.compression_ratio, text, None, x.tokens, x.kl, x.top1)
+        for text, x in compared.items()
+    ]
+    return {"accuracy": report_points(accuracy), "kl": report_points(kl)}
+
+
 def ending(output: Path, results: Mapping[str, Any]) -> str:
     """What was done, where it lies, and what to try next."""
     dms, seconds = results["caches"]["dms"], results["seconds"]
@@ -387,7 +403,8 @@ def ending(output: Path, results: Mapping[str, Any]) -> str:
 Each head of the cache decided for itself what to forget, before any question was known, and held {held}.
 The model's own weights are untouched.
 
-  {output}/smollm2.png    what was forgotten, token by token
+  {output}/report.html    what was forgotten, token by token and head by head: open it in a browser
+  {output}/smollm2.png    the same as a picture of one passage
   {output}/results.json   every number above
   {output}/model          the model, for generate, eval, export
 

@@ -32,8 +32,12 @@ from transformers.utils import logging as hf_logging
 
 import modelopt_dms
 from modelopt_dms.config.output_dir import write_json
+from modelopt_dms.config.recipe import recipe_to_yaml
 from modelopt_dms.evaluation import peers
 from modelopt_dms.evaluation.report import results_table
+from modelopt_dms.evaluation.report_page import PAGE
+from modelopt_dms.evaluation.report_page.build import BRIEF, Origin, build
+from modelopt_dms.evaluation.report_page.render import write_page
 from modelopt_dms.evaluation.score import TEXT, Score, measure
 from modelopt_dms.evaluation.tasks import TASKS, Episode, make_episodes, training_documents
 from modelopt_dms.gates.gate import gates
@@ -98,6 +102,9 @@ def run(output: Path, plan: Plan, seed: int, console: Console) -> dict[str, Any]
         output / "live_length.png",
         "Live KV cache while one conversation is read, then answered token by token",
     )
+    origin = Origin("the embedded model", "make demo MODEL=embedded", recipe_to_yaml(recipe))
+    brief = replace(BRIEF, length=min(plan.lengths), seed=seed)
+    write_page(output / PAGE, build(model, tokenizer, brief, origin))
     results = {
         "rows": rows,
         "recipe": recipe.model_dump(),
@@ -111,7 +118,9 @@ def run(output: Path, plan: Plan, seed: int, console: Console) -> dict[str, Any]
         "versions": versions(),
     }
     write_json(output / "results.json", results)
-    console.print(f"Wrote {output}/results.json, live_length.png and model/")
+    console.print(
+        f"Wrote {output}/report.html (open it in a browser), results.json, live_length.png and model/"
+    )
     return results
 
 

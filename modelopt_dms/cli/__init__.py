@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command line: modelopt-dms {fetch, compress, preview, traces, generate, eval, lm-eval, tune, export, ...}.
+"""The command line: modelopt-dms {fetch, compress, traces, generate, eval, lm-eval, report, tune, export, ...}.
 
 Heavy imports stand inside the commands, so that --help answers at once.
 """
@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from modelopt_dms.cli.asking import evaluate, generate
+from modelopt_dms.cli.asking import generate
 from modelopt_dms.cli.engines import engine_app
 from modelopt_dms.cli.feeding import preview, traces
 from modelopt_dms.cli.fetching import fetch
@@ -23,6 +23,8 @@ from modelopt_dms.cli.listing import recipes_app
 from modelopt_dms.cli.making import compress, export, tune
 from modelopt_dms.cli.options import err, say
 from modelopt_dms.cli.planning import plan
+from modelopt_dms.cli.reporting import report
+from modelopt_dms.cli.scoring import evaluate
 from modelopt_dms.cli.serving import serve
 from modelopt_dms.config.progress import showing
 
@@ -63,6 +65,7 @@ app.command()(traces)
 app.command()(generate)
 app.command("eval")(evaluate)
 app.command("lm-eval", context_settings=PASSED_ON)(lm_eval)
+app.command()(report)
 app.command()(tune)
 app.command()(export)
 app.command()(plan)

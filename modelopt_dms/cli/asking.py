@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands that ask a model something: generate, eval."""
+"""The command generate: a model answers, or continues a text."""
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,28 +13,23 @@ from modelopt_dms.cli.opening import (
     check_ratio,
     check_temperature,
     load_any,
-    open_files,
     set_ratio,
 )
 from modelopt_dms.cli.options import (
     STDOUT,
-    DataOpt,
     DeviceOpt,
     DirArg,
     Dtype,
     DtypeOpt,
-    FormatOpt,
     JsonOpt,
     RatioOpt,
     SeedOpt,
     TemperatureOpt,
     TrustOpt,
     check_json,
-    out,
     show,
     warn,
 )
-from modelopt_dms.config.output_dir import check_results_file, write_json
 from modelopt_dms.config.section import LONGEST
 
 if TYPE_CHECKING:
@@ -118,62 +113,3 @@ def _show_held(talk: "Talk", answer: str, json_file: Path | None, cr: float | No
     figures = {"answer": answer, **held.summary(), "expected_compression_ratio": expected}
     show(figures, json_file, *lines)
     warn(ratio_warning(talk.model, held.compression_ratio, length, cr))
-
-
-def evaluate(
-    model: DirArg,
-    data: DataOpt = None,
-    data_format: FormatOpt = None,
-    tasks: Annotated[
-        str | None,
-        typer.Option(
-            help="recall, tracking, arithmetic, text; comma-separated. All, unless --data is given."
-        ),
-    ] = None,
-    lengths: Annotated[
-        str, typer.Option(help="Context lengths in tokens, comma-separated.")
-    ] = "512,1024,2048",
-    count: Annotated[int, typer.Option(min=1, help="Samples per task and length.")] = 16,
-    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Also write the rows here.")
-    ] = None,
-    cr: RatioOpt = None,
-    dtype: DtypeOpt = Dtype.auto,
-    device: DeviceOpt = None,
-    trust_remote_code: TrustOpt = False,
-) -> None:
-    """Score a model through its physical KV cache: long-memory tasks, and perplexity on text."""
-    place = check_model(model)
-    given = open_files(data or [], "--data", data_format)
-    if json_file is not None:
-        check_results_file(json_file)
-    from modelopt_dms.evaluation import score
-    from modelopt_dms.evaluation.files import score_files
-    from modelopt_dms.evaluation.report import results_table
-    from modelopt_dms.gates.thresholds import ratio_warning
-
-    sizes = [_length(x) for x in lengths.split(",")]
-    network, tokenizer = load_any(place, dtype, device, trust_remote_code)
-    set_ratio(network, cr)
-    rows: list[dict[str, Any]] = []
-    if data:
-        rows += score_files(network, tokenizer, given, sizes, count)
-    if tasks is not None or not data:
-        names = tasks.split(",") if tasks else score.EVALUATIONS
-        rows += score.evaluate(network, tokenizer, names, sizes, count, seed)
-    if json_file is not None:
-        write_json(json_file, rows)
-    out.print(results_table(rows))
-    found = (
-        ratio_warning(network, row["compression_ratio"], int(row["context_tokens"]), cr)
-        for row in rows
-    )
-    # One is enough: the table shows the others.
-    warn(next((line for line in found if line is not None), None))
-
-
-def _length(text: str) -> int:
-    if not text.strip().isdigit() or int(text) < 64:
-        raise ValueError(f"--lengths: {text!r} must be a whole number of at least 64 tokens")
-    return int(text)

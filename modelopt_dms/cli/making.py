@@ -39,6 +39,7 @@ from modelopt_dms.cli.options import (
     show,
     warn,
 )
+from modelopt_dms.cli.reporting import report_after_compress
 from modelopt_dms.config import distributed
 from modelopt_dms.config.bundled import DEFAULT_RECIPE, DEFAULT_SHORT_RECIPE, list_recipes
 from modelopt_dms.config.in_use import in_use
@@ -76,6 +77,9 @@ def compress(
     device: DeviceOpt = None,
     resume: Annotated[bool, typer.Option(help="Go on from an interrupted run in OUTPUT.")] = True,
     json_file: JsonOpt = None,
+    report: Annotated[
+        bool, typer.Option(help="Write report.html beside the model: what it forgets of a text.")
+    ] = True,
     trust_remote_code: TrustOpt = False,
 ) -> None:
     """Make of MODEL one whose KV cache forgets, and save it to OUTPUT.
@@ -126,6 +130,10 @@ def compress(
         lines = [f"saved to {target}", *_results(network, stages)]
         show({"output": str(target), "recipe": name, "stages": stages}, json_file, *lines)
         _warn_of(network, stages)
+        if report and stages and chosen.dms is not None and distributed.count() == 1:
+            written = report_after_compress(network, tokenizer, target)
+            if written is not None and json_file != STDOUT:
+                say(written)
 
 
 def _default_recipe(place: str) -> str:

@@ -21,7 +21,8 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
-from modelopt_dms.gates.gate import AlphaRecord, gates, record_alpha
+from modelopt_dms.evaluation.answer_lengths import AnswerLengths
+from modelopt_dms.gates.gate import AlphaRecord, eviction_off, gates, record_alpha
 from modelopt_dms.gates.thresholds import set_compression
 from modelopt_dms.kernels import shift_decisions
 from modelopt_dms.kvcache.hf_cache import DMSLayer, KVStats, cache_of, kv_stats
@@ -89,18 +90,25 @@ class DMSLM(HFLM):
         held: what was counted, by kind of request.
     """
 
-    def __init__(self, *args: Any, cr: float | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, cr: float | None = None, answer_lengths: bool = False, **kwargs: Any
+    ) -> None:
         """Load a model, or take a live one.
 
         Args:
             *args: of HFLM: `pretrained`, a directory or a model (with `tokenizer`).
             cr: compression ratio to run at, on the curve that the model carries.
+            answer_lengths: answer requests that generate a second time, with the full cache, and compare the lengths.
             **kwargs: of HFLM.
 
         Raises:
             ValueError: the model has no gates, or no curve that reaches `cr`.
         """
         super().__init__(*args, **kwargs)
+        if not isinstance(answer_lengths, bool):
+            raise ValueError(f"model_args answer_lengths={answer_lengths!r} must be True or False")
+        self.lengths = AnswerLengths() if answer_lengths else None
+        self._counting = True
         self.held = {GENERATE: Held(kv_bytes=0), SCORE: Held(kv_bytes=None)}
         self.is_dms = is_converted(self.model)
         self._marks: Tensor | None = None
@@ -110,6 +118,11 @@ class DMSLM(HFLM):
                 wanted = "a number" if self.is_dms else "left out: this model has no gates"
                 raise ValueError(f"model_args cr={cr!r} must be {wanted}")
             set_compression(self.model, cr)
+        if answer_lengths and not self.is_dms:
+            raise ValueError(
+                "model_args answer_lengths=True must be left out: this model has no gates, so its answers are those of "
+                "the full cache"
+            )
         if (made := _made.get()) is not None:
             made.append(self)
 
@@ -120,7 +133,10 @@ class DMSLM(HFLM):
 
     def summary(self) -> dict[str, Any]:
         """Numbers of this process by kind of request, for the kinds that were run; see `Held.row`."""
-        return {kind: x.row() for kind, x in self.held.items() if x.sequences}
+        found = {kind: x.row() for kind, x in self.held.items() if x.sequences}
+        if self.lengths is not None and self.lengths.full:
+            found[GENERATE]["answer_lengths"] = self.lengths.row()
+        return found
 
     def lines(self) -> list[str]:
         """`summary` in words: one line for every kind of request, none of a plain model."""
@@ -137,6 +153,8 @@ class DMSLM(HFLM):
                 f"{name}: {kind}{part}: compression ratio {x['compression_ratio']:.2f}; {x['resident_tokens']:.1f} "
                 f"resident of {x['context_tokens']:.1f} context tokens, mean of {x['sequences']} sequences; {how}"
             )
+        if self.lengths is not None and self.lengths.full:
+            lines.append(f"{name}: {GENERATE}{part}: {self.lengths.line()}")
         return lines or [f"{name}: no request was run{part}: all answers came from --use_cache"]
 
     def generate_until(self, requests: Sequence[Any], *args: Any, **kwargs: Any) -> list[str]:
@@ -144,7 +162,23 @@ class DMSLM(HFLM):
         before = self.held[GENERATE].sequences
         found: list[str] = super().generate_until(requests, *args, **kwargs)
         self._check_counted(GENERATE, len(requests), before)
+        if self.lengths is not None:
+            self.lengths.add(*map(self._tokens, (found, self._answers_in_full(requests, *args))))
         return found
+
+    def _answers_in_full(self, requests: Sequence[Any], *args: Any) -> list[str]:
+        """The answers of the full cache, which do not count."""
+        self._counting = False
+        try:
+            with eviction_off(self.model):
+                found: list[str] = super().generate_until(requests, *args)
+        finally:
+            self._counting = True
+        return found
+
+    def _tokens(self, answers: Sequence[str]) -> list[int]:
+        """Tokens of every answer, as far as lm-eval looks at it."""
+        return [len(self.tok_encode(x, add_special_tokens=False)) for x in answers]
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
         before = self.held[SCORE].sequences
@@ -167,7 +201,8 @@ class DMSLM(HFLM):
         layers = cache.layers
         if plain := [x.layer_idx for x in gates(self.model) if not _ours(layers[x.layer_idx])]:
             raise RuntimeError(f"layers {plain} generated on a cache that cannot evict")
-        self.held[GENERATE].add_cache(kv_stats(cache))
+        if self._counting:
+            self.held[GENERATE].add_cache(kv_stats(cache))
         return out.sequences
 
     def _model_call(self, *args: Any, **kwargs: Any) -> Any:

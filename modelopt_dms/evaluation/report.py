@@ -39,6 +39,30 @@ def results_table(rows: Sequence[Mapping[str, Any]], title: str = "") -> Table:
     return table
 
 
+def fidelity_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """A rich table of distances from the full cache, one line a category of text and length."""
+    table = Table(
+        title="distance from the full cache, KL in nats per token",
+        title_justify="left",
+        padding=(0, 0, 0, 1),
+    )
+    table.add_column("text", overflow="fold")
+    for name in ("length", "KL", "p95", "p99", "max", "same token", "ppl, full", "ppl", "CR"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            escape(printable(row["category"])),
+            str(row["length"]),
+            *(f"{row[x]:.4f}" for x in ("value", "kl_p95", "kl_p99")),
+            f"{row['kl_max']:.3f}",
+            f"{100 * row['top1']:.1f} %",
+            f"{row['perplexity_full']:.2f}",
+            f"{row['perplexity']:.2f}",
+            f"{row['compression_ratio']:.2f}x",
+        )
+    return table
+
+
 def data_table(preview: Preview) -> Table:
     """A rich table of what a retrofit reads and visits, one line for each source."""
     visited = f"{preview.steps:,} steps x {preview.samples_per_step:,} samples x {preview.length:,} tokens"

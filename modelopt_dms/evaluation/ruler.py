@@ -7,7 +7,8 @@
     tracking    "VAR castle = 48213." and "VAR river = VAR castle.", in that order, beside another such chain: which
                 variable river is assigned, and what value; both count by themselves
 
-RULER's own tracking (name all variables of a chain of five) is beyond models of the size that the tests know.
+RULER's own tracking (name all variables of a chain of five), and the families whose answers have no order, are in
+`evaluation.ruler_open`.
 
 Wording and begun answers of the others are RULER's. The context ends where the text ends, so that it can be compressed
 before a question is known; the question and the begun answer are the prompt of the first turn.
@@ -82,7 +83,7 @@ def _prompt(
     head, tail = chat_frame(tokenizer)
     make = _tracking if family == "tracking" else _needles
     intro, facts, question, turns = make(family, rng)
-    asked, *rest = _encode_turns(encode, [f"\n{question}{tail}{turns[0]}", *turns[1:]])
+    asked, *rest = encode_turns(encode, [f"\n{question}{tail}{turns[0]}", *turns[1:]])
     depths = sorted(rng.random() for _ in facts)
     start = rng.randrange(len(sentences))
     prose = [sentences[(start + i) % len(sentences)] for i in range(length)]
@@ -114,8 +115,8 @@ def chat_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     return head, tail
 
 
-def _encode_turns(encode: Encode, texts: Sequence[str]) -> Iterator[list[int]]:
-    """Token ids of consecutive texts, as in one text: a tokenizer may treat the start of a text differently."""
+def encode_turns(encode: Encode, texts: Sequence[str]) -> Iterator[list[int]]:
+    """Token ids [T] of consecutive texts, as in one text: a tokenizer may treat the start of a text differently."""
     text, ids = "", list[int]()
     for part in texts:
         text += part

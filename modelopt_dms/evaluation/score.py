@@ -12,18 +12,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
+from modelopt_dms.evaluation.conversations import make_conversations
+from modelopt_dms.evaluation.names import CHATS, DEFAULT, RULER_EXACT, RULER_OPEN, TEXT, check_tasks
 from modelopt_dms.evaluation.peers import CutLayer
-from modelopt_dms.evaluation.tasks import TASKS, Episode, held_out_text, make_episodes
+from modelopt_dms.evaluation.ruler import make_prompts
+from modelopt_dms.evaluation.ruler_open import OpenPrompt, make_open_prompts
+from modelopt_dms.evaluation.tasks import Episode, held_out_text, make_episodes
 from modelopt_dms.kvcache.hf_cache import DMSLayer, cache_argument, cache_of, kv_stats
 
-TEXT = "text"  # the name of the perplexity "task"
 QUESTIONS = (
     24  # in a conversation, if its context has facts for so many: reading costs more than asking
 )
-EVALUATIONS: tuple[str, ...] = (*TASKS, TEXT)
 
 Row = dict[str, Any]
 
@@ -120,28 +123,55 @@ def score_task(
     right, total = 0, 0
     contexts, ends = [], []
     for batch in _batches(episodes, batch_size):
-        ids = torch.tensor([episode.context_ids for episode in batch], device=model.device)
-        cache: Any = None
-        last = ids[:, :0]
-        for part in ids.split(chunk, dim=1):
-            given = cache_argument(type(model).forward, cache)
-            out = model(input_ids=part, use_cache=True, logits_to_keep=1, **given)
-            cache, last = cache_of(out), out.logits.argmax(-1)
+        cache, last = read_contexts(model, batch, chunk)
         contexts.append((len(batch), footprint(cache)))
-        turns = torch.tensor([_conversation(episode) for episode in batch], device=model.device)
-        given = cache_argument(type(model).forward, cache)
-        out = model(input_ids=turns, use_cache=True, **given)
-        ends.append((len(batch), footprint(cache_of(out))))
-        # What is predicted for turn token t was said at token t - 1.
-        predicted = torch.cat([last, out.logits[:, :-1].argmax(-1)], dim=1)
-        for episode, hits in zip(batch, predicted == turns, strict=True):
-            position = 0
-            for question in episode.questions:
-                start = position + len(question.prompt_ids)
-                position = start + len(question.answer_ids)
-                right += bool(hits[start:position].all())
-                total += 1
+        hits = answer_on(model, cache, last, batch)
+        ends.append((len(batch), footprint(cache)))
+        right, total = right + sum(map(sum, hits)), total + sum(map(len, hits))
     return Score("accuracy", right / total, total, _mean(contexts), _mean(ends))
+
+
+@torch.no_grad()
+def read_contexts(
+    model: PreTrainedModel, batch: Sequence[Episode], chunk: int = 512
+) -> tuple[Cache, Tensor]:
+    """The cache of a model that has read contexts of one length, and what it says next, as ids [B, 1]."""
+    ids = torch.tensor([episode.context_ids for episode in batch], device=model.device)
+    cache: Any = None
+    last = ids[:, :0]
+    for part in ids.split(chunk, dim=1):
+        given = cache_argument(type(model).forward, cache)
+        out = model(input_ids=part, use_cache=True, logits_to_keep=1, **given)
+        cache, last = cache_of(out), out.logits.argmax(-1)
+    return cache, last
+
+
+@torch.no_grad()
+def answer_on(
+    model: PreTrainedModel, cache: Cache, last: Tensor, batch: Sequence[Episode]
+) -> list[list[bool]]:
+    """Which questions are answered exactly on a cache that holds the contexts; see `score_task`. The cache grows.
+
+    Args:
+        model: that read the contexts.
+        cache: what is left of them.
+        last: what the model says after the contexts [B, 1].
+        batch: conversations of one length.
+    """
+    turns = torch.tensor([_conversation(episode) for episode in batch], device=model.device)
+    given = cache_argument(type(model).forward, cache)
+    out = model(input_ids=turns, use_cache=True, **given)
+    # What is predicted for turn token t was said at token t - 1.
+    predicted = torch.cat([last, out.logits[:, :-1].argmax(-1)], dim=1)
+    found = []
+    for episode, hits in zip(batch, predicted == turns, strict=True):
+        position, right = 0, []
+        for question in episode.questions:
+            start = position + len(question.prompt_ids)
+            position = start + len(question.answer_ids)
+            right.append(bool(hits[start:position].all()))
+        found.append(right)
+    return found
 
 
 @torch.no_grad()
@@ -189,20 +219,29 @@ def measure(
     batch_size: int = 8,
 ) -> Score:
     """One task at one length: accuracy of a task's questions, or perplexity if `task` is "text"; see `evaluate`."""
+    (task,) = check_tasks([task])
+    where: Any = (tokenizer, length, count, seed)
     if task == TEXT:
-        samples = held_out_text(tokenizer, length, count, seed)
-        return perplexity(model, samples, batch_size)
-    if task not in TASKS:
-        raise ValueError(f"task is {task!r}, must be one of {EVALUATIONS}")
-    return score_task(
-        model, make_episodes(task, tokenizer, length, count, seed, QUESTIONS), batch_size
-    )
+        return perplexity(model, held_out_text(*where), batch_size)
+    if task in RULER_OPEN:
+        return score_open(model, tokenizer, make_open_prompts(task, *where))
+    make: dict[str, Any] = dict.fromkeys(CHATS, make_conversations)
+    make |= dict.fromkeys(RULER_EXACT, make_prompts)
+    if task in make:
+        return score_task(model, make[task](task, *where), batch_size)
+    episodes = make_episodes(_name(task), tokenizer, length, count, seed, QUESTIONS)
+    return score_task(model, episodes, batch_size)
+
+
+def _name(task: str) -> Any:
+    """A checked name, for functions that take a literal."""
+    return task
 
 
 def evaluate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[str] = EVALUATIONS,
+    tasks: Sequence[str] = DEFAULT,
     lengths: Sequence[int] = (1024,),
     count: int = 16,
     seed: int = 0,
@@ -213,15 +252,13 @@ def evaluate(
     Args:
         model: a causal LM; plain ones report a dense cache. Left in eval mode.
         tokenizer: the model's.
-        tasks: some of EVALUATIONS.
+        tasks: some of `evaluation.names.EVALUATIONS`.
         lengths: context tokens.
         count: conversations or texts of a task and length.
         seed: draws them.
         batch_size: sequences at a time.
     """
-    unknown = [task for task in tasks if task not in EVALUATIONS]
-    if unknown:
-        raise ValueError(f"tasks {unknown} are unknown, must be among {EVALUATIONS}")
+    tasks = check_tasks(tasks)
     if count < 1:
         raise ValueError(f"count is {count}, must be at least 1")
     model.eval()
@@ -231,6 +268,50 @@ def evaluate(
             score = measure(model, tokenizer, task, length, count, seed, batch_size)
             rows.append({"task": task, "length": length, **score.row()})
     return rows
+
+
+@torch.no_grad()
+def score_open(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[OpenPrompt]
+) -> Score:
+    """Mean share of the wanted words that greedy generation says, each prompt on its own cache that forgets."""
+    if not prompts:
+        raise ValueError("no prompts to score")
+    shares, contexts, ends = [], [], []
+    for prompt in prompts:
+        episode = Episode(prompt.task, prompt.context_ids, [])
+        cache, _ = read_contexts(model, [episode])
+        contexts.append((1, footprint(cache)))
+        said = write_on(model, cache, prompt.prompt_ids, prompt.tokens, stop_ids(model, tokenizer))
+        ends.append((1, footprint(cache)))
+        shares.append(prompt.share(str(tokenizer.decode(said, skip_special_tokens=True))))
+    return Score("accuracy", sum(shares) / len(shares), len(shares), _mean(contexts), _mean(ends))
+
+
+@torch.no_grad()
+def write_on(
+    model: PreTrainedModel, cache: Cache, ids: Sequence[int], tokens: int, stop: Sequence[int]
+) -> list[int]:
+    """At most so many tokens that greedy decoding writes after ids on a cache, which grows; without the stop token."""
+    fed = torch.tensor([list(ids)], device=model.device)
+    written: list[int] = []
+    while len(written) < tokens:
+        given = cache_argument(type(model).forward, cache)
+        out = model(input_ids=fed, use_cache=True, logits_to_keep=1, **given)
+        token = int(out.logits[0, -1].argmax())
+        if token in stop:
+            break
+        written.append(token)
+        fed = fed.new_tensor([[token]])
+    return written
+
+
+def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Tokens that end an answer."""
+    config = getattr(model, "generation_config", None)
+    found = getattr(config, "eos_token_id", None)
+    several = found if isinstance(found, list) else [found]
+    return tuple(x for x in (*several, tokenizer.eos_token_id) if isinstance(x, int))
 
 
 def _conversation(episode: Episode) -> list[int]:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from modelopt_dms.checkpoints.tensor_names import StoredNames
 from modelopt_dms.checkpoints.written import check_written
 from modelopt_dms.config.output_dir import atomic_dir, check_output
+from modelopt_dms.evaluation.report_page import PAGE
 from modelopt_dms.modeling.convert import dms_modules
 
 KEY = ".dms_gate.threshold"
@@ -45,7 +46,7 @@ def save_tuned(model: PreTrainedModel, source: str | Path, output_dir: str | Pat
                 _rewrite(
                     path, place / path.name, {key: wanted[names.of(key)] for key in holders[path]}
                 )
-            elif path.is_file():
+            elif path.is_file() and path.name != PAGE:  # which shows the other thresholds
                 shutil.copy2(path, place / path.name)
         check_written(place, model)
 

@@ -4,7 +4,7 @@
 import os
 
 import torch
-from accelerate.utils import convert_file_size_to_int  # type: ignore[import-untyped]
+from accelerate.utils import convert_file_size_to_int
 
 
 def limit_in_bytes(limit: int | str, device: torch.device) -> int:

@@ -21,6 +21,7 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 import modelopt_dms as dms  # noqa: E402
 from modelopt_dms import cli  # noqa: E402
 from modelopt_dms.checkpoints.base import load_base  # noqa: E402
+from modelopt_dms.evaluation.answer_lengths import AnswerLengths  # noqa: E402
 from modelopt_dms.evaluation.lm_eval import DMSLM  # noqa: E402
 from modelopt_dms.gates.gate import gates  # noqa: E402
 from modelopt_dms.kvcache.hf_cache import KVStats  # noqa: E402
@@ -175,6 +176,41 @@ def test_with_eviction_off_answers_are_those_of_the_plain_model_in_lm_evals_own_
     assert {x["compression_ratio"] for x in kept.summary().values()} == {1.0}
     evicting = DMSLM(pretrained=model, tokenizer=tokenizer)
     assert scores(answers(evicting, tasks)) != pytest.approx(scores(expected), abs=1e-2)
+
+
+def test_lengths_of_answers_are_compared_request_by_request_with_the_full_cache(
+    directory: Path, tasks: Path
+) -> None:
+    plain, tokenizer = load_base("embedded")
+    full = answers(HFLM(pretrained=plain, tokenizer=tokenizer), tasks)["local_generate"]
+    model = DMSLM(pretrained=str(directory), device="cpu", answer_lengths=True)
+    found = answers(model, tasks)["local_generate"]
+    # Counted as without it: the second run is not.
+    check(model.summary()["generate_until"], list(caches(directory, generate=True)))
+
+    def lengths(resps: list[Any]) -> list[int]:
+        return [len(tokenizer(x, add_special_tokens=False)["input_ids"]) for [[x]] in resps]
+
+    # lm-eval sorts requests by their length; samples stand in the order of the file.
+    assert model.lengths is not None
+    assert sorted(zip(model.lengths.evicting, model.lengths.full, strict=True)) == sorted(
+        zip(lengths(found), lengths(full), strict=True)
+    )
+    assert model.summary()["generate_until"]["answer_lengths"]["requests"] == len(TEXTS)
+    assert "times as long on average" in model.lines()[-1]
+    with pytest.raises(ValueError, match="this model has no gates"):
+        DMSLM(pretrained=plain, tokenizer=tokenizer, answer_lengths=True)
+
+
+def test_longer_answers_are_counted_by_request() -> None:
+    lengths = AnswerLengths()
+    lengths.add([10, 15, 30, 0, 8, 10, 10, 10, 10, 10], [10, 10, 10, 4, 8, 10, 10, 10, 10, 10])
+    row = lengths.row()
+    assert row["mean_tokens"] == 11.3 and row["mean_tokens_full"] == 9.2
+    assert row["ratio_mean"] == pytest.approx((1 + 1.5 + 3 + 0.25 + 6) / 10)
+    assert (row["ratio_p90"], row["share_much_longer"]) == (1.5, 0.2)
+    with pytest.raises(ValueError, match="cannot be compared"):
+        lengths.add([1], [])
 
 
 def test_a_generation_past_our_cache_is_refused(directory: Path, tasks: Path) -> None:

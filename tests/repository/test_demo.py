@@ -17,6 +17,7 @@ import modelopt_dms
 from modelopt_dms.checkpoints.base import load_base
 from modelopt_dms.checkpoints.fetch import FetchError
 from modelopt_dms.evaluation import peers
+from modelopt_dms.evaluation.memories import FACTS
 from modelopt_dms.evaluation.score import Footprint, footprint
 
 
@@ -129,7 +130,12 @@ def test_the_peers_hold_as_many_tokens_as_dms_on_average(output: Path) -> None:
 
 
 def test_the_demo_leaves_its_results_a_picture_and_a_loadable_model(output: Path) -> None:
-    assert {x.name for x in output.iterdir()} == {"model", "results.json", "smollm2.png"}
+    assert {x.name for x in output.iterdir()} == {
+        "model",
+        "report.html",
+        "results.json",
+        "smollm2.png",
+    }
     found = json.loads((output / "results.json").read_text())
     assert [set(x["answers"]) for x in found["answers"]] == [set(found["found"])] * 5
     assert found["found"].keys() == {"full", "dms", "keydiff", "streaming"}
@@ -146,11 +152,11 @@ def test_what_the_picture_shows_is_what_the_cache_holds(demo: ModuleType, output
     model = modelopt_dms.load(output / "model", dtype="float32").eval()
     tokenizer = load_base("embedded", dtype="float32")[1]
     told = demo.story(tokenizer, 400)
-    held = demo.heads_holding(model, told.ids)
+    held = torch.tensor(demo.retention(model, tokenizer, told.ids).heads_holding())
     heads = sum(x.resident.shape[1] for x in modelopt_dms.kv_stats(model).layers)
     assert held.max() == heads
     assert held.sum() == sum(x.resident.sum() for x in modelopt_dms.kv_stats(model).layers)
-    for span, fact in zip(told.spans, demo.FACTS, strict=True):
+    for span, fact in zip(told.spans, FACTS, strict=True):
         assert tokenizer.decode(told.ids[span.start : span.stop]).strip() == fact.text
 
 

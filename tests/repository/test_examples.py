@@ -64,7 +64,12 @@ def test_the_demo_leaves_a_picture_a_loadable_model_and_nothing_half_written(
     demo_output: Path,
 ) -> None:
     assert (demo_output / "live_length.png").read_bytes().startswith(b"\x89PNG")
-    assert {x.name for x in demo_output.iterdir()} == {"live_length.png", "model", "results.json"}
+    assert {x.name for x in demo_output.iterdir()} == {
+        "live_length.png",
+        "model",
+        "report.html",
+        "results.json",
+    }
     model = modelopt_dms.load(demo_output / "model")
     assert model.config.dms_config["target_cr"] >= 4
 

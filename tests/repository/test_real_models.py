@@ -84,6 +84,34 @@ def test_presses_keep_what_draws_kept_on_average(load: Any, tmp_path: Path) -> N
     assert [x["kept"] for x in job["prompts"]] == [{"4.0": 105}, {"4.0": 50}]
 
 
+def test_presses_write_answers_that_are_searched_for_the_wanted_words(
+    load: Any, tmp_path: Path
+) -> None:
+    study = load("real_models")
+    args = study.arguments(["--tasks", "qa_2", "--count", "2", "--output", str(tmp_path / "rows.json"), "--dtype",
+                            "float32", "--model", "embedded"])  # fmt: skip
+    one = study.Study(args, "float32", study.Rows(args.output, {}), study.Console(quiet=True))
+    (key,) = one.keys("kvpress TOVA", 400, 4.0)
+    prompts = one.episodes(key)
+    for sent, own in zip(one._job([key])["prompts"], prompts, strict=True):
+        assert (sent["context"], sent["prompt"]) == (own.context_ids, own.prompt_ids)
+        assert sent["tokens"] == 32 and one.tokenizer.eos_token_id in sent["stop"]
+    said = [one.tokenizer(f" the {prompts[0].wanted[0]}")["input_ids"], [7, 8]]
+    assert one._judged(key, said) == {"right": 1, "asked": 2}
+
+
+def test_votes_and_passes_of_parallel_chains_are_counted(load: Any) -> None:
+    chains = load("parallel_chains")
+    said = ["4", "6", "6", "", "6", "5", "", ""]
+    assert chains.majority(said, "6", 1) == 3 / 8
+    # Of ties the first counts, and a chain that did not end has no vote.
+    assert chains.majority(said, "6", 2) == 2 / 4
+    assert chains.majority(said, "6", 4) == 1.0 and chains.majority(said, "6", 8) == 1.0
+    assert chains.pass_at(3, 8, 1) == pytest.approx(3 / 8)
+    assert chains.pass_at(3, 8, 2) == pytest.approx(1 - (5 / 8) * (4 / 7))
+    assert chains.pass_at(0, 8, 8) == 0.0 and chains.pass_at(1, 8, 8) == 1.0
+
+
 def test_intervals_are_wilsons(load: Any) -> None:
     wilson = load("real_summary").wilson
     assert wilson(20, 20) == pytest.approx((0.8389, 1.0), abs=1e-4)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One text in four KV caches, and what each of them still answers. Knows no recipes, no tables and no pictures.
+"""One text in several KV caches, and what each of them still answers. Knows no recipes, no tables and no pictures.
 
     full        everything
     dms         what the gates kept, decided token by token while the text was read
@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
@@ -24,9 +23,8 @@ from modelopt_dms.evaluation import peers
 from modelopt_dms.evaluation.prose import reference_sentences
 from modelopt_dms.evaluation.ruler import chat_frame
 from modelopt_dms.evaluation.score import Footprint, footprint
-from modelopt_dms.evaluation.tasks import Episode
-from modelopt_dms.gates.gate import gates, record_alpha
-from modelopt_dms.kernels import shift_decisions
+from modelopt_dms.evaluation.tasks import Episode, make_episodes
+from modelopt_dms.evaluation.words import KEYS
 
 METHODS = {
     "full": "full cache",
@@ -82,15 +80,16 @@ FACTS = (
 
 @dataclass(frozen=True)
 class Ask:
-    """A question as token ids, the begun answer included, and the text that must follow."""
+    """A question, as token ids with the begun answer included, and the text that must follow."""
 
+    question: str
     ids: list[int]
     right: str
 
 
 @dataclass(frozen=True)
 class Story:
-    """A text of plain prose in which facts stand far apart, and a question about each.
+    """A text in which facts stand far apart, and a question about each.
 
     Attributes:
         ids: token ids of the text, without the questions.
@@ -141,19 +140,23 @@ def read(model: Any, ids: Sequence[int]) -> Cache:
     return cache
 
 
-def memories(plain: PreTrainedModel, model: PreTrainedModel, ids: list[int]) -> dict[str, Memory]:
+def memories(
+    plain: PreTrainedModel | None, model: PreTrainedModel, ids: list[int]
+) -> dict[str, Memory]:
     """A text in memory, by method.
 
     Args:
-        plain: the model before it was converted.
+        plain: the model before it was converted, or its plain twin; None: only DMS remembers.
         model: the DMS model.
         ids: token ids of the text.
     """
-    full, dms = read(plain, ids), read(model, ids)
-    kept = round(footprint(dms).resident_tokens)
+    dms = Memory(model, read(model, ids), ids)
+    if plain is None:
+        return {"dms": dms}
+    full, kept = read(plain, ids), round(dms.footprint.resident_tokens)
     return {
         "full": Memory(plain, full, ids),
-        "dms": Memory(model, dms, ids),
+        "dms": dms,
         "keydiff": Memory(plain, peers.cut(full, peers.keydiff, kept), ids),
         "streaming": Memory(plain, peers.cut(full, peers.sinks_and_recent, kept), ids),
     }
@@ -190,24 +193,42 @@ def story(tokenizer: PreTrainedTokenizerBase, length: int, facts: Sequence[Fact]
                 spans.append(range(len(ids), len(ids) + len(fact)))
                 ids += fact
         ids += prose[i] if i < len(prose) else []
-    asks = [Ask(encode(f"\n\n{x.question}{tail}{x.begun}"), x.right) for x in facts]
+    asks = [Ask(x.question, encode(f"\n\n{x.question}{tail}{x.begun}"), x.right) for x in facts]
     return Story(ids, asks, spans)
+
+
+def knows_records(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer was made for `evaluation.tasks`: every key is one token. Such models know no English."""
+    ids = tokenizer([f" {key}" for key in KEYS], add_special_tokens=False)["input_ids"]
+    return all(len(x) == 1 for x in ids)
+
+
+def records(tokenizer: PreTrainedTokenizerBase, length: int, seed: int, count: int) -> Story:
+    """A text of `length` tokens of the task "recall", for tokenizers that know its words."""
+    (episode,) = make_episodes("recall", tokenizer, length, 1, seed, questions=count)
+    text = episode.context_ids
+    spans = []
+    for question in episode.questions:
+        key = str(tokenizer.decode(question.prompt_ids)).split()[-1]
+        answer = str(tokenizer.decode(question.answer_ids)).strip()
+        fact = list(tokenizer(f"keep {key} {answer}\n", add_special_tokens=False)["input_ids"])
+        starts = (i for i in range(len(text)) if text[i : i + len(fact)] == fact)
+        spans += [range(i, i + len(fact)) for i in starts]
+    return Story(text, asks_of(episode, tokenizer), spans)
 
 
 def asks_of(episode: Episode, tokenizer: PreTrainedTokenizerBase) -> list[Ask]:
     """The questions of a prompt of `evaluation.ruler`."""
     return [
-        Ask(x.prompt_ids, str(tokenizer.decode(x.answer_ids)).strip()) for x in episode.questions
+        Ask(
+            str(tokenizer.decode(x.prompt_ids)).strip(),
+            x.prompt_ids,
+            str(tokenizer.decode(x.answer_ids)).strip(),
+        )
+        for x in episode.questions
     ]
 
 
-def heads_holding(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
-    """How many KV heads, over all layers, hold each of the tokens [T] when all of them have been read."""
-    with record_alpha(model) as record:
-        read(model, ids)
-    first = gates(model)[0]
-    marks = torch.cat([shift_decisions(x[0], first.shift) for x in record.hard.values()])
-    held = torch.full((len(ids),), len(marks))
-    old = max(0, len(ids) - first.window - 1)
-    held[:old] -= marks[:, :old].sum(0).cpu()  # newer ones have not left the delay window yet
-    return held
+def is_right(answer: str, right: str) -> bool:
+    """Whether the answer has the right words in it, as RULER counts."""
+    return right.casefold() in answer.casefold()

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command eval: tasks, perplexity and fidelity of a model through its physical KV cache."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from modelopt_dms.cli.opening import (
+    check_device,
+    check_model,
+    check_ratio,
+    load_any,
+    open_files,
+    set_ratio,
+)
+from modelopt_dms.cli.options import (
+    DataOpt,
+    DeviceOpt,
+    DirArg,
+    Dtype,
+    DtypeOpt,
+    FormatOpt,
+    RatioOpt,
+    TrustOpt,
+    err,
+    out,
+    warn,
+)
+from modelopt_dms.config.output_dir import check_results_file
+from modelopt_dms.evaluation.limits import broken, parse_limits
+from modelopt_dms.evaluation.names import DEFAULT, EVALUATIONS, check_tasks
+
+if TYPE_CHECKING:
+    from modelopt_dms.evaluation.resume import RowStore
+    from modelopt_dms.evaluation.run import Unit
+
+# The exit code when results break a limit; 1 and 2 are errors.
+FAILED = 3
+
+TasksOpt = Annotated[
+    str | None,
+    typer.Option(
+        help=f"{', '.join(EVALUATIONS)}; comma-separated. The first {len(DEFAULT)}, unless --data or --fidelity is "
+        "given."
+    ),
+]
+FidelityOpt = Annotated[
+    bool,
+    typer.Option(
+        "--fidelity",
+        help="KL from the full cache and agreement, by category of text: each --data file, or the package's.",
+    ),
+]
+LimitsOpt = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Exit with 3 if a result breaks this, e.g. 'kl>0.05', 'prose.top1<0.97', 'needle.accuracy<0.9'."
+    ),
+]
+
+
+def evaluate(
+    model: DirArg,
+    data: DataOpt = None,
+    data_format: FormatOpt = None,
+    tasks: TasksOpt = None,
+    fidelity: FidelityOpt = False,
+    fail_if: LimitsOpt = None,
+    lengths: Annotated[
+        str, typer.Option(help="Context lengths in tokens, comma-separated.")
+    ] = "512,1024,2048",
+    count: Annotated[int, typer.Option(min=1, help="Samples per task and length.")] = 16,
+    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", help="Also write the rows here; until all are there, FILE.partial."),
+    ] = None,
+    cr: RatioOpt = None,
+    dtype: DtypeOpt = Dtype.auto,
+    device: DeviceOpt = None,
+    trust_remote_code: TrustOpt = False,
+) -> None:
+    """Score a model through its physical KV cache; an interrupted run goes on where it stopped (--json)."""
+    wanted = check_tasks(tasks.split(",")) if tasks is not None else ()
+    if not (wanted or data or fidelity):
+        wanted = DEFAULT
+    limits = parse_limits(fail_if or [], fidelity)
+    sizes = [_length(x) for x in lengths.split(",")]
+    place = check_model(model)
+    check_ratio(place, cr)
+    check_device(device)
+    given = open_files(data or [], "--data", data_format)
+    if json_file is not None:
+        check_results_file(json_file)
+    from modelopt_dms.evaluation.resume import RowStore
+    from modelopt_dms.evaluation.run import Asked, fidelity_units, file_units, task_units
+    from modelopt_dms.gates.gate import gates
+
+    settings = {"model": _identity(place), "data": [_identity(x) for x in data or []]}
+    store = RowStore(
+        json_file,
+        settings | {"cr": cr, "dtype": dtype.value, "seed": seed, "count": count},
+    )
+    network, tokenizer = load_any(place, dtype, device, trust_remote_code)
+    set_ratio(network, cr)
+    asked = Asked(network.eval(), tokenizer, sizes, count, seed)
+    units: list[Unit] = []
+    if fidelity:
+        if not gates(network):
+            raise ValueError(f"--fidelity: {model} has no gates, so it is its own full cache")
+        units += fidelity_units(asked, data or [], data_format)
+    elif data:
+        units += file_units(asked, given)
+    units += task_units(asked, wanted)
+    rows = _measure(units, store)
+    store.finish(rows)
+    _show(network, rows, cr)
+    if lines := broken(limits, rows):
+        for line in lines:
+            err.print(f"[bold red]failed:[/bold red] {line}", highlight=False, soft_wrap=True)
+        raise typer.Exit(FAILED)
+
+
+def _measure(units: "list[Unit]", store: "RowStore") -> list[dict[str, Any]]:
+    """All rows, with a bar and the time that is left; says how many an interrupted run has left."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    known = [unit for unit in units if store.has(unit.key)]
+    if known:
+        out.print(f"{len(known)} of {len(units)} results are there already", highlight=False)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    rows = []
+    with Progress(*columns, console=err, transient=True) as bar:
+        left = [unit for unit in units if not store.has(unit.key)]
+        task = bar.add_task("eval", total=sum(unit.key["length"] for unit in left))
+        for unit in units:
+            name = unit.key.get("category") or unit.key["task"]
+            bar.update(task, description=f"{name}, {unit.key['length']} tokens")
+            new = not store.has(unit.key)
+            rows.append(store.get(unit.key, unit.measure))
+            if new:
+                bar.advance(task, unit.key["length"])
+    return rows
+
+
+def _show(network: Any, rows: list[dict[str, Any]], cr: float | None) -> None:
+    """Tables, and one warning if texts got another ratio than was asked for."""
+    from modelopt_dms.evaluation.limits import FIDELITY
+    from modelopt_dms.evaluation.report import fidelity_table, results_table
+    from modelopt_dms.gates.thresholds import ratio_warning
+
+    distances = [row for row in rows if row["task"] == FIDELITY]
+    if distances:
+        out.print(fidelity_table(distances))
+    if others := [row for row in rows if row["task"] != FIDELITY]:
+        out.print(results_table(others))
+    found = (
+        ratio_warning(network, row["compression_ratio"], int(row["context_tokens"]), cr)
+        for row in rows
+    )
+    # One is enough: the table shows the others.
+    warn(next((line for line in found if line is not None), None))
+
+
+def _identity(place: str | Path) -> dict[str, Any]:
+    """What tells one model or file from another without reading it: sizes and times of its files."""
+    path = Path(place)
+    files = sorted(path.glob("*")) if path.is_dir() else [path]
+    shown = [
+        x for x in files if x.suffix in (".json", ".safetensors", ".gguf") or not path.is_dir()
+    ]
+    stats = [x.stat() for x in shown if x.is_file()]
+    return {"name": str(place), "files": [[x.st_size, x.st_mtime_ns] for x in stats]}
+
+
+def _length(text: str) -> int:
+    if not text.strip().isdigit() or int(text) < 64:
+        raise ValueError(f"--lengths: {text!r} must be a whole number of at least 64 tokens")
+    return int(text)

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows of a run that may be stopped: each is on disk as soon as it is there, and the same run goes on behind it."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from modelopt_dms.config.output_dir import OutputError, write_json
+
+Row = dict[str, Any]
+# What a row is about; the rest of it was measured.
+KEY = ("task", "category", "length")
+
+
+class RowStore:
+    """Rows in FILE.partial until all are there, then in FILE."""
+
+    def __init__(self, path: Path | None, settings: Row) -> None:
+        """Read what an interrupted run has left.
+
+        Args:
+            path: the results file; None keeps rows in memory only.
+            settings: all that the rows depend on beside KEY; JSON.
+
+        Raises:
+            OutputError: the partial file is of other settings, or is none.
+        """
+        self.path = path
+        self.settings = json.loads(json.dumps(settings))
+        self.rows: dict[tuple[Any, ...], Row] = {}
+        if self.partial is not None and self.partial.exists():
+            self._read(self.partial)
+
+    @property
+    def partial(self) -> Path | None:
+        """Where rows are while the run lasts."""
+        return None if self.path is None else self.path.with_name(f"{self.path.name}.partial")
+
+    def _read(self, partial: Path) -> None:
+        try:
+            content = json.loads(partial.read_text(encoding="utf-8"))
+            before, rows = content["settings"], content["rows"]
+        except (ValueError, KeyError, TypeError):
+            raise OutputError(
+                f"{partial} exists and is not of an interrupted run; move it"
+            ) from None
+        differing = sorted(
+            x for x in {*before, *self.settings} if before.get(x) != self.settings.get(x)
+        )
+        if differing:
+            raise OutputError(
+                f"{partial} is of a run with another {', '.join(differing)}; give the same command again, or remove it"
+            )
+        self.rows = {_key(row): row for row in rows}
+
+    def has(self, key: Row) -> bool:
+        """Whether the row about a key is there."""
+        return _key(key) in self.rows
+
+    def get(self, key: Row, measure: Callable[[], Row]) -> Row:
+        """The row about a key, measured if it is not there yet."""
+        place = _key(key)
+        if place not in self.rows:
+            self.rows[place] = {**key, **measure()}
+            if self.partial is not None:
+                write_json(self.partial, {"settings": self.settings, "rows": [*self.rows.values()]})
+        return self.rows[place]
+
+    def finish(self, rows: Sequence[Row]) -> None:
+        """Write the results file; the partial one is not needed any more."""
+        if self.path is not None and self.partial is not None:
+            write_json(self.path, list(rows))
+            self.partial.unlink(missing_ok=True)
+
+
+def _key(row: Row) -> tuple[Any, ...]:
+    return tuple(row.get(name) for name in KEY)

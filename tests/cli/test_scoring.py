@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command eval: fidelity by file, limits by exit code, and a run that goes on where it was stopped."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from modelopt_dms import apply_dms, cli
+from modelopt_dms.checkpoints.base import load_base
+from modelopt_dms.evaluation import run as evaluation_run
+from modelopt_dms.gates.gate import gates
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    monkeypatch.setattr("sys.argv", ["modelopt-dms", *map(str, words)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return int(stop.value.code or 0)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model with gates that evict, saved."""
+    target = tmp_path_factory.mktemp("scoring") / "model"
+    model, tokenizer = load_base("embedded", dtype="float32")
+    model = apply_dms(model, {"window": 16, "offset": 0.0, "scale": 10.0})
+    torch.manual_seed(0)
+    for gate in gates(model):
+        torch.nn.init.normal_(gate.weight, std=0.3)
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+    return target
+
+
+def test_every_file_is_a_category_of_fidelity_and_limits_set_the_exit_code(
+    directory: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "code.txt").write_text(Path(__file__).read_text())
+    (tmp_path / "records.txt").write_text("keep fox red\nskip owl blue\n" * 40)
+    files = [x for name in ("code", "records") for x in ("--data", tmp_path / f"{name}.txt")]
+    words = ("eval", directory, *files, "--fidelity", "--lengths", 128, "--count", 2)
+    rows_file = tmp_path / "rows.json"
+    limits = ("--fail-if", "kl<0", "--fail-if", "code.kl>1e-9")
+    assert run(monkeypatch, *words, "--json", rows_file, *limits) == 3
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("failed:")]
+    assert "code.kl>1e-9: code at 128 tokens has kl" in line
+    rows = json.loads(rows_file.read_text())
+    assert [x["category"] for x in rows] == ["code", "records"]
+    for x in rows:
+        assert 0 < x["value"] <= x["kl_p95"] <= x["kl_p99"] <= x["kl_max"]
+        assert x["count"] == 256 and x["compression_ratio"] > 1.2
+    assert run(monkeypatch, *words, "--fail-if", "top1<0") == 0
+
+
+def test_a_stopped_evaluation_goes_on_behind_the_rows_it_has(
+    directory: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    measured: list[str] = []
+    real = evaluation_run.measure
+
+    def stop_at_text(model: Any, tokenizer: Any, task: str, *rest: Any) -> Any:
+        measured.append(task)
+        if task == "text" and len(measured) == 2:
+            raise KeyboardInterrupt
+        return real(model, tokenizer, task, *rest)
+
+    monkeypatch.setattr(evaluation_run, "measure", stop_at_text)
+    rows_file = tmp_path / "rows.json"
+    words = ("eval", directory, "--tasks", "recall,text", "--lengths", 128, "--count", 1)
+    assert run(monkeypatch, *words, "--json", rows_file) == 130
+    assert not rows_file.exists()
+    assert run(monkeypatch, *words, "--json", rows_file) == 0
+    assert measured == ["recall", "text", "text"]
+    assert "1 of 2 results are there already" in capsys.readouterr().out
+    assert [x["task"] for x in json.loads(rows_file.read_text())] == ["recall", "text"]
+
+
+def test_fidelity_of_a_model_without_gates_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "eval", "embedded", "--fidelity") == 1
+    assert "is its own full cache" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_wrong_tasks_and_limits_are_refused_before_anything_heavy_is_imported() -> None:
+    cases = {
+        "tasks ['nedle'] are unknown, must be among recall": ["--tasks", "recall,nedle"],
+        "name one twice": ["--tasks", "vt,vt"],
+        "must be [TASK.]FIGURE": ["--fail-if", "kl=3"],
+        "only --fidelity measures": ["--fail-if", "kl>3"],
+    }
+    code = (
+        "import sys, json, modelopt_dms.cli as cli\n"
+        "for words in json.loads(sys.argv[1]):\n"
+        "    sys.argv = ['modelopt-dms', 'eval', 'embedded', *words]\n"
+        "    try: cli.main()\n"
+        "    except SystemExit as stop: print(stop.code)\n"
+        "print([x for x in ('torch', 'transformers', 'datasets') if x in sys.modules])"
+    )
+    words = [sys.executable, "-c", code, json.dumps([*cases.values()])]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.stdout.split("\n")[:-1] == ["1"] * 4 + ["[]"]
+    lines = [x for x in done.stderr.splitlines() if x.startswith("error:")]
+    for message, line in zip(cases, lines, strict=True):
+        assert message in line

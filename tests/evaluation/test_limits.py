@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Limits fail what they say, and an interrupted evaluation repeats nothing."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modelopt_dms.config.output_dir import OutputError
+from modelopt_dms.evaluation.limits import broken, parse_limits
+from modelopt_dms.evaluation.resume import RowStore
+
+PROSE = {"task": "fidelity", "category": "prose", "length": 512, "metric": "kl", "value": 0.02,
+         "kl_p99": 0.4, "top1": 0.96, "compression_ratio": 4.0}  # fmt: skip
+CODE = {**PROSE, "category": "code", "value": 0.08}
+NEEDLE = {"task": "needle", "length": 512, "metric": "accuracy", "value": 0.75}
+ROWS: list[dict[str, Any]] = [PROSE, CODE, NEEDLE]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("kl>0.05", ["kl>0.05: code at 512 tokens has kl 0.08"]),
+        ("prose.kl > 0.05", []),
+        ("kl>=0.02", ["kl>=0.02: prose at 512 tokens has kl 0.02", "kl>=0.02: code at 512 tokens has kl 0.08"]),
+        ("code.top1<0.97", ["code.top1<0.97: code at 512 tokens has top1 0.96"]),
+        ("needle.accuracy<=0.75", ["needle.accuracy<=0.75: needle at 512 tokens has accuracy 0.75"]),
+        ("needle.accuracy<0.75", []),
+        ("kl_p99>4e-1", []),
+        ("vt.accuracy<0.1", ["vt.accuracy<0.1: no result has this figure"]),
+        ("kv_bytes>5", ["kv_bytes>5: no result has this figure"]),
+    ],
+)  # fmt: skip
+def test_a_limit_is_broken_by_the_rows_for_which_it_holds(text: str, expected: list[str]) -> None:
+    assert broken(parse_limits([text], fidelity=True), ROWS) == expected
+
+
+def test_what_is_not_a_number_breaks_every_limit() -> None:
+    rows = [{**PROSE, "value": float("nan")}]
+    assert broken(parse_limits(["kl>9"], fidelity=True), rows) == [
+        "kl>9: prose at 512 tokens has kl nan"
+    ]
+
+
+@pytest.mark.parametrize("text", ["kl", "kl>", "kl=0.5", "lk>0.5", "kl>0.5.1", "a.b.kl>>1", ""])
+def test_limits_that_cannot_be_read_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="must be .*such as kl>0.05; figures are kl, kl_p95"):
+        parse_limits([text], fidelity=True)
+
+
+def test_a_limit_on_what_will_not_be_measured_is_refused() -> None:
+    with pytest.raises(ValueError, match="only --fidelity measures"):
+        parse_limits(["top1<0.9"], fidelity=False)
+
+
+def test_rows_of_an_interrupted_run_are_not_measured_again(tmp_path: Path) -> None:
+    path, ran = tmp_path / "rows.json", []
+
+    def measure(number: int) -> dict[str, int]:
+        ran.append(number)
+        return {"value": number}
+
+    keys = [{"task": x, "length": 64} for x in ("a", "b", "c")]
+    first = RowStore(path, {"seed": 0})
+    for number, key in enumerate(keys[:2]):
+        first.get(key, lambda number=number: measure(number))  # type: ignore[misc]
+    assert not path.exists()  # a file with some of the rows would look like one with all
+    second = RowStore(path, {"seed": 0})
+    assert [second.has(key) for key in keys] == [True, True, False]
+    rows = [second.get(key, lambda: measure(7)) for key in keys]
+    second.finish(rows)
+    assert ran == [0, 1, 7]
+    assert [x["value"] for x in json.loads(path.read_text())] == [0, 1, 7]
+    assert [x.name for x in tmp_path.iterdir()] == ["rows.json"]
+
+
+def test_rows_of_other_settings_are_not_taken(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    RowStore(path, {"seed": 0, "cr": None}).get({"task": "a", "length": 64}, lambda: {"value": 1})
+    with pytest.raises(OutputError, match=r"rows.json.partial is of a run with another seed"):
+        RowStore(path, {"seed": 1, "cr": None})
+    (tmp_path / "rows.json.partial").write_text("mine")
+    with pytest.raises(OutputError, match="is not of an interrupted run"):
+        RowStore(path, {"seed": 1, "cr": None})
+    assert RowStore(None, {}).get({"task": "a", "length": 64}, lambda: {"value": 1})["value"] == 1
