@@ -60,12 +60,14 @@ class Entry:
 
     Attributes:
         epoch: which of the times that the request was started: a report of an earlier one is void.
+        held: blocks.
         settled: tokens that all ranks have reported about.
         scheduled: tokens that ranks have been given.
         usage: by rank, after `settled` tokens; empty before the first report.
     """
 
     epoch: int
+    held: int = 0
     settled: int = 0
     scheduled: int = 0
     usage: dict[str, Usage] = field(default_factory=dict)
@@ -97,17 +99,8 @@ class Ledger:
     def __contains__(self, request: str) -> bool:
         return request in self._entries
 
-    def open(self, request: str) -> Entry:
-        """The entry of a request, made now if it has none."""
-        entry = self._entries.get(request)
-        if entry is None:
-            self._epochs += 1
-            entry = self._entries[request] = Entry(self._epochs)
-        return entry
-
-    def close(self, request: str) -> None:
-        """Forget a request that has given its blocks back."""
-        self._entries.pop(request, None)
+    def __getitem__(self, request: str) -> Entry:
+        return self._entries[request]
 
     def worst_case(self, request: str, tokens: int) -> int:
         """Blocks that a request needs at most once it has taken in so many tokens in all, whatever the limit."""
@@ -117,21 +110,32 @@ class Ledger:
         unsettled = max(0, tokens - entry.settled)
         return max(x.blocks_after(unsettled, self.page) for x in entry.usage.values())
 
-    def needed(self, request: str, tokens: int) -> int:
-        """Blocks that a request must hold before it is given tokens up to this many in all."""
-        return min(self.worst_case(request, tokens), self.limit)
+    def missing(self, request: str, tokens: int) -> int:
+        """Blocks that a request must get before it is given tokens up to this many in all."""
+        held = self._entries[request].held if request in self._entries else 0
+        return max(0, min(self.worst_case(request, tokens), self.limit) - held)
 
-    def schedule(self, request: str, tokens: int) -> None:
-        """Note that a request is given tokens up to this many in all."""
-        entry = self.open(request)
+    def grow(self, request: str, tokens: int) -> int:
+        """Note that a request gets them, and is given the tokens: how many blocks."""
+        more = self.missing(request, tokens)
+        entry = self._entries.get(request)
+        if entry is None:
+            self._epochs += 1
+            entry = self._entries[request] = Entry(self._epochs)
+        entry.held += more
         entry.scheduled = max(entry.scheduled, tokens)
+        return more
 
-    def is_capped(self, request: str, held: int) -> bool:
-        """Whether the blocks that a request holds may not do for the tokens it was given, so that lists must be cut."""
-        return self.worst_case(request, self._entries[request].scheduled) > held
+    def is_capped(self, request: str) -> bool:
+        """Whether what a request holds may not do for the tokens it was given, so that its lists must be cut."""
+        entry = self._entries[request]
+        return self.worst_case(request, entry.scheduled) > entry.held
 
-    def settle(self, request: str, epoch: int, tokens: int, usage: Mapping[str, Usage]) -> bool:
-        """Take in a report of all ranks; whether it was of this life of the request.
+    def settle(self, request: str, epoch: int, tokens: int, usage: Mapping[str, Usage]) -> int:
+        """Take in a report of all ranks: how many blocks, the last ones, the request gives back.
+
+        It keeps what it needs for the tokens that it was given, and for one more. A report of an earlier life of the
+        request is ignored.
 
         Args:
             request: its name.
@@ -141,14 +145,17 @@ class Ledger:
         """
         entry = self._entries.get(request)
         if entry is None or entry.epoch != epoch or tokens < entry.settled:
-            return False
+            return 0
         entry.settled, entry.usage = tokens, dict(usage)
-        return True
+        kept = min(self.worst_case(request, max(entry.scheduled, tokens + 1)), self.limit)
+        surplus = max(0, entry.held - kept)
+        entry.held -= surplus
+        return surplus
 
-    def kept(self, request: str) -> int:
-        """Blocks that a request should keep: for the tokens it was given, and for one more."""
-        entry = self._entries[request]
-        return self.needed(request, max(entry.scheduled, entry.settled + 1))
+    def close(self, request: str) -> int:
+        """Forget a request: how many blocks it gives back."""
+        entry = self._entries.pop(request, None)
+        return 0 if entry is None else entry.held
 
 
 def least_blocks(window: int, protect_first: int, page: int) -> int:

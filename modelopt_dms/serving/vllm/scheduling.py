@@ -59,11 +59,10 @@ class DMSManager(FullAttentionManager):
         prefill_end: int = 0,
     ) -> int:
         """Blocks that a request still needs; for its whole prompt, what is expected."""
-        if apply_admission_cap:
-            needed = min(self.spec.blocks_expected(num_tokens), self.ledger.limit)
-        else:
-            needed = self.ledger.needed(request_id, num_tokens)
-        return max(0, needed - len(self.req_to_blocks.get(request_id, ())))
+        if not apply_admission_cap:
+            return self.ledger.missing(request_id, num_tokens)
+        expected = min(self.spec.blocks_expected(num_tokens), self.ledger.limit)
+        return max(0, expected - len(self.req_to_blocks.get(request_id, ())))
 
     def allocate_new_blocks(
         self, request_id: str, num_tokens: int, num_tokens_main_model: int
@@ -74,9 +73,7 @@ class DMSManager(FullAttentionManager):
         """
         blocks = self.req_to_blocks[request_id]
         is_first = not blocks
-        missing = self.ledger.needed(request_id, num_tokens) - len(blocks)
-        self.ledger.schedule(request_id, num_tokens)
-        new = self.block_pool.get_new_blocks(missing) if missing > 0 else []
+        new = self.block_pool.get_new_blocks(self.ledger.grow(request_id, num_tokens))
         blocks.extend(new)
         self._changed.add(request_id)
         return list(new) if is_first else []
@@ -106,22 +103,20 @@ class DMSManager(FullAttentionManager):
 
     def settle(self, request_id: str, epoch: int, tokens: int, usage: Mapping[str, Usage]) -> None:
         """Take in what all ranks report about a request, and give back blocks from the end of its slab."""
-        if not self.ledger.settle(request_id, epoch, tokens, usage):
-            return
-        blocks, kept = self.req_to_blocks[request_id], self.ledger.kept(request_id)
-        if len(blocks) > kept:
-            self.block_pool.free_blocks(reversed(blocks[kept:]))
-            del blocks[kept:]
+        surplus = self.ledger.settle(request_id, epoch, tokens, usage)
+        if surplus:
+            blocks = self.req_to_blocks[request_id]
+            self.block_pool.free_blocks(reversed(blocks[-surplus:]))
+            del blocks[-surplus:]
             self._changed.add(request_id)
 
     def take_grants(self) -> tuple[dict[str, Grant], set[str]]:
         """The slabs that changed since the last call, and the requests that lost theirs."""
         grants = {}
         for request in self._changed:
-            blocks = self.req_to_blocks[request]
-            entry = self.ledger.open(request)
-            capped = self.ledger.is_capped(request, len(blocks))
-            grants[request] = Grant(entry.epoch, tuple(x.block_id for x in blocks), capped)
+            blocks = tuple(x.block_id for x in self.req_to_blocks[request])
+            capped = self.ledger.is_capped(request)
+            grants[request] = Grant(self.ledger[request].epoch, blocks, capped)
         gone, self._changed, self._gone = self._gone, set(), set()
         return grants, gone
 
