@@ -76,6 +76,7 @@ class DMSConnector(KVConnectorBase_V1, SupportsHMA):
         self.layers: dict[str, int] = {}
         self._scheduled: list[str] = []
         self._request_of: dict[int, str] = {}
+        self.ever_forced = 0  # requests whose tokens were evicted by force
         self._forced: set[str] = set()
 
     @property
@@ -114,6 +115,7 @@ class DMSConnector(KVConnectorBase_V1, SupportsHMA):
                     PAGE,
                 )
                 self._forced.add(request)
+                self.ever_forced += 1
 
     def get_num_new_matched_tokens(
         self, request: Any, num_computed_tokens: int
