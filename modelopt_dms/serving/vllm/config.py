@@ -89,6 +89,7 @@ class DMSConfigParser(vllm_parsers.HFConfigParser):
         unmark(config)
         experts = ("num_experts", "num_local_experts", "n_routed_experts")
         mixture = any(getattr(config.get_text_config(), x, 0) for x in experts)
+        config.dms_architectures = config.architectures
         config.architectures = [MIXTURE if mixture else DENSE]
         # vLLM would look for the quantization that guards the directory elsewhere.
         return {k: v for k, v in fields.items() if k != "quantization_config"}, config

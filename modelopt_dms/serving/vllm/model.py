@@ -140,6 +140,12 @@ class GatedBase(Base):
         self.rules = ModelRules.of(vllm_config.model_config.hf_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
 
+    def _create_hf_to_vllm_mapper(self) -> None:
+        """By the names of the architecture that transformers knows."""
+        ours, self.config.architectures = self.config.architectures, self.config.dms_architectures
+        super()._create_hf_to_vllm_mapper()
+        self.config.architectures = ours
+
     def _get_attn_cls(self) -> type[DMSAttention]:
         return DMSAttention
 
