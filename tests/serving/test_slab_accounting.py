@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Blocks of the vLLM plug-in: a scheduler and ranks in plain Python, driven at random.
 
-The scheduler is as vLLM's: first come, first served; prompts in chunks; who finds no blocks preempts the newest request,
+The scheduler is as vLLM's: first come, first served; prompts in chunks; a request without blocks preempts the newest,
 which starts over; reports come up to two steps late. Lists grow by random numbers: the ledger must hold for all gates.
 """
 
@@ -10,7 +10,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -198,7 +198,13 @@ class ServingMachine(RuleBasedStateMachine):
             self.serving.run_to_the_end(bound=(self.serving.lag + 2) * (self.tokens + 1))
 
 
-ServingMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+# Not shrunk: that takes minutes, and what failed can be read as it is.
+ServingMachine.TestCase.settings = settings(
+    max_examples=60,
+    stateful_step_count=25,
+    deadline=None,
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],
+)
 TestServing = ServingMachine.TestCase
 
 
