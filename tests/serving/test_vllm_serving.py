@@ -36,7 +36,12 @@ FAMILIES = {
 SMALL = {"max_model_len": 200, "max_num_batched_tokens": 64, "skip_tokenizer_init": True}
 SETTINGS: dict[str, dict[str, Any]] = {
     "chunked": {"max_num_batched_tokens": 128},
-    "preempted": {"max_num_batched_tokens": 128, "num_gpu_blocks_override": 9},
+    "preempted": {
+        "max_num_batched_tokens": 128,
+        "num_gpu_blocks_override": 9,
+        # Let in as long as there is room for the next chunk.
+        "scheduler_reserve_full_isl": False,
+    },
     "compiled": {"enforce_eager": False},
     "tensor parallel": {"tensor_parallel_size": 2, "max_num_batched_tokens": 128},
     # vLLM makes what ranks hand on while it warms up, which it leaves out for eager models on CPUs.
