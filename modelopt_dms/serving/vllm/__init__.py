@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DMS in vLLM, through its plug-in system: `pip install modelopt-dms[vllm]`, then `vllm serve DIR`.
+"""DMS in vLLM, through its plug-in system: modelopt_dms installed beside vLLM, then `vllm serve DIR`.
 
 vLLM calls `register` in each of its processes. What belongs to what:
 
@@ -20,20 +20,23 @@ from modelopt_dms.serving.vllm.names import ARCHITECTURES, OLDEST, TOO_NEW
 def register() -> None:
     """Tell vLLM about DMS models; the entry point of group `vllm.general_plugins`. May be called again.
 
-    Raises:
-        RuntimeError: a version of vLLM that this was not written for.
+    On a version of vLLM that this was not written for, it only warns: other models go on to work, and vLLM refuses DMS
+    directories by their quantization method.
     """
-    from importlib.metadata import version
+    import logging
 
     import vllm
     from packaging.version import Version
 
-    found = Version(vllm.__version__.split("+")[0])
+    found = Version(Version(vllm.__version__).base_version)
     if not Version(OLDEST) <= found < Version(TOO_NEW):
-        raise RuntimeError(
-            f"modelopt-dms {version('modelopt-dms')} serves DMS models on vLLM {OLDEST} up to {TOO_NEW} (excluded), "
-            f"not on {vllm.__version__}; install another vLLM, or set VLLM_PLUGINS to leave this plug-in out"
+        logging.getLogger(__name__).warning(
+            "modelopt_dms serves DMS models on vLLM %s up to %s (excluded), not on %s: they will be refused",
+            OLDEST,
+            TOO_NEW,
+            vllm.__version__,
         )
+        return
     from vllm import ModelRegistry
 
     from modelopt_dms.serving.vllm.config import register_configs

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Names and numbers that several parts of the plug-in share. Imports nothing."""
 
-# Of vLLM. The hooks are young: `tests/serving/test_vllm_surface.py` looks whether they are as expected.
+# Of vLLM. The hooks are young: `tests/helpers/vllm_surface.py` looks whether they are as expected.
 OLDEST, TOO_NEW = "0.32", "0.34"
 DENSE = "ModelOptDMSForCausalLM"
 MIXTURE = "ModelOptDMSMoEForCausalLM"
