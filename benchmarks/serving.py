@@ -51,11 +51,11 @@ def dense_twin(model: Path, place: Path) -> Path:
 
 
 def prompts(count: int) -> list[str]:
-    """Parts of this repository's documentation, of 300 to 900 tokens or so."""
+    """Parts of this repository's documentation, of 250 to 900 tokens or so."""
     text = "\n".join(x.read_text(encoding="utf-8") for x in sorted((ROOT / "docs").glob("*.md")))
     parts, at = [], 0
     for i in range(count):
-        length = 1000 + 2000 * (i * 7 % count) // count
+        length = 900 + 1500 * (i * 7 % count) // count
         parts.append("Summarize this:\n" + text[at : at + length])
         at = (at + length) % (len(text) - 4000)
     return parts
@@ -89,7 +89,7 @@ class Chat:
             "POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"}
         )
         answer = link.getresponse()
-        self.status = "cut off"
+        self.status = "cut off" if answer.status == 200 else f"refused: {answer.status}"
         for line in answer:
             if not line.startswith(b"data: "):
                 continue
@@ -214,6 +214,7 @@ def load(port: int, texts: list[str], tokens: int) -> dict[str, Any]:
         "chats": len(chats),
         "finished": sum(x.status == "finished" for x in chats),
         "same_answer_twice": sum(a.text == b.text for a, b in pairs),
+        "others": sorted({x.status for x in chats} - {"finished"}),
         "left": leaver.status == "left",
         "blocks_in_use_after": after["vllm:kv_cache_usage_perc"],
         "most_running": int(watch.running),

@@ -169,6 +169,10 @@ class DMSConnector(KVConnectorBase_V1, SupportsHMA):
         pages = first.as_strided((blocks * lists, page, width), (page * width, width, 1))
         rules = ModelRules.of(self._vllm_config.model_config.hf_config)
         layer = self._vllm_config.compilation_config.static_forward_context[names[0]]
+        if layer.kv_cache.data_ptr() != first.data_ptr():
+            raise RuntimeError(
+                "an engine that failed to start has left its KV connector in this process; start the process anew"
+            )
         self.layers = {name: i for i, name in enumerate(names)}
         keys, values = pages.split((layer.head_size, layer.head_size_v), dim=-1)
         shape = SlabShape(len(names), heads, self._vllm_config.scheduler_config.max_num_seqs)
