@@ -49,7 +49,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 CAPPED = {
     "capped": {"additional_config": {"modelopt_dms": {"max_request_blocks": 3}}},
-    "outgrows the pool": {"num_gpu_blocks_override": 7, "max_model_len": 800},
+    "outgrows the pool": {
+        "num_gpu_blocks_override": 7,
+        "max_model_len": 800,
+        "max_num_batched_tokens": 64,
+    },
 }
 REFUSED = {
     "block_size=32": {"block_size": 32},
@@ -177,7 +181,7 @@ def test_a_request_that_evicts_less_than_promised_finishes(
     found = results[name]
     assert found.get("error") is None
     assert [len(x) for x in found["tokens"]] == [350, 350]
-    assert found["forced"] > 0
+    assert 0 < found["forced"] <= 2
     # Every step moves a request on: one that starts over for ever would need more.
     assert found["steps"] < 2 * (300 + 77 + 350 + 350)
 

@@ -105,6 +105,8 @@ class DMSConnector(KVConnectorBase_V1, SupportsHMA):
             return
         assert self.manager is not None
         for request, (epoch, tokens, usage) in found.reports.items():
+            if request not in self.manager.ledger:
+                continue  # it has finished
             self.manager.settle(request, epoch, tokens, usage)
             forced = max(x.forced for x in usage.values())
             if forced and request not in self._forced:
