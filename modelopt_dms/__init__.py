@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from modelopt_dms.modeling.mode import apply_dms
     from modelopt_dms.pipeline import compress
     from modelopt_dms.quantization.apply import quantize
+    from modelopt_dms.serving.planner.capacity import plan
     from modelopt_dms.training.loop import RetrofitResult, retrofit
     from modelopt_dms.training.traces import Sampling, generate_traces
 
@@ -72,6 +73,7 @@ _HOME = {
     "load": "checkpoints.load",
     "load_base": "checkpoints.base",
     "load_recipe": "config.recipe",
+    "plan": "serving.planner.capacity",
     "preview": "data.dry_run",
     "quantize": "quantization.apply",
     "retrofit": "training.loop",
@@ -104,6 +106,7 @@ __all__ = [
     "load",
     "load_base",
     "load_recipe",
+    "plan",
     "preview",
     "quantize",
     "retrofit",

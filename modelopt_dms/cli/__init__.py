@@ -19,6 +19,8 @@ from modelopt_dms.cli.harness import PASSED_ON, lm_eval
 from modelopt_dms.cli.listing import recipes_app
 from modelopt_dms.cli.making import compress, export, tune
 from modelopt_dms.cli.options import err
+from modelopt_dms.cli.planning import plan
+from modelopt_dms.cli.serving import serve
 
 DEBUG = "MODELOPT_DMS_TRACEBACK"
 
@@ -37,6 +39,8 @@ app.command("eval")(evaluate)
 app.command("lm-eval", context_settings=PASSED_ON)(lm_eval)
 app.command()(tune)
 app.command()(export)
+app.command()(plan)
+app.command()(serve)
 app.add_typer(engine_app, name="engine")
 app.add_typer(recipes_app, name="recipes", invoke_without_command=True)
 

@@ -9,22 +9,19 @@ Shapes: N pages, B sequences, K KV heads, P pages a list can own, W delay window
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from modelopt_dms.kernels.number_formats import BLOCK, RowFormat
+from modelopt_dms.kernels.number_formats import RowFormat
+from modelopt_dms.kernels.row_bytes import BLOCK, PAGE, Number, row_bytes
 
-PAGE = 64  # slots
 NO_PAGE = (
     0  # page 0 is never given out: what has no page reads and writes there, where nobody looks
 )
 
 PADDING = 128  # the most keys or queries of a block of prefill kernels
 MOST_ROWS = 64  # query heads of a KV head that decode kernels take at a time
-
-Number = Literal["plain", "fp8", "int8", "nvfp4"]
 
 
 class OutOfPagesError(RuntimeError):
@@ -77,8 +74,7 @@ class RowLayout:
     @property
     def row_bytes(self) -> int:
         """Bytes of a row, scales included."""
-        scales = 0 if self.scales is None else self.scales[0] * self.scales[1].itemsize
-        return self.codes * self.dtype.itemsize + scales
+        return row_bytes(self.number, self.dim, self.dtype.itemsize, self.per_row)
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from modelopt_dms.kernels import row_bytes as sizes
+from modelopt_dms.kernels.row_bytes import BLOCK
+
 E4M3_MAX = 448.0
 INT8_MAX = 127.0
 E2M1_MAX = 6.0
-BLOCK = 16  # values of a row that share an NVFP4 scale
 SMALLEST_BLOCK_SCALE = 2.0**-9  # of e4m3
 SMALLEST_AMAX = 2.0**-24  # below it, ModelOpt takes a tensor for zeros
 
@@ -46,7 +48,7 @@ class RowFormat(ABC):
 
     @abstractmethod
     def decode(
-        self, stored: Tensor, dim: int, dtype: torch.dtype, head: int | None = None
+        self, stored: Tensor, dim: int, dtype: torch.dtype, head: int | Tensor | None = None
     ) -> Tensor:
         """Rows [.., D] of stored rows: [L, N] of one KV head, or [B, K, T, N] of all (head None)."""
 
@@ -54,7 +56,7 @@ class RowFormat(ABC):
     def factors(self) -> tuple[Tensor, Tensor]:
         """What encoding and what decoding multiplies by, each as long as the calibrated amax; see `kernels.layout`."""
 
-    def _calibrated(self, like: Tensor, head: int | None) -> Tensor:
+    def _calibrated(self, like: Tensor, head: int | Tensor | None) -> Tensor:
         """The calibrated amax, in a shape that multiplies rows: [1], or [K, 1, 1] for all heads of [B, K, T, .]."""
         assert self.amax is not None
         amax = self.amax.to(like.device, torch.float32)
@@ -69,7 +71,7 @@ class _Scaled(RowFormat):
 
     def row_bytes(self, dim: int) -> int:
         """A byte a value, and four for the scale if rows have their own."""
-        return dim + (4 if self.amax is None else 0)
+        return sizes.row_bytes("fp8", dim, per_row=self.amax is None)
 
     def encode(self, rows: Tensor) -> Tensor:
         """See `RowFormat`."""
@@ -80,7 +82,7 @@ class _Scaled(RowFormat):
         return torch.cat([self._codes(rows * scale), scale.view(torch.uint8)], dim=-1)
 
     def decode(
-        self, stored: Tensor, dim: int, dtype: torch.dtype, head: int | None = None
+        self, stored: Tensor, dim: int, dtype: torch.dtype, head: int | Tensor | None = None
     ) -> Tensor:
         """See `RowFormat`."""
         if self.amax is not None:
@@ -161,7 +163,7 @@ class Nvfp4(RowFormat):
 
     def row_bytes(self, dim: int) -> int:
         """Half a byte a value, and a byte a block."""
-        return -(-dim // 2) + -(-dim // BLOCK)
+        return sizes.row_bytes("nvfp4", dim)
 
     def encode(self, rows: Tensor) -> Tensor:
         """See `RowFormat`."""
@@ -176,7 +178,7 @@ class Nvfp4(RowFormat):
         return torch.cat([packed[..., : -(-dim // 2)], scale.view(torch.uint8)], dim=-1)
 
     def decode(
-        self, stored: Tensor, dim: int, dtype: torch.dtype, head: int | None = None
+        self, stored: Tensor, dim: int, dtype: torch.dtype, head: int | Tensor | None = None
     ) -> Tensor:
         """See `RowFormat`."""
         packed, scale = stored.split([-(-dim // 2), -(-dim // BLOCK)], dim=-1)
@@ -196,7 +198,7 @@ class Nvfp4(RowFormat):
         double_scale = self.amax.float() / (E2M1_MAX * E4M3_MAX)
         return double_scale, double_scale
 
-    def _double_scale(self, like: Tensor, head: int | None) -> Tensor:
+    def _double_scale(self, like: Tensor, head: int | Tensor | None) -> Tensor:
         return self._calibrated(like, head) / (E2M1_MAX * E4M3_MAX)
 
 

@@ -261,11 +261,10 @@ def _chunk_kernel(
             v2 = _page_rows(values, v_scale2, page, count, PAGE, VALUE_NUMBER, DV, V1, V2, DOT)
             acc2 = tl.dot(weights, v2, acc2 * shrink[:, None], input_precision="ieee")
         page = following
-        k_scale1, k_scale2 = _scales_of_page(
-            key_scales, page, count - PAGE, PAGE, KEY_NUMBER, D, D1, D2
-        )
+        count -= PAGE
+        k_scale1, k_scale2 = _scales_of_page(key_scales, page, count, PAGE, KEY_NUMBER, D, D1, D2)
         v_scale1, v_scale2 = _scales_of_page(
-            value_scales, page, count - PAGE, PAGE, VALUE_NUMBER, DV, V1, V2
+            value_scales, page, count, PAGE, VALUE_NUMBER, DV, V1, V2
         )
     if VALUE_NUMBER != "plain":
         acc1 *= value_factor

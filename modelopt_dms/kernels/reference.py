@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What each DMS op means, in plain PyTorch: the specification and, with its loop over lists, the CPU path.
+"""What each DMS op means, in plain PyTorch: the specification and, on padded lists, the CPU path.
 
 Shapes: B batch, T query tokens, S key tokens, H query heads, K KV heads, G = H / K, D head dim, L live slots.
 Source: arXiv 2506.05345, section 3. A query i reads a key j with
@@ -7,7 +7,7 @@ Source: arXiv 2506.05345, section 3. A query i reads a key j with
     score(i, j) += 0 if i - j <= W;  log(1 - alpha_j) if i - j > W;  -inf if j > i.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +74,12 @@ def shift_decisions(decisions: Tensor, shift: int) -> Tensor:
     return F.pad(decisions[..., shift:], (0, shift))
 
 
+def hard_keep_logprob(evict: Tensor, shift: int) -> Tensor:
+    """log(1 - alpha) [B, K, T] of the tokens that hard decisions [B, K, T], as made, govern: 0 or -inf."""
+    governed = shift_decisions(evict, shift)
+    return torch.zeros(governed.shape, device=evict.device).masked_fill(governed, float("-inf"))
+
+
 def delay_bias(keep_logprob: Tensor, queries: Tensor, keys: Tensor, window: int) -> Tensor:
     """Additive bias [B, K, T, S] of the delayed-eviction mask; the one definition that all paths share.
 
@@ -86,22 +92,6 @@ def delay_bias(keep_logprob: Tensor, queries: Tensor, keys: Tensor, window: int)
     age = queries[:, None] - keys[None, :]
     bias = torch.where(age > window, keep_logprob[:, :, None, :], 0.0)  # [B, K, T, S]
     return bias.masked_fill(age < 0, float("-inf"))
-
-
-def past_bias(queries: Tensor, pending: Tensor, slots: Tensor, live: int, window: int) -> Tensor:
-    """Bias [T, live] of new queries on a list's slots, of which some are marked and will expire.
-
-    Args:
-        queries: positions [T] of the queries.
-        pending: positions [N] of the marked tokens that are not evicted yet.
-        slots: slots [N] that hold them.
-        live: number of slots in use.
-        window: tokens a marked key stays readable.
-    """
-    bias = torch.zeros(len(queries), live, device=queries.device)
-    expired = queries[:, None] - pending[None, :] > window
-    bias[:, slots] = torch.zeros_like(expired, dtype=bias.dtype).masked_fill(expired, float("-inf"))
-    return bias
 
 
 def partial_attention(
@@ -205,40 +195,38 @@ def prefill_attention(prompt: Prompt, scoring: Scoring) -> Tensor:
     return torch.cat(outs, dim=2).reshape(B, H, T, -1)
 
 
-def decode_attention(
-    q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], scoring: Scoring
+def masked_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor,
+    scoring: Scoring,
+    sinks: Tensor | None = None,
 ) -> Tensor:
-    """One query token per sequence over each KV head's own slots.
+    """Attention of N lists, padded to one length, each with its own queries: output [N, H, T, Dv]. No gradients.
 
     Args:
-        q: queries [B, H, 1, D].
-        keys: one tensor [N, L, D] for every (sequence, list), sequences outermost; L differs from list to list.
-            N is 1, or H where a shared latent was expanded to per-head keys (MLA).
-        values: likewise [N, L, Dv].
-        scoring: scale, softcap, sinks.
-
-    Returns:
-        Output [B, H, 1, Dv].
+        q: queries [N, H, T, D].
+        k: keys [N, H or 1, S, D].
+        v: values [N, H or 1, S, Dv].
+        bias: additive [N, 1, T, S], -inf where a query does not see a key; it sees one at least.
+        scoring: scale and softcap; its sinks are not read.
+        sinks: logits [N, H] of one key more without a value, or None.
     """
-    B, H = q.shape[:2]
-    rows = q.reshape(len(keys), keys[0].shape[0], -1, q.shape[-1])  # [B, H, 1, D] -> [B*K, N, G, D]
+    alone = q.shape[2] == 1 and k.shape[1] == 1
+    if alone:  # heads read the keys once, as if they were tokens
+        q = q.transpose(1, 2)
     if scoring.is_plain:
-        out = torch.cat(
-            [
-                F.scaled_dot_product_attention(
-                    rows[i : i + 1], k[None], v[None], scale=scoring.scale
-                )
-                for i, (k, v) in enumerate(zip(keys, values, strict=True))
-            ]
-        )
-        return out.reshape(B, H, 1, -1)
-    parts = [
-        partial_attention(rows[i], k, v, None, scoring)
-        for i, (k, v) in enumerate(zip(keys, values, strict=True))
-    ]
-    out = torch.stack([part[0] for part in parts]).reshape(B, H, 1, -1)
-    lse = torch.stack([part[1] for part in parts]).reshape(B, H, 1)
-    return with_sinks(out, lse, scoring.sinks)
+        k, v = (x.expand(-1, q.shape[1], -1, -1) for x in (k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scoring.scale)
+        return out.transpose(1, 2) if alone else out
+    scores = _capped(q @ k.transpose(-1, -2) * scoring.scale, scoring.softcap)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) + bias
+    if sinks is not None:
+        column = sinks[:, None, :, None] if alone else sinks[:, :, None, None]
+        scores = torch.cat([scores, column.to(scores.dtype).expand(*scores.shape[:3], 1)], dim=-1)
+    out = scores.softmax(-1)[..., : k.shape[2]].to(v.dtype) @ v
+    return out.transpose(1, 2) if alone else out
 
 
 def assign_slots(expired: Tensor, marked: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:

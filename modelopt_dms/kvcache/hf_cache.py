@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from modelopt_dms.kernels.gating import GateInput
 from modelopt_dms.kernels.number_formats import RowFormat
 from modelopt_dms.kernels.rollback import ROLLBACK
-from modelopt_dms.kvcache.head_caches import HeadCaches
+from modelopt_dms.kvcache.head_caches import Bucket, HeadCaches
 from modelopt_dms.kvcache.layer_cache import LayerCache
 from modelopt_dms.kvcache.page_pool import SharedPool
 from modelopt_dms.kvcache.paged_head_caches import PagedHeadCaches
@@ -78,9 +78,10 @@ class DMSLayer(CacheLayerMixin):
         """KV heads of the rows given to the last `update`."""
         return self._incoming[0].shape[1]
 
-    def append(self, evict: Tensor, valid: Tensor | None) -> None:
-        """Take in the rows given to the last `update`; see `LayerCache.append`."""
-        self.slots.append(*self.take_incoming(), evict, valid)
+    def append(self, rows: tuple[Tensor, ...], evict: Tensor, valid: Tensor | None) -> None:
+        """Take in rows of those given to the last `update`; see `LayerCache.append`."""
+        k, v = rows
+        self.slots.append(k, v, evict, valid)
         self.slots.usage.row_values = sum(self._row_dims)
 
     def take_incoming(self) -> tuple[Tensor, Tensor]:
@@ -114,8 +115,19 @@ class DMSLayer(CacheLayerMixin):
 
     def rows(self, index: int) -> tuple[Tensor, Tensor]:
         """Live keys [L, Dk] and values [L, Dv] of list `index` = b * K + k."""
-        stored = self.slots.rows(index)
-        head = index % self.slots.K
+        return self._decoded(self.slots.rows(index), index % self.slots.K)
+
+    def read(self, bucket: Bucket) -> tuple[Tensor, Tensor]:
+        """Keys [N, C, Dk] and values [N, C, Dv] of a bucket."""
+        heads = bucket.lists[:, None, None] % self.slots.K
+        k, v = self._decoded((bucket.keys, bucket.values), heads)
+        if self.formats == (None, None):
+            return k, v
+        # A row that nobody wrote has a scale of 0, and decodes to NaN.
+        nothing = (bucket.bias != 0)[..., None]
+        return k.masked_fill(nothing, 0.0), v.masked_fill(nothing, 0.0)
+
+    def _decoded(self, stored: tuple[Tensor, Tensor], head: int | Tensor) -> tuple[Tensor, Tensor]:
         k, v = (
             x if form is None else form.decode(x, dim, self.dtype, head)
             for x, form, dim in zip(stored, self.formats, self._row_dims, strict=True)
@@ -258,7 +270,7 @@ class LayerStep:
 
     Attributes:
         layer: the cache layer of this forward, or None without a cache.
-        log_keep: log(1 - alpha) [B, K, T] float32 of the tokens that the decisions govern; hard ones are 0 and -inf.
+        log_keep: log(1 - alpha) [B, K, T] float32 of the tokens that the decisions govern, where there is no cache.
             None if nothing is decided yet.
         evict: hard decisions [B, K, T] as made, for the cache; None while training, and if they are not made yet.
         undecided: what decides about a single token when it is stored in a page.
@@ -307,7 +319,7 @@ def adopt(
         window: tokens a marked token stays readable.
         shift: 1 if a token's logit governs the token before it, else 0.
         formats: gives the number formats of the stored keys and values.
-        device: where the layer computes: rows are paged on a CUDA device, and lie in lists of their own elsewhere.
+        device: where the layer computes: rows are in lists of their own on a CPU, and paged elsewhere.
         depth: layers of the model, if known.
 
     Raises:
@@ -353,7 +365,7 @@ def adopt(
 
 def uses_pages(device: torch.device) -> bool:
     """Whether layers on this device keep their rows in pages, for the kernels, or in lists of their own."""
-    return device.type == "cuda"
+    return device.type != "cpu"
 
 
 def rows_alike(formats: Formats) -> tuple[Any, ...]:

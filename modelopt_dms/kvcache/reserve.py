@@ -7,7 +7,7 @@ evictable tokens that is evicted (1 - 1/CR for a ratio CR).
 
 import math
 
-from modelopt_dms.kernels.layout import PAGE
+from modelopt_dms.kernels.row_bytes import PAGE
 
 # Texts are not alike: so many times the tokens that are expected to be kept.
 MARGIN = 1.15

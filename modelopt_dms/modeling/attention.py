@@ -15,17 +15,11 @@ from modelopt_dms.gates import handover
 from modelopt_dms.kernels import (
     Prompt,
     Scoring,
-    decode_attention,
     dispatch,
-    merge_partials,
-    partial_attention,
-    past_bias,
-    prefill_attention,
-    prefill_partial,
-    with_sinks,
 )
-from modelopt_dms.kvcache.hf_cache import DMSLayer, LayerStep
+from modelopt_dms.kvcache.hf_cache import LayerStep
 from modelopt_dms.kvcache.paged_head_caches import PagedHeadCaches
+from modelopt_dms.modeling.list_attention import attend_lists
 from modelopt_dms.modeling.masks import read_mask
 from modelopt_dms.modeling.paged_attention import attend_pages
 
@@ -33,12 +27,10 @@ ATTENTION_NAME = "dms"
 # Attention that becomes a node of somebody's graph, with the decisions as an input: `exporters.trtllm.graph`.
 GRAPH_ATTENTION_NAME = "dms_graph"
 
-# From one list's cached rows [L, .] to keys [N, L, D] and values [N, L, Dv].
-Expand = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
 # What transformers hands on to every attention function, and what does not change what it computes. `position_ids` and
 # sequence indices are in the mask already.
 HARMLESS = {
+    "assistant_tokenizer",
     "cache_position",
     "image_sizes",
     "inputs_embeds",
@@ -50,6 +42,7 @@ HARMLESS = {
     "past_key_values",
     "position_ids",
     "return_dict",
+    "tokenizer",
     "use_cache",
 }
 
@@ -233,72 +226,7 @@ def _evicting(
     if isinstance(layer.slots, PagedHeadCaches):
         out = attend_pages(module, step, query, key, value, mask, scoring)
     else:
-        out = _cached_attention(module, step, query, key, value, mask, scoring)
+        out = attend_lists(module, step, query, key, value, mask, scoring)
     if valid is not None:
         layer.hold(valid.expand(len(query), -1), past)
     return out
-
-
-def _cached_attention(
-    module: Any,
-    step: LayerStep,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    scoring: Scoring,
-) -> Tensor:
-    """Attention of T new tokens over what lives and among themselves, after which they are taken in."""
-    layer, evict = step.layer, step.evict
-    assert layer is not None and evict is not None and step.log_keep is not None
-    # MLA caches one latent a token, and expands it to the keys and values of all heads for attention.
-    expand = _expander(module) if hasattr(module, "expand_kv") else _as_one_head
-    evict = evict.expand(-1, layer.heads, -1)
-    T = q.shape[2]
-    mask = None if mask is None else mask[..., -T:]
-    valid = None if mask is None else mask[:, 0].diagonal(dim1=-2, dim2=-1).expand(len(q), -1)
-    if T == 1 and (valid is None or bool(valid.all())):
-        layer.append(evict, None)
-        held = [expand(*layer.rows(i)) for i in range(layer.slots.lists)]
-        return decode_attention(q, [x for x, _ in held], [x for _, x in held], scoring)
-    log_keep = step.log_keep.expand(-1, k.shape[1], -1)
-    prompt = Prompt(q, k, v, log_keep, layer.slots.window, mask)
-    if not layer.slots.seen:
-        layer.append(evict, valid)
-        return prefill_attention(prompt, scoring)
-    layer.slots.decide_previous(evict[..., 0])
-    new = prefill_partial(prompt, scoring)
-    past = _attend_past(layer, q, expand, scoring)
-    layer.append(evict, valid)
-    return with_sinks(*merge_partials(*new, *past), scoring.sinks)
-
-
-def _attend_past(
-    layer: DMSLayer, q: Tensor, expand: Expand, scoring: Scoring
-) -> tuple[Tensor, Tensor]:
-    """Attention of new tokens [B, H, T, D] over the slots that lived before them, list by list."""
-    slots = layer.slots
-    B, H, T, _ = q.shape
-    queries = torch.arange(slots.seen, slots.seen + T, device=q.device)
-    grouped = q.reshape(slots.lists, -1, T, q.shape[-1])  # [B, H, T, D] -> [B*K, H/K, T, D]
-    outs, lses = [], []
-    for i in range(slots.lists):
-        k, v = expand(*layer.rows(i))
-        bias = past_bias(queries, *slots.pending(i), k.shape[1], slots.window)
-        heads = grouped[i].unflatten(0, (len(k), -1))  # [H/K, T, D] -> [N, G, T, D]
-        out, lse = partial_attention(heads, k[:, None], v[:, None], bias, scoring)
-        outs.append(out)
-        lses.append(lse)
-    return torch.stack(outs).reshape(B, H, T, -1), torch.stack(lses).reshape(B, H, T)
-
-
-def _as_one_head(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    return k[None], v[None]
-
-
-def _expander(module: Any) -> Expand:
-    def expand(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        k, v = module.expand_kv(k[None, None], v[None, None])
-        return k[0], v[0]
-
-    return expand

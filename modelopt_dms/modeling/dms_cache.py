@@ -10,6 +10,7 @@ from transformers.cache_utils import DynamicCache
 from modelopt_dms.kernels.layout import PAGE
 from modelopt_dms.kvcache.hf_cache import DMSLayer, rows_alike
 from modelopt_dms.kvcache.kv_format import kv_formats
+from modelopt_dms.kvcache.limit import limit_in_bytes
 from modelopt_dms.kvcache.page_pool import OnFull, SharedPool
 from modelopt_dms.kvcache.paged_head_caches import PagedHeadCaches
 from modelopt_dms.kvcache.reserve import pages_per_list
@@ -28,7 +29,7 @@ class DMSCache(DynamicCache):
         *,
         batch_size: int,
         max_length: int,
-        max_cache_bytes: int | None = None,
+        max_cache_bytes: int | str | None = None,
         on_full: OnFull = "error",
         impl: str = "auto",
     ) -> None:
@@ -38,7 +39,8 @@ class DMSCache(DynamicCache):
             model: a DMS model.
             batch_size: sequences.
             max_length: tokens of a sequence, prompt included.
-            max_cache_bytes: bytes of all pages, taken at the first forward; None lets the pool grow as it must.
+            max_cache_bytes: bytes of all pages, "40GiB", or "80%" of what is free on the device now, taken at the
+                first forward; None lets the pool grow as it must.
             on_full: when max_cache_bytes are used up, "error" raises OutOfPagesError; with "evict" the longest lists
                 lose their oldest tokens, also what the gates want to keep; see `kvcache.forced_eviction`.
             impl: "triton" (kernels), "reference" (plain PyTorch) or "auto" (kernels on CUDA).
@@ -53,7 +55,7 @@ class DMSCache(DynamicCache):
             raise ValueError(
                 f"{type(model).__name__} has no gates; call apply_dms (or compress) first"
             )
-        _check_sizes(batch_size=batch_size, max_length=max_length, max_cache_bytes=max_cache_bytes)
+        _check_sizes(batch_size=batch_size, max_length=max_length)
         self._sequences, self._longest = batch_size, max_length
         gates = [x.dms_gate for x in modules]
         self._protected = max(x.window for x in gates), max(x.protect_first for x in gates)
@@ -65,7 +67,7 @@ class DMSCache(DynamicCache):
         for (device, _), members in groups.items():
             share = None
             if max_cache_bytes is not None:
-                share = max_cache_bytes * len(members) // len(modules)
+                share = limit_in_bytes(max_cache_bytes, device) * len(members) // len(modules)
             pool = SharedPool(
                 device,
                 impl,
@@ -142,7 +144,7 @@ class DMSCache(DynamicCache):
         return [x.slots for x in self.layers if isinstance(x, DMSLayer)]  # type: ignore[misc]
 
 
-def _check_sizes(**sizes: int | None) -> None:
+def _check_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
-        if size is not None and size < 1:
+        if size < 1:
             raise ValueError(f"{name}={size} must be at least 1")

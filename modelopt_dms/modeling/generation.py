@@ -134,7 +134,7 @@ def graphed(
     generation_config: GenerationConfig,
     synced_gpus: bool = False,
     stream_to: BaseStreamer | None = None,
-    max_cache_bytes: int | None = None,
+    max_cache_bytes: int | str | None = None,
     on_full: OnFull = "error",
     graph: bool = True,
     compile: bool = False,
@@ -155,8 +155,8 @@ def graphed(
         synced_gpus: refused.
         stream_to: a streamer that gets every token as it comes, which makes the host wait for each. (transformers hands
             its own argument `streamer` to its own loops only.)
-        max_cache_bytes: of the KV cache's pages, taken at the first forward. By default, what sequences of max_length
-            should need by the model's compression ratio; it grows where that was wrong.
+        max_cache_bytes: of the KV cache's pages, taken at the first forward; see `DMSCache`. By default, what sequences
+            of max_length should need by the model's compression ratio; it grows where that was wrong.
         on_full: "evict" evicts more than the gates do instead of an OutOfPagesError; see `DMSCache`.
         graph: False runs step by step on CUDA, too.
         compile: fuse what lies between our kernels with torch.compile; takes a minute or more before the first token.
@@ -319,7 +319,7 @@ def _cache(
     model: PreTrainedModel,
     input_ids: Tensor,
     config: GenerationConfig,
-    max_cache_bytes: int | None,
+    max_cache_bytes: int | str | None,
     on_full: OnFull,
     model_kwargs: dict[str, Any],
 ) -> DMSCache:

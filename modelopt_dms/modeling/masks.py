@@ -79,6 +79,14 @@ def read_mask(
     )
 
 
+def only_padding(mask: Tensor) -> bool:
+    """Whether a bool mask [B or 1, 1, T, T] is causal and hides padding, and does no more."""
+    valid = mask[:, 0].diagonal(dim1=-2, dim2=-1)
+    causal = torch.ones(mask.shape[2:], dtype=torch.bool, device=mask.device).tril()
+    plain = (mask[:, 0] == (causal & valid[:, None])) | ~valid[..., None]
+    return bool(plain.all())
+
+
 def _check_shape(layer: str, mask: Tensor, tokens: int, past: int) -> None:
     if mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[2:] != (tokens, past + tokens):
         raise MaskError(

@@ -14,6 +14,7 @@ from modelopt_dms.kernels import (
     Prompt,
     Scoring,
     dispatch,
+    hard_keep_logprob,
     merge_partials,
     partial_attention,
     prefill_partial,
@@ -135,8 +136,8 @@ def _attend_latents(
 ) -> Tensor:
     """As `_attend_chunks` where the cache holds one latent a token (MLA), which is expanded to all heads."""
     slots = _slots(step)
-    assert step.layer is not None and step.evict is not None and step.log_keep is not None
-    log_keep = step.log_keep.expand(-1, k.shape[1], -1)
+    assert step.layer is not None and step.evict is not None
+    log_keep = hard_keep_logprob(step.evict, slots.shift).expand(-1, k.shape[1], -1)
     if mask is not None and slots.seen:
         mask = mask[..., -q.shape[2] :]
     valid = _valid(mask, len(q), q.shape[2])

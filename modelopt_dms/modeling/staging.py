@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 
 from modelopt_dms.gates import handover
 from modelopt_dms.gates.gate import EvictionGate, hidden_input
-from modelopt_dms.kernels import shift_decisions
+from modelopt_dms.kernels import hard_keep_logprob, shift_decisions
 from modelopt_dms.kernels.rollback import LONGEST_DRAFT
 from modelopt_dms.kvcache.hf_cache import DMSLayer, LayerStep, adopt
 from modelopt_dms.kvcache.kv_format import kv_formats
@@ -53,8 +53,10 @@ def model_depth(module: Any) -> int | None:
 def watch_calls(model: PreTrainedModel) -> list[RemovableHandle]:
     """Hooks around a model's forward: refuse what no layer can do, see how long a draft is, keep threads apart."""
     handles = []
+    gated = next((x for x in model.modules() if hasattr(x, "dms_gate")), None)
     for network in {model, model.base_model}:
-        handles.append(network.register_forward_pre_hook(_begin_call, with_kwargs=True))
+        begin = partial(_begin_call, gated)
+        handles.append(network.register_forward_pre_hook(begin, with_kwargs=True))
         handles.append(network.register_forward_hook(_end_call, always_call=True))
     return handles
 
@@ -176,7 +178,7 @@ def stage_step(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
         _stage_cached(module, cache, hidden, args, kwargs)
     elif gate.enabled:
         evict = gate("decide", gate.read(args, kwargs), _positions(hidden, kwargs, 0))
-        handover.put(module, LayerStep(None, _hard_log_keep(evict, gate.shift), None))
+        handover.put(module, LayerStep(None, hard_keep_logprob(evict, gate.shift), None))
 
 
 def _stage_cached(
@@ -198,7 +200,7 @@ def _stage_cached(
         step = LayerStep(layer, None, None, undecided, cache=cache)
     else:
         evict = gate("decide", read, positions)
-        step = LayerStep(layer, _hard_log_keep(evict, gate.shift), evict, cache=cache)
+        step = LayerStep(layer, None, evict, cache=cache)
     handover.put(module, step)
 
 
@@ -233,10 +235,12 @@ def _check_batch(module: Any, layer: DMSLayer, batch: int) -> None:
         )
 
 
-def _begin_call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _begin_call(
+    gated: nn.Module | None, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
     handover.take("mask")
     _leave(model)  # an interrupt may have kept an earlier forward from doing it
-    if _is_quantized(model) and not torch.compiler.is_compiling():
+    if hasattr(gated, "k_bmm_quantizer") and not torch.compiler.is_compiling():
         _QUANTIZED.acquire()
         handover.put((model, "alone"), True)
     asked = kwargs.get("output_attentions")
@@ -262,16 +266,6 @@ def _end_call(model: Any, args: tuple[Any, ...], output: Any) -> None:
 def _leave(model: Any) -> None:
     if handover.take((model, "alone")):
         _QUANTIZED.release()
-
-
-def _is_quantized(model: nn.Module) -> bool:
-    layer = next((x for x in model.modules() if hasattr(x, "dms_gate")), None)
-    return hasattr(layer, "k_bmm_quantizer")
-
-
-def _hard_log_keep(evict: Tensor, shift: int) -> Tensor:
-    governed = shift_decisions(evict, shift)
-    return torch.zeros(governed.shape, device=evict.device).masked_fill(governed, float("-inf"))
 
 
 def _positions(hidden: Tensor, kwargs: dict[str, Any], seen: int) -> Tensor:

@@ -16,10 +16,9 @@ from modelopt_dms.kernels import (
     Prompt,
     Scoring,
     assign_slots,
-    decode_attention,
+    masked_attention,
     merge_partials,
     partial_attention,
-    past_bias,
     prefill_attention,
     prefill_partial,
     reference,
@@ -233,8 +232,8 @@ def test_a_sequence_cut_in_two_merges_to_the_whole(case: Case, at: int) -> None:
             marked = case.log_keep[b, h, :at] == NEVER
             held = positions[(at - 1 - positions <= case.window) | ~marked[positions]]
             held = held[torch.randperm(len(held))]
-            slots = marked[held].nonzero()[:, 0]
-            bias = past_bias(queries, held[slots], slots, len(held), case.window)
+            expired = marked[held] & (queries[:, None] - held > case.window)
+            bias = torch.zeros(len(queries), len(held)).masked_fill(expired, NEVER)
             rows = case.q.unflatten(1, (K, -1))[b, h, :, at:]
             parts.append(
                 partial_attention(rows, case.k[b, h, held], case.v[b, h, held], bias, case.scoring)
@@ -293,43 +292,41 @@ def test_log_sum_exp_survives_extreme_scores() -> None:
 @given(
     st.lists(st.integers(1, 6), min_size=1, max_size=4),
     st.integers(1, 3),
+    st.integers(1, 3),
     st.booleans(),
     st.booleans(),
     st.integers(0, 99),
 )
-def test_decode_over_ragged_lists_equals_the_formula(
-    lengths: list[int], G: int, capped: bool, sunk: bool, seed: int
+def test_attention_of_padded_lists_equals_the_formula_list_by_list(
+    lengths: list[int], H: int, T: int, capped: bool, sunk: bool, seed: int
 ) -> None:
     torch.manual_seed(seed)
-    K = len(lengths)
-    scoring = Scoring(0.6, 1.5 if capped else None, torch.randn(K * G) if sunk else None)
-    q = torch.randn(1, K * G, 1, 4)
-    keys = [torch.randn(1, n, 4) for n in lengths]
-    values = [torch.randn(1, n, 3) for n in lengths]
-    out = decode_attention(q, keys, values, scoring)
-    for h in range(K * G):
-        scores = (keys[h // G][0].double() @ q[0, h, 0].double()) * 0.6
+    N, S = len(lengths), max(lengths) + 1
+    scoring = Scoring(0.6, 1.5 if capped else None, torch.ones(1) if sunk else None)
+    sinks = torch.randn(N, H) if sunk else None
+    q = torch.randn(N, H, T, 4)
+    k, v = torch.randn(N, 1, S, 4), torch.randn(N, 1, S, 3)
+    hidden = torch.arange(S) >= torch.tensor(lengths)[:, None]
+    bias = torch.zeros(N, 1, T, S).masked_fill(hidden[:, None, None], NEVER)
+    out = masked_attention(q, k, v, bias, scoring, sinks)
+    for n, h in ((n, h) for n in range(N) for h in range(H)):
+        scores = q[n, h].double() @ k[n, 0, : lengths[n]].double().T * 0.6
+        rows = v[n, 0, : lengths[n]].double()
         if capped:
             scores = 1.5 * torch.tanh(scores / 1.5)
-        rows = values[h // G][0].double()
-        if scoring.sinks is not None:
-            scores = torch.cat([scores, scoring.sinks[h : h + 1].double()])
+        if sinks is not None:
+            scores = torch.cat([scores, sinks[n, h].double().expand(T, 1)], dim=-1)
             rows = torch.cat([rows, torch.zeros(1, 3)])
-        torch.testing.assert_close(
-            out[0, h, 0].double(), scores.softmax(0) @ rows, atol=2e-6, rtol=0
-        )
+        expected = scores.softmax(-1) @ rows
+        torch.testing.assert_close(out[n, h].double(), expected, atol=2e-6, rtol=0)
 
 
-def test_decode_over_expanded_latents_gives_every_head_its_own_keys() -> None:
+def test_attention_of_lists_with_keys_for_every_head_equals_the_formula() -> None:
     torch.manual_seed(0)
-    q = torch.randn(2, 3, 1, 4)
-    keys = [torch.randn(3, n, 4) for n in (2, 5)]
-    values = [torch.randn(3, n, 6) for n in (2, 5)]
-    out = decode_attention(q, keys, values, Scoring(0.5))
-    for b in range(2):
-        scores = (keys[b] @ q[b, :, 0, :, None])[..., 0] * 0.5
-        expected = (scores.softmax(-1)[:, None] @ values[b])[:, 0]
-        torch.testing.assert_close(out[b, :, 0], expected, atol=1e-6, rtol=0)
+    q, k, v = torch.randn(2, 3, 1, 4), torch.randn(2, 3, 5, 4), torch.randn(2, 3, 5, 6)
+    out = masked_attention(q, k, v, torch.zeros(2, 1, 1, 5), Scoring(0.5))
+    expected = (q @ k.transpose(2, 3) * 0.5).softmax(-1) @ v
+    torch.testing.assert_close(out, expected, atol=1e-6, rtol=0)
 
 
 def test_shifted_decisions_govern_the_token_before() -> None:

@@ -5,7 +5,7 @@ import hypothesis.strategies as st
 import torch
 from hypothesis import given
 
-from modelopt_dms.kvcache.head_caches import PAGE, HeadCaches
+from modelopt_dms.kvcache.head_caches import GROWTH, SPREAD, STEP, HeadCaches
 
 KEY_DIM, VALUE_DIM = 2, 3
 ROW_BYTES = 4 * (KEY_DIM + VALUE_DIM)
@@ -18,9 +18,14 @@ def append(caches: HeadCaches, decisions: list[bool], batch: int = 1) -> None:
     caches.append(torch.randn(*shape, KEY_DIM), torch.randn(*shape, VALUE_DIM), evict, None)
 
 
+def rooms(caches: HeadCaches) -> dict[int, int]:
+    """Rows for which each list has room."""
+    return {i: x.keys.shape[1] for x in caches.buckets for i in x.lists.tolist()}
+
+
 def assert_counts_its_bytes(caches: HeadCaches) -> None:
-    buffers = sum(x.numel() * 4 for x in (*caches.keys, *caches.values))
-    overwritten = sum(len(undo.rows) for undo in caches._undo) * ROW_BYTES
+    buffers = sum(x.keys.nbytes + x.values.nbytes for x in caches.buckets)
+    overwritten = sum(len(undo.keys) for undo in caches._undo) * ROW_BYTES
     assert caches.usage.kv_bytes == buffers + overwritten
 
 
@@ -44,7 +49,7 @@ def test_length_and_memory_follow_the_formula_whatever_the_chunks(
     retained = marked[: max(0, T - window - 1)].count(False)
     assert caches.live.tolist() == [[retained + min(T, window + 1), T]]
     for i, live in enumerate(caches.live.flatten().tolist()):
-        assert len(caches.keys[i]) == len(caches.values[i]) <= live + live // 16 + PAGE
+        assert live <= rooms(caches)[i] <= (live + live // GROWTH + STEP) * (1 + SPREAD) + STEP
     assert caches.usage.dense_bytes == 2 * T * ROW_BYTES
     caches.crop(min(rollback, len(chunks[-1])))
     assert_counts_its_bytes(caches)
@@ -55,13 +60,24 @@ def test_memory_stops_growing_when_everything_is_evicted() -> None:
     for _ in range(200):
         append(caches, [True])
     assert caches.live.tolist() == [[16, 200]]
-    assert len(caches.keys[0]) == 16
+    assert rooms(caches)[0] == 16
+
+
+def test_lists_of_about_one_length_are_attended_to_at_once() -> None:
+    caches = HeadCaches(3, 0)
+    append(caches, [True, False] * 100, batch=3)
+    assert [x.lists.tolist() for x in caches.buckets] == [[0, 2, 4], [1, 3, 5]]
+    for bucket in caches.buckets:
+        for n, index in enumerate(bucket.lists.tolist()):
+            keys, values = caches.rows(index)
+            assert torch.equal(bucket.keys[n, bucket.bias[n] == 0], keys)
+            assert torch.equal(bucket.values[n, bucket.bias[n] == 0], values)
 
 
 def test_copied_sequences_do_not_share_memory() -> None:
     caches = HeadCaches(3, 0)
     append(caches, [True, False] * 5, batch=2)
     caches.select(torch.tensor([1, 1, 0, 1]))
-    starts = [x.data_ptr() for x in (*caches.keys, *caches.values)]
+    starts = [caches.rows(i)[0].data_ptr() for i in range(caches.lists)]
     assert len(set(starts)) == len(starts)
     assert_counts_its_bytes(caches)

@@ -139,8 +139,8 @@ def test_the_cache_holds_what_modelopts_quantizers_compute(
         k, v = given[id(layer)]
         if family not in LATENT:
             k, v = module.k_bmm_quantizer(k), module.v_bmm_quantizer(v)
-            assert layer.slots.keys[0].dtype == torch.uint8
-            assert layer.slots.keys[0].shape[-1] == k.shape[-1]
+            assert layer.slots.rows(0)[0].dtype == torch.uint8
+            assert layer.slots.rows(0)[0].shape[-1] == k.shape[-1]
         evict = record.hard[module.layer_idx]
         old = torch.arange(LENGTH) < LENGTH - WINDOW - 1
         for b in range(2):
@@ -457,7 +457,7 @@ def test_modelopts_own_presets_and_forward_loops_work(ids: Tensor) -> None:
     for model in (ours, theirs):
         logits, cache = feed(model, ids, [1] * LENGTH)
         assert distance(logits, model(ids, use_cache=False).logits) < FLIPS
-        assert cache.layers[0].slots.keys[0].dtype == torch.uint8
+        assert cache.layers[0].slots.rows(0)[0].dtype == torch.uint8
     # Settling moves ranges by rounding errors; a value on the border between two codes may then flip.
     difference = theirs(ids, use_cache=False).logits - ours(ids, use_cache=False).logits
     assert difference.abs().mean() < 1e-3

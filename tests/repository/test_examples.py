@@ -91,14 +91,14 @@ def test_the_benchmark_compares_caches_of_one_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bench = load("benchmarks/cpu.py")
-    monkeypatch.setattr(bench, "SHAPES", {"tiny": (2, 64, 4, 2, 16)})
-    arguments = "--tokens 512 --window 16 --steps 3 --warmup 1 --threads 1 --ratios 4"
+    monkeypatch.setattr(bench, "SHAPE", (2, 64, 4, 2, 16))
+    arguments = "--tokens 512 --batches 2 --distinct 512 --window 16 --steps 3 --threads 1 --ratios 4 --repeats 1"
     bench.main([*arguments.split(), "--output", str(tmp_path / "cpu.json")])
     found = json.loads((tmp_path / "cpu.json").read_text())
     dense, dms = found["rows"]
     assert (dense["cache"], dms["cache"]) == ("DynamicCache", "DMS, CR 4")
-    assert dense["kv_bytes"] == 2 * 2 * 2 * 16 * 4 * (512 + 4)
-    assert dms["compression_ratio"] == pytest.approx(4, rel=0.15)
+    assert dense["kv_bytes"] == 2 * 2 * 2 * 2 * 16 * 4 * (512 + 6)
+    assert dms["compression_ratio"] == pytest.approx(4, rel=0.3)
     assert {"cpu", "date", "torch", "commit"} <= found["machine"].keys()
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from modelopt_dms.exporters.onnx.nodes import call
-from modelopt_dms.kernels import Scoring
+from modelopt_dms.kernels import Scoring, hard_keep_logprob
 from modelopt_dms.kernels.append_reference import plan_pack
 from modelopt_dms.kernels.layout import PAGE, PageTables
 from modelopt_dms.kernels.prefill_reference import expiry, log2_bias
@@ -133,7 +133,7 @@ class GraphSlots(PagedHeadCaches):
         scored: dict[str, float],
     ) -> Tensor:
         form, state = self.form, self.tensors
-        assert step.evict is not None and step.log_keep is not None
+        assert step.evict is not None
         k, v = own
         K, T = k.shape[1:3]
         evict = step.evict.expand(-1, K, -1)
@@ -153,7 +153,7 @@ class GraphSlots(PagedHeadCaches):
                 "q": q,
                 "k": k,
                 "v": v,
-                "bias": log2_bias(step.log_keep.expand(-1, K, -1)),
+                "bias": log2_bias(hard_keep_logprob(step.evict, self.shift).expand(-1, K, -1)),
                 "starts": starts,
                 "first": lists.seen[:, 0],
                 "expiry": expiry(lists, length),

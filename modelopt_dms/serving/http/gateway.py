@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every request passes first: the key, the size of its body, and the end of its work when the client leaves."""
+
+import asyncio
+import hmac
+import json
+from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
+from contextvars import ContextVar
+from typing import Any
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Any, Receive, Send], Coroutine[Any, Any, None]]
+
+MOST_BYTES = 16 << 20
+# What a load balancer asks without a key.
+_OPEN = ("/health",)
+# What ends the work of the request that is handled.
+_ENDS: ContextVar[list[Callable[[], None]] | None] = ContextVar("ends", default=None)
+
+
+def when_gone(end: Callable[[], None]) -> None:
+    """Have something called once the request that is handled is over, answered or left by its client."""
+    ends = _ENDS.get()
+    if ends is not None:
+        ends.append(end)
+
+
+class Gateway:
+    """An ASGI application around another one."""
+
+    def __init__(self, app: App, api_key: str | None = None, most_bytes: int = MOST_BYTES) -> None:
+        self.app, self.api_key, self.most_bytes = app, api_key, most_bytes
+
+    async def __call__(self, scope: Any, receive: Receive, send: Send) -> None:
+        """Pass a request on, if it may pass."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        if not self._may_pass(scope):
+            await refuse(send, 401, "a valid key is needed: Authorization: Bearer KEY")
+            return
+        body = bytearray()
+        more = True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+            if len(body) > self.most_bytes:
+                await refuse(send, 413, f"a request may have {self.most_bytes} bytes")
+                return
+        await self._run(scope, bytes(body), receive, send)
+
+    async def _run(self, scope: Any, body: bytes, receive: Receive, send: Send) -> None:
+        """Run the application on a body until it is done or the client has left, which ends it."""
+        given = False
+        never = asyncio.Event()
+
+        async def replay() -> Message:
+            nonlocal given
+            if not given:
+                given = True
+                return {"type": "http.request", "body": body, "more_body": False}
+            await never.wait()
+            return {"type": "http.disconnect"}
+
+        ends: list[Callable[[], None]] = []
+        _ENDS.set(ends)
+        work = asyncio.create_task(self.app(scope, replay, send))
+        left = asyncio.create_task(_disconnected(receive))
+        try:
+            await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                work.cancel()
+                await asyncio.wait({work})
+                return
+        finally:
+            left.cancel()
+            work.cancel()
+            for end in ends:
+                end()
+        work.result()
+
+    def _may_pass(self, scope: Any) -> bool:
+        if self.api_key is None or scope["path"] in _OPEN:
+            return True
+        given = dict(scope["headers"]).get(b"authorization", b"")
+        return hmac.compare_digest(given, f"Bearer {self.api_key}".encode())
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def refuse(send: Send, status: int, message: str) -> None:
+    """Answer with an error as OpenAI's server writes it."""
+    content = json.dumps(error_body(status, message)).encode()
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(content)).encode()),
+    ]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": content})
+
+
+def error_body(status: int, message: str) -> dict[str, Any]:
+    """An error as OpenAI's server writes it."""
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"error": {"message": message, "type": kind, "code": status}}
