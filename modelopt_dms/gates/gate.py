@@ -4,15 +4,17 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from modelopt_dms.config.dms import DMSConfig
 from modelopt_dms.kernels.gating import Decided, GateInput, LinearGate
+
+if TYPE_CHECKING:  # importing it would import ModelOpt, which takes seconds
+    from modelopt_dms.config.dms import DMSConfig
 
 
 @dataclass
@@ -40,7 +42,9 @@ class EvictionGate(nn.Module):
         observer: told the queries, keys and values of the layer's next attention, and how they are scored; or None.
     """
 
-    def __init__(self, config: DMSConfig, layer_idx: int, kv_heads: int, hidden_size: int) -> None:
+    def __init__(
+        self, config: "DMSConfig", layer_idx: int, kv_heads: int, hidden_size: int
+    ) -> None:
         """Make a gate of `kv_heads` decisions a token that evicts nothing yet, for hidden states [.., hidden_size]."""
         super().__init__()
         self.layer_idx = layer_idx

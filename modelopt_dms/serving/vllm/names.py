@@ -1,0 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Names and numbers that several parts of the plug-in share. Imports nothing."""
+
+# Of vLLM. The hooks are young: `tests/helpers/vllm_surface.py` looks whether they are as expected.
+OLDEST, TOO_NEW = "0.32", "0.34"
+DENSE = "ModelOptDMSForCausalLM"
+MIXTURE = "ModelOptDMSMoEForCausalLM"
+# What a DMS directory's architecture is for vLLM, and our class for it.
+ARCHITECTURES = {DENSE: "DMSForCausalLM", MIXTURE: "DMSMoEForCausalLM"}
+ATTENTION = "modelopt_dms_vllm"  # transformers' attention function
+CONNECTOR = "DMSConnector"
+# Key of vLLM's --additional-config, and what may stand below it.
+OPTIONS = "modelopt_dms"
