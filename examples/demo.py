@@ -33,7 +33,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
 import modelopt_dms
-from modelopt_dms.checkpoints.base import load_base
+from modelopt_dms.checkpoints.base import computes_bfloat16, load_base
 from modelopt_dms.checkpoints.fetch import KNOWN, FetchError, fetch
 from modelopt_dms.config.output_dir import write_json
 from modelopt_dms.config.recipe import recipe_to_yaml
@@ -422,7 +422,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("demo_output"), help="where to write")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--dtype", choices=["bfloat16", "float32"], default="bfloat16", help=f"of {REAL}"
+        "--dtype",
+        choices=["bfloat16", "float32"],
+        help=f"of {REAL}; by default bfloat16, where the CPU computes it",
     )
     parser.add_argument(
         "--set",
@@ -441,7 +443,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.model == REAL and bring(REAL, console):
         plan = QUICK if args.quick else Plan()
         plan = replace(plan, changes=(*plan.changes, *args.set))
-        run(REAL, args.output, plan, args.seed, args.dtype, console)
+        dtype = args.dtype or ("bfloat16" if computes_bfloat16() else "float32")
+        run(REAL, args.output, plan, args.seed, dtype, console)
         return
     small = demo_embedded.QUICK if args.quick else demo_embedded.Plan()
     small = replace(small, changes=(*small.changes, *args.set))

@@ -150,3 +150,17 @@ def check_tokenizer(name: str | Path) -> None:
         raise ValueError(
             f"{place} holds no tokenizer (tokenizer.json or the like); copy those of the original model there"
         )
+
+
+def computes_bfloat16() -> bool:
+    """Whether this machine's CPU multiplies bfloat16 numbers by instructions: x86 without AVX-512 does not."""
+    import torch
+
+    return torch.backends.cpu.get_cpu_capability() != "AVX2"
+
+
+def slow_dtype(model: "PreTrainedModel") -> str | None:
+    """A line for who runs a bfloat16 model on a CPU that computes such numbers in software; None if all is well."""
+    if model.device.type != "cpu" or "bfloat16" not in str(model.dtype) or computes_bfloat16():
+        return None
+    return "this CPU has no instructions for bfloat16, which takes far longer than float32 here: --dtype float32"

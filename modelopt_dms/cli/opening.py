@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What commands start from: models, tokenizers and data, checked as far as names go. Prints nothing."""
+"""What commands start from: models, tokenizers and data, checked as far as names go. Prints warnings only."""
 
 import re
 import sys
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from modelopt_dms.checkpoints import base
 from modelopt_dms.checkpoints.formats import is_ours, read_json
 from modelopt_dms.checkpoints.gguf import AUTO_DTYPE, gguf_file, read_header
-from modelopt_dms.cli.options import Dtype
+from modelopt_dms.cli.options import Dtype, warn
 from modelopt_dms.config import distributed
 from modelopt_dms.config.progress import phase
 from modelopt_dms.data.inputs import Blend, Formatted, as_paths, parse_data
@@ -101,7 +101,9 @@ def load_base(
     with phase("load"):
         _hide_bars()
         _check_device(device)
-        return base.load_base(place, dtype=dtype.value, device_map=device, trust_remote_code=trust)
+        found = base.load_base(place, dtype=dtype.value, device_map=device, trust_remote_code=trust)
+    warn(base.slow_dtype(found[0]))
+    return found
 
 
 def check_temperature(value: float) -> None:
@@ -158,7 +160,9 @@ def load_any(
     if gguf_file(place) is not None:
         return load_base(place, dtype, device, trust)
     with phase("load"):
-        return _load_any(place, dtype, device, trust)
+        found = _load_any(place, dtype, device, trust)
+    warn(base.slow_dtype(found[0]))
+    return found
 
 
 def _load_any(

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import modelopt_dms as dms
-from modelopt_dms.checkpoints.base import check_model_place, load_tokenizer
+from modelopt_dms.checkpoints.base import check_model_place, load_tokenizer, slow_dtype
 from modelopt_dms.checkpoints.written import check_written
 from modelopt_dms.config.bundled import embedded_model_dir
 from modelopt_dms.config.output_dir import OutputError
@@ -607,3 +607,15 @@ def test_what_is_pushed_to_the_hub_is_complete_and_loads(
     check_written(hub.place, model)
     assert torch.equal(logits(dms.load(hub.place), ids), logits(model, ids))
     assert load_tokenizer(hub.place).get_vocab() == tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+def test_bfloat16_on_a_cpu_without_instructions_for_it_is_said(
+    monkeypatch: pytest.MonkeyPatch, capability: str
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    model = build("llama")
+    assert slow_dtype(model) is None
+    line = slow_dtype(model.bfloat16())
+    assert (line is None) == (capability == "AVX512")
+    assert line is None or "--dtype float32" in line
