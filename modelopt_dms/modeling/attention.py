@@ -107,6 +107,9 @@ def dms_attention(
                 f"{layer_name(module)} was run past its hooks, so nothing has decided about its tokens; call the "
                 "module, not its forward()"
             )
+        out = _packed(module, query, key, value, attention_mask, scoring)
+        if out is not None:
+            return out, None
         return _as_before(module, query, key, value, attention_mask, given)
     if step.used:
         raise AttentionError(f"{layer_name(module)} computes attention more than once a forward")
@@ -145,6 +148,26 @@ def _check_arguments(module: Any, dropout: float, kwargs: dict[str, Any]) -> Non
         raise AttentionError(
             f"{layer_name(module)} asks for attention that is not causal (is_causal=False), which DMS cannot evict from"
         )
+
+
+def _packed(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scoring: Scoring
+) -> Tensor | None:
+    """Attention [B, T, H, Dv] without eviction over packed documents, where a kernel computes it; else None.
+
+    For a mask SDPA would repeat keys and values for every query head, and read the mask T times T.
+    """
+    if mask is None or mask.dtype != torch.bool or k.shape[2] != q.shape[2]:
+        return None
+    if dispatch.choose("auto", q.device) != "triton":
+        return None
+    try:
+        dispatch.starts_of(mask, len(q))
+    except ValueError:  # another mask than the kernels take
+        return None
+    keeps = torch.zeros(len(q), k.shape[1], k.shape[2], device=q.device)
+    prompt = Prompt(q, k, v, keeps, module.dms_gate.window, mask)
+    return dispatch.prefill_attention(prompt, scoring).transpose(1, 2).contiguous()
 
 
 def _as_before(

@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from modelopt_dms.checkpoints.load import load
-from modelopt_dms.gates.gate import gates
+from modelopt_dms.gates.gate import eviction_off, gates
+from modelopt_dms.kernels import dispatch
 from modelopt_dms.kvcache.hf_cache import kv_stats
 from modelopt_dms.modeling.convert import UnsupportedModelError, dms_modules
 from modelopt_dms.modeling.dms_cache import DMSCache
@@ -416,3 +417,27 @@ def test_a_mask_of_the_new_tokens_alone_is_refused(llama: PreTrainedModel, value
     mask = torch.full((1, 5), value)
     with pytest.raises(MaskError, match="must cover the cached ones"):
         llama(tokens(1, 5), attention_mask=mask, past_key_values=cache_from(llama))
+
+
+def test_a_teacher_over_packed_documents_runs_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It repeats no keys, reads no mask of T x T, and is the plain model."""
+    ids, packed = tokens(2, 40), torch.ones(40, 40, dtype=torch.bool).tril()[None, None].clone()
+    packed[..., 16:, :16] = False
+    plain, model = build("qwen3"), build_dms("qwen3")
+    calls: list[torch.Size] = []
+    kernel = dispatch.library.prefill
+
+    def counted(q: Tensor, *arguments: Any) -> Any:
+        calls.append(q.shape)
+        return kernel(q, *arguments)
+
+    monkeypatch.setattr(dispatch, "choose", lambda impl, device: "triton")
+    monkeypatch.setattr(dispatch.library, "prefill", counted)
+    with torch.no_grad(), eviction_off(model):
+        found = model(ids, attention_mask=packed, use_cache=False).logits
+        assert len(calls) == len(dms_modules(model))
+        torch.testing.assert_close(
+            found, plain(ids, attention_mask=packed, use_cache=False).logits, rtol=0, atol=1e-5
+        )
+        model(ids, use_cache=False)  # causal: SDPA repeats nothing
+    assert len(calls) == len(dms_modules(model))
