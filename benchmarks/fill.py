@@ -73,7 +73,7 @@ def fill_dms(cache: Any, model: PreTrainedModel, batch: int, tokens: int, share:
             evict = torch.rand(*shape[:2], size, device=model.device) < share
             layer.expected = True
             layer.update(k[:, :, :size], v[:, :, :size])
-            layer.append(evict, None)
+            layer.append(layer.take_incoming(), evict, None)
 
 
 @torch.no_grad()

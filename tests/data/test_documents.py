@@ -161,7 +161,7 @@ def test_unreadable_lines_are_named(tokenizer, model, tmp_path):
 
 def test_damaged_files_are_named(tokenizer, model, tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1 not really")
-    (tmp_path / "b.txt").write_bytes(b"\xff\xfe\xfa")
+    (tmp_path / "b.txt").write_bytes(b"a\xff\xfe\xfa")
     for name in ("a.parquet", "b.txt"):
         with pytest.raises(DataError, match=f"{name} cannot be read"):
             ids_of(tmp_path / name, tokenizer, model)
