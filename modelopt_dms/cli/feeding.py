@@ -109,12 +109,12 @@ def traces(
     trust_remote_code: TrustOpt = False,
 ) -> None:
     """Have MODEL itself, with eviction off, continue prompts: data for a retrofit. Goes on if interrupted."""
-    place = check_model(model)
     check_device(device)
     check_temperature(temperature)
     check_traces_output(output)
     sampling = Sampling(max_new_tokens, temperature, top_p, batch_size, seed)
     given = open_files(prompts, "--prompts", prompts_format)
+    place = check_model(model)
     from modelopt_dms.data.documents import tokenize_prompts
     from modelopt_dms.training.traces import generate_traces
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from modelopt_dms.cli.options import out
-from modelopt_dms.config.output_dir import check_results_file, write_json
+from modelopt_dms.cli.options import JsonOpt, check_json, show
+from modelopt_dms.config.output_dir import check_results_file
 
 if TYPE_CHECKING:
     from modelopt_dms.serving.planner.capacity import Plan, PlanRow
@@ -42,9 +42,7 @@ def plan(
     memory_utilization: Annotated[
         float, typer.Option(help="Share of a GPU's memory for weights and KV caches.")
     ] = 0.9,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Also write all figures here.")
-    ] = None,
+    json_file: JsonOpt = None,
     picture: Annotated[
         Path | None, typer.Option(help="Also draw them: a .svg or .png file.")
     ] = None,
@@ -52,8 +50,7 @@ def plan(
     """Say how many sequences fit on GPUs and how fast they decode at best: a model, not a measurement."""
     from modelopt_dms.serving.planner.capacity import plan as make
 
-    if json_file is not None:
-        check_results_file(json_file)
+    check_json(json_file)
     if picture is not None:
         if picture.suffix not in (".svg", ".png"):
             raise ValueError(f"--picture {picture} must end in .svg or .png")
@@ -67,16 +64,10 @@ def plan(
         batch=batch,
         memory_utilization=memory_utilization,
     )
-    out.print(_table(found))
-    out.print(found.note, highlight=False, soft_wrap=True)
+    lines = [found.note]
     if any(x.variant.endswith("*") for x in found.rows):
-        out.print(
-            f"*: the number format in which {found.recipe} stores the KV cache",
-            highlight=False,
-            markup=False,
-        )
-    if json_file is not None:
-        write_json(json_file, found.as_dict())
+        lines.append(f"*: the number format in which {found.recipe} stores the KV cache")
+    show(found.as_dict(), json_file, _table(found), *lines)
     if picture is not None:
         from modelopt_dms.serving.planner.picture import draw
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from modelopt_dms.cli.interrupting import when_interrupted
 from modelopt_dms.cli.opening import (
     check_device,
     check_model,
@@ -15,6 +16,7 @@ from modelopt_dms.cli.opening import (
     set_ratio,
 )
 from modelopt_dms.cli.options import (
+    STDOUT,
     DataOpt,
     DeviceOpt,
     DirArg,
@@ -92,6 +94,8 @@ def evaluate(
     check_device(device)
     given = open_files(data or [], "--data", data_format)
     if json_file is not None:
+        if json_file == STDOUT:
+            raise ValueError("--json -: rows are kept in a file while the run lasts; name one")
         check_results_file(json_file)
     from modelopt_dms.evaluation.resume import RowStore
     from modelopt_dms.evaluation.run import Asked, fidelity_units, file_units, task_units
@@ -102,6 +106,7 @@ def evaluate(
         json_file,
         settings | {"cr": cr, "dtype": dtype.value, "seed": seed, "count": count},
     )
+    when_interrupted(store.how_to_go_on)
     network, tokenizer = load_any(place, dtype, device, trust_remote_code)
     set_ratio(network, cr)
     asked = Asked(network.eval(), tokenizer, sizes, count, seed)

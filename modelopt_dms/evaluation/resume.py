@@ -54,6 +54,12 @@ class RowStore:
             )
         self.rows = {_key(row): row for row in rows}
 
+    def how_to_go_on(self) -> str:
+        """What an interrupted run leaves, in words."""
+        if self.partial is None or not self.rows:
+            return "nothing was written"
+        return f"{len(self.rows)} results are in {self.partial}; the same command goes on"
+
     def has(self, key: Row) -> bool:
         """Whether the row about a key is there."""
         return _key(key) in self.rows

@@ -188,7 +188,14 @@ def test_metrics_show_the_cache_of_the_running_request(served: Served) -> None:
         ({"n": 2}, "n=2 is not supported; accepted: 1"),
         ({"logprobs": True}, "logprobs=True is not supported"),
         ({"response_format": {"type": "json_object"}}, "response_format="),
-        ({"max_tokens": 0}, "max_tokens=0 must be at least 1"),
+        ({"max_tokens": 0}, "max_tokens=0 must be a whole number from 1 on"),
+        ({"max_tokens": 2.7}, "max_tokens=2.7 must be a whole number"),
+        ({"top_p": 5}, "top_p=5 must be a number above 0 and up to 1"),
+        ({"temperature": -1}, "temperature=-1 must be a number from 0"),
+        ({"frequency_penalty": -1}, "frequency_penalty=-1 must be a number above -1"),
+        ({"stop": 7}, "stop=7 must be a string or a list of strings"),
+        ({"logit_bias": {"x": 1}}, "logit_bias={'x': 1} must be an object of token ids"),
+        ({"logit_bias": {"999999": 1}}, "logit_bias: the model has no token 999999"),
         ({"messages": []}, "messages must be a list of at least one message"),
         ({"messages": [{"content": "x"}]}, "every message needs a role"),
         (
@@ -209,6 +216,18 @@ def test_what_cannot_be_answered_is_refused_by_name(
         served.client.chat.completions.create(**{**words, **fields})
     assert refused.value.status_code in (400, 404)
     assert message in str(refused.value.body["message"])
+
+
+def test_a_bias_moves_chats_and_completions_alike(served: Served) -> None:
+    forced = {"logit_bias": {"77": 100}, "max_tokens": 3, "temperature": 0}
+    text = served.manager.tokenizer.decode([77] * 3)
+    said = served.client.chat.completions.create(
+        model=NAME, messages=[{"role": "user", "content": "x"}], **forced
+    )
+    assert said.choices[0].message.content == text
+    assert (
+        served.client.completions.create(model=NAME, prompt="x", **forced).choices[0].text == text
+    )
 
 
 def test_an_answer_ends_where_the_model_does(served: Served) -> None:

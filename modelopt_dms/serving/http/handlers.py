@@ -2,7 +2,8 @@
 """transformers' handlers of chats and completions, with one model, and without the fields that they would ignore."""
 
 import json
-from collections.abc import AsyncIterator
+import math
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from fastapi import HTTPException
@@ -30,6 +31,18 @@ _IGNORED: dict[str, tuple[Any, ...]] = {
     "functions": (),
     "function_call": (),
     "echo": (False,),
+}
+# What a field must be, in words and as a check; a value that is no such thing would be read as another, or fail late.
+_WANTED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "temperature": ("a number from 0 to 100", lambda x: _number(x) and 0 <= x <= 100),
+    "top_p": ("a number above 0 and up to 1", lambda x: _number(x) and 0 < x <= 1),
+    "frequency_penalty": ("a number above -1", lambda x: _number(x) and x > -1),
+    "max_tokens": ("a whole number from 1 on", lambda x: _whole(x) and x >= 1),
+    "max_completion_tokens": ("a whole number from 1 on", lambda x: _whole(x) and x >= 1),
+    "seed": ("a whole number", lambda x: _whole(x)),
+    "stream": ("true or false", lambda x: isinstance(x, bool)),
+    "stop": ("a string or a list of strings", lambda x: _strings(x)),
+    "logit_bias": ("an object of token ids and numbers", lambda x: _biases(x)),
 }
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 
@@ -70,6 +83,14 @@ class _OneModel:
 
     def _validate_request(self, body: dict[str, Any]) -> None:
         super()._validate_request(body)  # type: ignore[misc]
+        for field, (words, fits) in _WANTED.items():
+            if (given := body.get(field)) is not None and not fits(given):
+                raise HTTPException(400, f"{field}={given!r:.100} must be {words}")
+        size = self.model_manager.manager.model.get_input_embeddings().num_embeddings
+        if unknown := [x for x in body.get("logit_bias") or {} if int(x) >= size]:
+            raise HTTPException(
+                400, f"logit_bias: the model has no token {unknown[0]}, only {size}"
+            )
         for field, accepted in _IGNORED.items():
             if (given := body.get(field)) is not None and given not in accepted:
                 words = f"; accepted: {', '.join(map(repr, accepted))}" if accepted else ""
@@ -80,10 +101,14 @@ class _OneModel:
     ) -> GenerationConfig:
         # Seeds are set where a request runs, not while another one does.
         seed = body.pop("seed", None)
+        # transformers reads biases of chats only, and refuses whole numbers.
+        biases = body.pop("logit_bias", None)
         config: GenerationConfig = super()._build_generation_config(  # type: ignore[misc]
             body, model_generation_config, use_cb=use_cb
         )
-        config.request_seed = None if seed is None else int(seed)
+        config.request_seed = seed
+        if biases:
+            config.sequence_bias = {(int(x),): float(bias) for x, bias in biases.items()}
         temperature, top_p = body.get("temperature"), body.get("top_p")
         # transformers leaves sampling off where the model's own settings do not sample.
         if (temperature or 0) > 0 or (temperature is None and top_p is not None):
@@ -102,6 +127,9 @@ class Chats(_OneModel, ChatCompletionHandler):
             raise HTTPException(400, "messages must be a list of at least one message")
         for message in messages:
             _check_message(message)
+        template = str(self.model_manager.manager.tokenizer.chat_template)
+        if body.get("tools") and "tools" not in template:
+            raise HTTPException(400, "tools: the model's chat template does not render them")
 
     @staticmethod
     def get_processor_inputs_from_messages(messages: list[dict], modality: Modality) -> list[dict]:
@@ -116,6 +144,22 @@ class Chats(_OneModel, ChatCompletionHandler):
 
 class Completions(_OneModel, CompletionHandler):
     """`/v1/completions`."""
+
+
+def _number(x: Any) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+
+
+def _whole(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool)
+
+
+def _strings(x: Any) -> bool:
+    return isinstance(x, str) or (isinstance(x, list) and all(isinstance(y, str) for y in x))
+
+
+def _biases(x: Any) -> bool:
+    return isinstance(x, dict) and all(str(y).isdecimal() and _number(z) for y, z in x.items())
 
 
 async def _as_openai(chunks: AsyncIterator[Any]) -> AsyncIterator[str]:
