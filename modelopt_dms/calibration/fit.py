@@ -16,7 +16,8 @@ from modelopt_dms.calibration.statistics import Regression
 from modelopt_dms.config.calibrate import CalibrateConfig
 from modelopt_dms.data.packing import Samples
 from modelopt_dms.gates.gate import EvictionGate, eviction_off
-from modelopt_dms.kernels import ResidualStream, output_change, shift_decisions
+from modelopt_dms.kernels.importance import ResidualStream, output_change
+from modelopt_dms.kernels.reference import shift_decisions
 from modelopt_dms.modeling.convert import dms_modules
 from modelopt_dms.modeling.lm_head import input_device
 

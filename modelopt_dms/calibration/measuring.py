@@ -17,7 +17,7 @@ from modelopt_dms.config.compression_ratio import physical_cr, target_evicted_fr
 from modelopt_dms.data.packing import Samples
 from modelopt_dms.gates.gate import eviction_off, gates, record_alpha
 from modelopt_dms.gates.thresholds import Curve, CurvePoint, move_thresholds, thresholds_of
-from modelopt_dms.kernels import shift_decisions
+from modelopt_dms.kernels.reference import shift_decisions
 from modelopt_dms.modeling.convert import dms_modules
 from modelopt_dms.modeling.divergence import kl_divergence
 from modelopt_dms.modeling.lm_head import input_device, last_hidden, output_head

@@ -22,7 +22,9 @@ from modelopt_dms.cli.options import (
     Dtype,
     DtypeOpt,
     JsonOpt,
+    NewTokensOpt,
     RatioOpt,
+    RawOpt,
     SeedOpt,
     TemperatureOpt,
     TrustOpt,
@@ -30,7 +32,6 @@ from modelopt_dms.cli.options import (
     show,
     warn,
 )
-from modelopt_dms.config.section import LONGEST
 
 if TYPE_CHECKING:
     from modelopt_dms.cli.talking import Talk
@@ -47,15 +48,8 @@ def generate(
             "what the KV cache holds.",
         ),
     ] = None,
-    raw: Annotated[
-        bool,
-        typer.Option(
-            "--raw", help="Continue the prompt as it is, without the tokenizer's chat template."
-        ),
-    ] = False,
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, max=LONGEST, help="Tokens to generate.")
-    ] = 128,
+    raw: RawOpt = False,
+    max_new_tokens: NewTokensOpt = 128,
     temperature: TemperatureOpt = 0.0,
     seed: SeedOpt = 0,
     stats: Annotated[

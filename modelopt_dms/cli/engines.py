@@ -14,6 +14,8 @@ from modelopt_dms.cli.opening import check_temperature
 from modelopt_dms.cli.options import (
     STDOUT,
     JsonOpt,
+    NewTokensOpt,
+    RawOpt,
     SeedOpt,
     TemperatureOpt,
     check_json,
@@ -21,7 +23,6 @@ from modelopt_dms.cli.options import (
     out,
     show,
 )
-from modelopt_dms.config.section import LONGEST
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -95,15 +96,8 @@ def run(
     prompt: Annotated[
         str, typer.Option("--prompt", "-p", help="Text to continue; '-' reads standard input.")
     ],
-    raw: Annotated[
-        bool,
-        typer.Option(
-            "--raw", help="Continue the prompt as it is, without the tokenizer's chat template."
-        ),
-    ] = False,
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, max=LONGEST, help="Tokens to generate.")
-    ] = 128,
+    raw: RawOpt = False,
+    max_new_tokens: NewTokensOpt = 128,
     temperature: TemperatureOpt = 0.0,
     top_p: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Draw from the most probable tokens only.")

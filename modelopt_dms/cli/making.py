@@ -92,19 +92,19 @@ def compress(
     target = output or Path(f"{Path(model).name.removesuffix('.gguf')}-{Path(name).stem}")
     check_output(target, (CALIBRATION_DIR, RETROFIT_DIR))
     with in_use(target):
-        check_device(device)
+        pass  # it is taken when the work begins; whoever has it now is named at once
+    check_device(device)
     check_json(json_file)
     if sections.export is not None:
         check_format(sections.export.format, {})
         check_number_format(sections.export.format, stored_dtype(place, dtype))
     given = open_data(data, data_format)
-    if distributed.is_main():
-        lines = _plan(model, name, sections, target)
-        if recipe is None:
-            lines += _other_recipes(name)
-        if not given and model != EMBEDDED and (sections.calibrate or sections.retrofit):
-            lines.append("no --data: it is fitted to the built-in mix of chats, prose and code")
-        for line in lines if json_file != STDOUT else ():
+    if distributed.is_main() and json_file != STDOUT:
+        for line in (
+            *_plan(model, name, sections, target),
+            *(_other_recipes(name) if recipe is None else ()),
+            *_without_data(model, sections, bool(given)),
+        ):
             say(line)
     when_interrupted(lambda: _how_to_go_on(target, resume))
     with phase("start"):
@@ -130,10 +130,10 @@ def compress(
         lines = [f"saved to {target}", *_results(network, stages)]
         show({"output": str(target), "recipe": name, "stages": stages}, json_file, *lines)
         _warn_of(network, stages)
-        if report and stages and chosen.dms is not None and distributed.count() == 1:
-            written = report_after_compress(network, tokenizer, target)
-            if written is not None and json_file != STDOUT:
-                say(written)
+        wanted = report and stages and chosen.dms is not None and distributed.count() == 1
+        written = report_after_compress(network, tokenizer, target) if wanted else None
+        if written is not None and json_file != STDOUT:
+            say(written)
 
 
 def _default_recipe(place: str) -> str:
@@ -177,6 +177,13 @@ def _plan(model: str, name: str, sections: "Sections", target: Path) -> list[str
         f"  {number}. {step}" for number, step in enumerate([*steps, f"save to {target}"], 1)
     ]
     return [f"{model} by {name}: {sections.metadata.description}", *numbered]
+
+
+def _without_data(model: str, sections: "Sections", given: bool) -> list[str]:
+    """What a model is fitted to that came without data."""
+    if given or model == EMBEDDED or not (sections.calibrate or sections.retrofit):
+        return []
+    return ["no --data: it is fitted to the built-in mix of chats, prose and code"]
 
 
 def _how_to_go_on(target: Path, resume: bool) -> str:

@@ -13,7 +13,7 @@ from rich.markup import escape
 from modelopt_dms.checkpoints.base import EMBEDDED
 from modelopt_dms.checkpoints.fetch import KNOWN
 from modelopt_dms.config.output_dir import check_results_file, write_json
-from modelopt_dms.config.section import LARGEST_INTEGER
+from modelopt_dms.config.section import LARGEST_INTEGER, LONGEST
 from modelopt_dms.data.formats import FORMATS
 
 # As a file for results.
@@ -97,6 +97,13 @@ ChangesOpt = Annotated[
     list[str] | None,
     typer.Option("--set", help="Change the recipe, e.g. dms.window=512; may be repeated."),
 ]
+RawOpt = Annotated[
+    bool,
+    typer.Option(
+        "--raw", help="Continue the prompt as it is, without the tokenizer's chat template."
+    ),
+]
+NewTokensOpt = Annotated[int, typer.Option(min=1, max=LONGEST, help="Tokens to generate.")]
 JsonOpt = Annotated[
     Path | None,
     typer.Option("--json", help="Write the figures here as JSON; '-' prints them, and no table."),

@@ -19,11 +19,11 @@ from modelopt_dms.cli.options import (
     err,
     warn,
 )
+from modelopt_dms.kvcache.limit import check_limit, limit_in_bytes
 from modelopt_dms.serving.http.listening import ServeError, is_loopback, listen
 
 KEY = "MODELOPT_DMS_API_KEY"
 _NEEDED = ("fastapi", "uvicorn", "openai", "prometheus_client")
-_UNITS = {"k": 10, "m": 20, "g": 30}
 
 
 class OnFullChoice(str, Enum):
@@ -46,7 +46,8 @@ def serve(
     max_cache_bytes: Annotated[
         str | None,
         typer.Option(
-            help="Most bytes of a request's KV cache: 2000000000, 512M, 8G (powers of 1024). [default: no limit]"
+            help="Most bytes of a request's KV cache: 2000000000, 512M, 8GiB, or 80% of the memory that is free once "
+            "the model is loaded. [default: no limit]"
         ),
     ] = None,
     on_full: Annotated[
@@ -77,8 +78,9 @@ def serve(
         raise ServeError(
             f"{', '.join(missing)} not installed; run: pip install 'modelopt-dms[serve]'"
         )
-    limit = None if max_cache_bytes is None else _bytes(max_cache_bytes)
-    if limit is None and on_full is OnFullChoice.evict:
+    if max_cache_bytes is not None:
+        check_limit(max_cache_bytes, "--max-cache-bytes ")
+    elif on_full is OnFullChoice.evict:
         raise ServeError("--on-full evict needs --max-cache-bytes: without it the cache grows")
     place = check_model(model)
     listening = listen(host, port)
@@ -92,6 +94,7 @@ def serve(
     from modelopt_dms.serving.http.server import Options
     from modelopt_dms.serving.http.server import serve as run
 
+    limit = None if max_cache_bytes is None else limit_in_bytes(max_cache_bytes, network.device)
     options = Options(name or str(model), Limits(limit, on_full.value, max_waiting), key, grace)
     if not tokenizer.chat_template:
         warn("this model has no chat template: only /v1/completions will work")
@@ -106,14 +109,3 @@ def serve(
         on_ready=lambda: err.print(line, highlight=False, markup=False, soft_wrap=True),
     )
     err.print("stopped" if ended else "stopped; a request did not end in time", highlight=False)
-
-
-def _bytes(text: str) -> int:
-    """A number of bytes, with or without a unit."""
-    shift = _UNITS.get(text[-1:].lower(), 0)
-    digits = text[:-1] if shift else text
-    if not digits.isdigit() or not int(digits):
-        raise ServeError(
-            f"--max-cache-bytes {text!r} must be a number of bytes, for example 2000000000, 512M or 8G"
-        )
-    return int(digits) << shift

@@ -37,13 +37,7 @@ def check_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Sections:
     path = recipe_path(source)
     raw = read_raw(path)
     imports = raw.pop("imports", None) or {}
-    data = dict(_merged(raw, imports, path, 0))
-    for name, section in data.items():
-        if name != "quantize" and isinstance(section, dict):
-            data[name] = _merged(section, imports, path, 0)
-    if isinstance(data.get("quantize"), dict):
-        # What it imports is ModelOpt's.
-        data["quantize"] = {k: v for k, v in data["quantize"].items() if k != "$import"}
+    data = _filled(raw, imports, path, 0)
     apply_changes(data, overrides)
     check_keys(data, Sections, "", str(path))
     try:
@@ -59,24 +53,42 @@ def to_yaml(sections: Sections) -> str:
     return yaml.safe_dump(sections.model_dump(exclude_none=True), sort_keys=False)
 
 
-def _merged(
-    section: Mapping[str, Any], imports: Mapping[str, Any], recipe: Path, depth: int
-) -> dict[str, Any]:
-    """A section with what it imports, over which its own keys go: what ModelOpt's loader makes of it."""
-    if "$import" not in section:
-        return dict(section)
-    names = section["$import"]
+def _filled(value: Any, imports: Mapping[str, Any], recipe: Path, depth: int) -> Any:
+    """A value with what it imports, over which a mapping's own keys go: what ModelOpt's loader makes of it."""
+    if isinstance(value, list):
+        return [x for entry in value for x in _entries(entry, imports, recipe, depth)]
+    if not isinstance(value, dict):
+        return value
+    names = value.get("$import", [])
     found: dict[str, Any] = {}
     for name in names if isinstance(names, list) else [names]:
-        if name not in imports:
-            raise RecipeError(
-                f"{recipe}: $import={name!r} does not stand under imports, which has: {', '.join(imports) or 'nothing'}"
-            )
-        found |= _unit(imports[name], recipe, depth + 1)
-    return found | {k: v for k, v in section.items() if k != "$import"}
+        unit = _imported(name, imports, recipe, depth)
+        if not isinstance(unit, dict):
+            raise RecipeError(f"{recipe}: $import={name!r} must name a unit that is a mapping here")
+        found |= unit
+    own = {k: _filled(v, imports, recipe, depth) for k, v in value.items() if k != "$import"}
+    return found | own
 
 
-def _unit(name: str, recipe: Path, depth: int) -> dict[str, Any]:
+def _entries(entry: Any, imports: Mapping[str, Any], recipe: Path, depth: int) -> list[Any]:
+    """An entry of a list, or what a bare import of one unit puts in its place."""
+    if isinstance(entry, dict) and list(entry) == ["$import"]:
+        names = entry["$import"]
+        if isinstance(names, str):
+            unit = _imported(names, imports, recipe, depth)
+            return unit if isinstance(unit, list) else [unit]
+    return [_filled(entry, imports, recipe, depth)]
+
+
+def _imported(name: str, imports: Mapping[str, Any], recipe: Path, depth: int) -> Any:
+    if name not in imports:
+        raise RecipeError(
+            f"{recipe}: $import={name!r} does not stand under imports, which has: {', '.join(imports) or 'nothing'}"
+        )
+    return _unit(imports[name], recipe, depth + 1)
+
+
+def _unit(name: str, recipe: Path, depth: int) -> Any:
     path = Path(name)
     if not path.is_file():
         path = modelopt_recipes_dir() / (
@@ -85,12 +97,14 @@ def _unit(name: str, recipe: Path, depth: int) -> dict[str, Any]:
     if not path.is_file() or depth > _DEEPEST:
         reason = "imports itself" if path.is_file() else "cannot be found"
         raise RecipeError(f"{recipe}: unit {name} {reason}")
-    documents = [x for x in read_unit(path, recipe) if isinstance(x, dict)]
-    merged = {k: v for x in documents for k, v in x.items()}
+    documents = read_unit(path, recipe)
+    merged = {k: v for x in documents if isinstance(x, dict) for k, v in x.items()}
     imports = merged.pop("imports", None) or {}
     if not isinstance(imports, dict) or not all(isinstance(x, str) for x in imports.values()):
         raise RecipeError(f"{recipe}: imports of unit {path} must be a mapping from names to units")
-    return _merged(merged, imports, recipe, depth)
+    # A list has no place for imports: they stand in a document before it.
+    body = documents[-1] if documents and isinstance(documents[-1], list) else merged
+    return _filled(body, imports, recipe, depth)
 
 
 def read_raw(path: Path) -> dict[str, Any]:

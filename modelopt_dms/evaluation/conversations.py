@@ -10,7 +10,6 @@ What follows a question is judged as `evaluation.score.score_task` does it: exac
 from __future__ import annotations
 
 import random
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -18,7 +17,7 @@ from modelopt_dms.data.records import Chat
 from modelopt_dms.data.template import Template
 from modelopt_dms.evaluation.names import CHATS
 from modelopt_dms.evaluation.prose import reference_sentences
-from modelopt_dms.evaluation.ruler import KEYS, encode_turns
+from modelopt_dms.evaluation.ruler import KEYS, encode_turns, encoder, largest_that_fits, prose_from
 from modelopt_dms.evaluation.tasks import Episode, Question
 
 if TYPE_CHECKING:
@@ -69,12 +68,9 @@ def _episode(
     sentences: Sequence[str],
     rng: random.Random,
 ) -> Episode:
-    start = rng.randrange(len(sentences))
-    prose = [sentences[(start + i) % len(sentences)] for i in range(length)]
+    prose = prose_from(sentences, length, rng)
     told, pairs = (_system if kind == "system" else _turns)(rng, prose)
-
-    def encode(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    encode = encoder(tokenizer)
 
     def parts(size: int) -> list[str]:
         return _render(tokenizer, told(size), pairs)
@@ -83,9 +79,7 @@ def _episode(
         context, asked, *_ = parts(size)
         return len(encode(context)) + len(encode(asked))
 
-    size = bisect_right(range(length), length, key=used) - 1
-    if size < 0:
-        raise ValueError(f"length={length} has no room for a {kind} conversation of {used(0)} tokens")  # fmt: skip
+    size = largest_that_fits(length, used, f"{kind} conversation")
     context, *turns = parts(size)
     ids = list(encode_turns(encode, turns))
     questions = [Question(*x) for x in zip(ids[::2], ids[1::2], strict=True)]

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from modelopt_dms.gates.gate import eviction_off, gates, record_alpha
-from modelopt_dms.kernels import shift_decisions
+from modelopt_dms.kernels.reference import shift_decisions
 from modelopt_dms.modeling.divergence import token_kl
 from modelopt_dms.modeling.lm_head import input_device, last_hidden, output_head
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from modelopt_dms.evaluation.answer_lengths import AnswerLengths
 from modelopt_dms.gates.gate import AlphaRecord, eviction_off, gates, record_alpha
 from modelopt_dms.gates.thresholds import set_compression
-from modelopt_dms.kernels import shift_decisions
+from modelopt_dms.kernels.reference import shift_decisions
 from modelopt_dms.kvcache.hf_cache import DMSLayer, KVStats, cache_of, kv_stats
 from modelopt_dms.modeling.convert import is_converted
 

@@ -77,16 +77,13 @@ def _prompt(
     sentences: Sequence[str],
     rng: random.Random,
 ) -> Episode:
-    def encode(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
+    encode = encoder(tokenizer)
     head, tail = chat_frame(tokenizer)
     make = _tracking if family == "tracking" else _needles
     intro, facts, question, turns = make(family, rng)
     asked, *rest = encode_turns(encode, [f"\n{question}{tail}{turns[0]}", *turns[1:]])
     depths = sorted(rng.random() for _ in facts)
-    start = rng.randrange(len(sentences))
-    prose = [sentences[(start + i) % len(sentences)] for i in range(length)]
+    prose = prose_from(sentences, length, rng)
 
     def context(number: int) -> list[int]:
         text = prose[:number]
@@ -97,12 +94,33 @@ def _prompt(
     def used(number: int) -> int:
         return len(context(number)) + len(asked)
 
-    number = bisect_right(range(length), length, key=used) - 1
-    if number < 0:
-        raise ValueError(f"length={length} has no room for a {family} prompt of {used(0)} tokens")
+    number = largest_that_fits(length, used, f"{family} prompt")
     ids = [asked, *rest]
     pairs = zip(ids[::2], ids[1::2], strict=True)
     return Episode(family, context(number), [Question(*pair) for pair in pairs])
+
+
+def encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:
+    """Token ids of a text, without special tokens."""
+    return lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def prose_from(sentences: Sequence[str], count: int, rng: random.Random) -> list[str]:
+    """So many sentences from a random one on, again from the first after the last."""
+    start = rng.randrange(len(sentences))
+    return [sentences[(start + i) % len(sentences)] for i in range(count)]
+
+
+def largest_that_fits(length: int, used: Callable[[int], int], what: str) -> int:
+    """The largest size, below `length`, of which no more than `length` tokens are used.
+
+    Raises:
+        ValueError: not even size 0 fits.
+    """
+    size = bisect_right(range(length), length, key=used) - 1
+    if size < 0:
+        raise ValueError(f"length={length} has no room for a {what} of {used(0)} tokens")
+    return size
 
 
 def chat_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:

@@ -18,14 +18,13 @@ from __future__ import annotations
 
 import random
 import string
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from modelopt_dms.evaluation.names import RULER_OPEN
 from modelopt_dms.evaluation.prose import reference_sentences
-from modelopt_dms.evaluation.ruler import KEYS, chat_frame
+from modelopt_dms.evaluation.ruler import KEYS, chat_frame, encoder, largest_that_fits, prose_from
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -114,21 +113,15 @@ def _prompt(
     sentences: Sequence[str],
     rng: random.Random,
 ) -> OpenPrompt:
-    def encode(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    start = rng.randrange(len(sentences))
-    prose = [sentences[(start + i) % len(sentences)] for i in range(length)]
-    draft = _MAKE[family](rng, prose, length)
+    encode = encoder(tokenizer)
+    draft = _MAKE[family](rng, prose_from(sentences, length, rng), length)
     head, tail = chat_frame(tokenizer)
     asked = encode(f"\n{draft.question}{tail}{draft.begun}")
 
     def used(size: int) -> int:
         return len(encode(head + draft.context(size))) + len(asked)
 
-    size = bisect_right(range(length), length, key=used) - 1
-    if size < 0:
-        raise ValueError(f"length={length} has no room for a {family} prompt of {used(0)} tokens")
+    size = largest_that_fits(length, used, f"{family} prompt")
     context = encode(head + draft.context(size))
     return OpenPrompt(family, context, asked, draft.wanted, ANSWER_TOKENS[family])
 

@@ -19,8 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from modelopt_dms.kernels import shift_decisions
 from modelopt_dms.kernels.layout import ring_positions
+from modelopt_dms.kernels.reference import shift_decisions
 from modelopt_dms.kernels.rollback import ROLLBACK, one_by_one
 from modelopt_dms.kvcache.layer_cache import check_recoverable, check_slots
 from modelopt_dms.kvcache.usage import Usage

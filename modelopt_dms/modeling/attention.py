@@ -12,11 +12,8 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 from modelopt_dms.gates import handover
-from modelopt_dms.kernels import (
-    Prompt,
-    Scoring,
-    dispatch,
-)
+from modelopt_dms.kernels import dispatch
+from modelopt_dms.kernels.reference import Prompt, Scoring
 from modelopt_dms.kvcache.hf_cache import LayerStep
 from modelopt_dms.kvcache.paged_head_caches import PagedHeadCaches
 from modelopt_dms.modeling.list_attention import attend_lists

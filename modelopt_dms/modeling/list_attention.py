@@ -11,8 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modelopt_dms.kernels import Prompt, Scoring, hard_keep_logprob, masked_attention
-from modelopt_dms.kernels.reference import delay_bias
+from modelopt_dms.kernels.reference import (
+    Prompt,
+    Scoring,
+    delay_bias,
+    hard_keep_logprob,
+    masked_attention,
+)
 from modelopt_dms.kvcache.head_caches import Bucket, HeadCaches
 from modelopt_dms.kvcache.hf_cache import DMSLayer, LayerStep
 from modelopt_dms.modeling.masks import only_padding
@@ -55,7 +60,8 @@ def attend_lists(
         layer.append(incoming, evict, None)
         return _decode(module, layer, q, scoring)
     prompt = Prompt(q, k, v, hard_keep_logprob(evict, slots.shift), slots.window, mask)
-    size = T if mask is not None and not only_padding(mask) else -(-T // -(-T // CHUNK))
+    whole = T <= CHUNK or (mask is not None and not only_padding(mask))
+    size = T if whole else -(-T // -(-T // CHUNK))
     outs = []
     for start in range(0, T, size):
         part = slice(start, start + size)

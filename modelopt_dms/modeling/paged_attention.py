@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modelopt_dms.kernels import (
+from modelopt_dms.kernels import dispatch
+from modelopt_dms.kernels.prefill_reference import Chunk
+from modelopt_dms.kernels.reference import (
     Prompt,
     Scoring,
-    dispatch,
     hard_keep_logprob,
     merge_partials,
     partial_attention,
@@ -21,7 +22,6 @@ from modelopt_dms.kernels import (
     shift_decisions,
     with_sinks,
 )
-from modelopt_dms.kernels.prefill_reference import Chunk
 from modelopt_dms.kvcache.hf_cache import LayerStep
 from modelopt_dms.kvcache.paged_head_caches import PagedHeadCaches
 

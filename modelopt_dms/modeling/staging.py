@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 
 from modelopt_dms.gates import handover
 from modelopt_dms.gates.gate import EvictionGate, hidden_input
-from modelopt_dms.kernels import hard_keep_logprob, shift_decisions
+from modelopt_dms.kernels.reference import hard_keep_logprob, shift_decisions
 from modelopt_dms.kernels.rollback import LONGEST_DRAFT
 from modelopt_dms.kvcache.hf_cache import DMSLayer, LayerStep, adopt
 from modelopt_dms.kvcache.kv_format import kv_formats

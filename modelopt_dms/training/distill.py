@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from modelopt_dms.config.retrofit import RetrofitConfig
 from modelopt_dms.gates.gate import eviction_off, gate_parameters, record_alpha, set_relaxation
-from modelopt_dms.kernels import shift_decisions
+from modelopt_dms.kernels.reference import shift_decisions
 from modelopt_dms.modeling.convert import dms_modules
 from modelopt_dms.modeling.divergence import kl_divergence
 from modelopt_dms.modeling.lm_head import input_device, last_hidden, output_head

@@ -58,7 +58,7 @@ def check_sharding(model: PreTrainedModel) -> None:
     """
     if "WORLD_SIZE" not in os.environ:
         raise ShardingError(
-            "retrofit.sharding='fsdp2' needs a launcher: torchrun --nproc-per-node=<GPUs> -m modelopt_dms.cli ..., or "
+            "retrofit.sharding='fsdp2' needs a launcher: torchrun --nproc-per-node=<GPUs> -m modelopt_dms ..., or "
             "accelerate launch; one process alone takes retrofit.sharding='none'"
         )
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":

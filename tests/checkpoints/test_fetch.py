@@ -8,8 +8,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from command_line import run
 
-from modelopt_dms import cli
 from modelopt_dms.checkpoints import base, fetch
 from modelopt_dms.checkpoints.fetch import FetchError, KnownModel, cache_dir, fetched
 
@@ -122,13 +122,6 @@ def test_a_directory_of_that_name_comes_first(toy, tmp_path, monkeypatch):
     assert base.locate("toy") == str(cache_dir() / "toy" / "toy.gguf")
     (tmp_path / "toy").mkdir()
     assert base.locate("toy") == "toy"
-
-
-def run(monkeypatch, *words):
-    monkeypatch.setattr("sys.argv", ["modelopt-dms", *map(str, words)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    return int(stop.value.code or 0)
 
 
 def test_fetch_on_the_command_line(toy, monkeypatch, capsys):

@@ -12,22 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from modelopt_dms import cli
 from modelopt_dms.config.bundled import embedded_model_dir, list_recipes
 from modelopt_dms.training.trainer import RetrofitTrainer
 
 FAST = ["retrofit.steps=2", "retrofit.batch_size=1"]
 SET = [word for change in FAST for word in ("--set", change)]
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
-    """Exit code of the command line, in this process (importing ModelOpt takes 10 s)."""
-    monkeypatch.setattr("sys.argv", ["modelopt-dms", *map(str, words)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    return int(stop.value.code or 0)
 
 
 @pytest.fixture(scope="module")
@@ -314,7 +306,7 @@ def test_a_killed_compress_given_again_writes_the_same_model(tmp_path: Path, mom
         "calibrate={samples: 8, sample_length: 256, batch_size: 1, save_steps: 1}",
         "retrofit={steps: 5, sequence_length: 256, batch_size: 1, save_steps: 1}",
     )
-    command = [sys.executable, "-m", "modelopt_dms.cli", "compress", "embedded", "-r", "tiny_cpu"]
+    command = [sys.executable, "-m", "modelopt_dms", "compress", "embedded", "-r", "tiny_cpu"]
     command += [word for change in changes for word in ("--set", change)]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     process = subprocess.Popen([*command, "-o", str(killed)], stderr=subprocess.DEVNULL)

@@ -7,15 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from modelopt_dms import cli
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
-    monkeypatch.setattr("sys.argv", ["modelopt-dms", "plan", *map(str, words)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    return int(stop.value.code or 0)
+from command_line import run
 
 
 def test_plan_prints_a_table_and_writes_figures_and_a_picture(
@@ -23,7 +15,7 @@ def test_plan_prints_a_table_and_writes_figures_and_a_picture(
 ) -> None:
     figures, picture = tmp_path / "plan.json", tmp_path / "plan.svg"
     words = ("Qwen3-8B", "--gpu", "h200", "--context", "32k", "-r", "fp8_default-kv_fp8-dms_cr8")
-    assert run(monkeypatch, *words, "--json", figures, "--picture", picture) == 0
+    assert run(monkeypatch, "plan", *words, "--json", figures, "--picture", picture) == 0
     printed = capsys.readouterr().out
     assert "A model, not a measurement" in printed and "DMS 8x, FP8 *" in printed
     found = json.loads(figures.read_text())
@@ -66,7 +58,7 @@ def test_mistakes_are_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert run(monkeypatch, *words) == 1
+    assert run(monkeypatch, "plan", *words) == 1
     printed = capsys.readouterr().err
     assert message in printed.replace("\n", "") and len(printed.strip().splitlines()) == 1
 
@@ -82,5 +74,5 @@ def test_configs_that_cannot_be_planned_say_why(
         ('{"model_type": "llama"}', "its config has no hidden_size"),
     ):
         config.write_text(text)
-        assert run(monkeypatch, tmp_path) == 1
+        assert run(monkeypatch, "plan", tmp_path) == 1
         assert message in capsys.readouterr().err.replace("\n", "")

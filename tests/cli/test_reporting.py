@@ -9,19 +9,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from command_line import run
 
-from modelopt_dms import cli
 from modelopt_dms.cli import reporting
 
 SMALL = ("samples=4", "held_out=2", "sample_length=256", "curve=[2,4]", "batch_size=2")
 CALIBRATED = [x for change in SMALL for x in ("--set", f"calibrate.{change}")]
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
-    monkeypatch.setattr("sys.argv", ["modelopt-dms", *map(str, words)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    return int(stop.value.code or 0)
 
 
 @pytest.fixture(scope="module")

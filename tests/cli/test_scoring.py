@@ -9,18 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import run
 
-from modelopt_dms import apply_dms, cli
+from modelopt_dms import apply_dms
 from modelopt_dms.checkpoints.base import load_base
 from modelopt_dms.evaluation import run as evaluation_run
 from modelopt_dms.gates.gate import gates
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
-    monkeypatch.setattr("sys.argv", ["modelopt-dms", *map(str, words)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    return int(stop.value.code or 0)
 
 
 @pytest.fixture(scope="module")

@@ -70,7 +70,7 @@ def test_what_is_not_installed_is_named(
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_command_with_exit_code_0(number: int, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    words = [sys.executable, "-m", "modelopt_dms.cli", "serve", "embedded", "--port", "0"]
+    words = [sys.executable, "-m", "modelopt_dms", "serve", "embedded", "--port", "0"]
     with open(log, "w") as file:
         process = subprocess.Popen(words, stderr=file, text=True)
     try:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from command_line import run
 
 lm_eval = pytest.importorskip("lm_eval", reason="pip install lm-eval==0.4.13")
 
@@ -19,7 +20,6 @@ from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 import modelopt_dms as dms  # noqa: E402
-from modelopt_dms import cli  # noqa: E402
 from modelopt_dms.checkpoints.base import load_base  # noqa: E402
 from modelopt_dms.evaluation.answer_lengths import AnswerLengths  # noqa: E402
 from modelopt_dms.evaluation.lm_eval import DMSLM  # noqa: E402
@@ -82,14 +82,6 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
-    """Exit code of the command line, in this process."""
-    monkeypatch.setattr("sys.argv", ["modelopt-dms", "lm-eval", *map(str, words)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    return int(stop.value.code or 0)
-
-
 def answers(model: HFLM, tasks: Path) -> dict[str, Any]:
     """What a model answered to every request of both tasks."""
     manager = TaskManager(include_path=str(tasks), include_defaults=False)
@@ -142,7 +134,7 @@ def test_the_command_scores_a_directory_and_reports_the_cache_that_it_was_scored
 ) -> None:
     words = ["run", "--model", "hf", "--model_args", f"pretrained={directory}", "--device", "cpu"]
     words += ["--tasks", "local_generate,local_choice", "--include_path", str(tasks)]
-    assert run(monkeypatch, *words, "--output_path", tmp_path) == 0
+    assert run(monkeypatch, "lm-eval", *words, "--output_path", tmp_path) == 0
     [file] = tmp_path.glob("*/results*.json")
     found = json.loads(file.read_text())["config"]["modelopt_dms"]
     generated = list(caches(directory, generate=True))
@@ -230,18 +222,18 @@ def test_a_ratio_that_is_no_number_is_refused(directory: Path, cr: Any) -> None:
 def test_help_and_mistakes_are_lm_evals(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(monkeypatch, "run", "--help") == 0
+    assert run(monkeypatch, "lm-eval", "run", "--help") == 0
     assert "--model_args" in capsys.readouterr().out
-    assert run(monkeypatch, "--help") == 0
+    assert run(monkeypatch, "lm-eval", "--help") == 0
     assert "Language Model Evaluation Harness" in capsys.readouterr().out
-    assert run(monkeypatch, "run", "--no_such_option") == 2
+    assert run(monkeypatch, "lm-eval", "run", "--no_such_option") == 2
 
 
 def test_without_lm_eval_one_line_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("modelopt_dms.cli.harness.find_spec", lambda name: None)
-    assert run(monkeypatch, "run") == 1
+    assert run(monkeypatch, "lm-eval", "run") == 1
     assert "pip install lm-eval==0.4.13" in capsys.readouterr().err
 
 

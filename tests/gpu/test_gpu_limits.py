@@ -13,7 +13,8 @@ from torch import Tensor
 
 import modelopt_dms as dms
 from modelopt_dms.evaluation.peers import random_eviction
-from modelopt_dms.kernels import Scoring, dispatch
+from modelopt_dms.kernels import dispatch
+from modelopt_dms.kernels.reference import Scoring
 from modelopt_dms.kvcache.hf_cache import kv_stats
 from modelopt_dms.kvcache.page_pool import SharedPool
 from modelopt_dms.kvcache.paged_head_caches import PagedHeadCaches

@@ -6,7 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modelopt_dms.kernels import ResidualStream, Scoring, importance, output_change
+from modelopt_dms.kernels import importance
+from modelopt_dms.kernels.importance import ResidualStream, output_change
+from modelopt_dms.kernels.reference import Scoring
 
 
 def evicted_one_by_one(q, k, v, maps, residual, lengths, window, scoring):

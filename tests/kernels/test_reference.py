@@ -12,7 +12,8 @@ from hypothesis import given
 from torch import Tensor
 
 from modelopt_dms.gates.gate import set_relaxation
-from modelopt_dms.kernels import (
+from modelopt_dms.kernels import reference
+from modelopt_dms.kernels.reference import (
     Prompt,
     Scoring,
     assign_slots,
@@ -21,7 +22,6 @@ from modelopt_dms.kernels import (
     partial_attention,
     prefill_attention,
     prefill_partial,
-    reference,
     shift_decisions,
     with_sinks,
 )

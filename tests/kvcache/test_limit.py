@@ -18,7 +18,16 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize(
     ("written", "expected"),
-    [(1, 1), (123, 123), ("40GiB", 40 << 30), ("5MB", 5_000_000), ("25%", 250), ("100%", 1000)],
+    [
+        (1, 1),
+        (123, 123),
+        ("40GiB", 40 << 30),
+        ("5MB", 5_000_000),
+        ("512M", 512 << 20),
+        ("2 kib", 2048),
+        ("25%", 250),
+        ("100%", 1000),
+    ],
 )
 def test_limits(monkeypatch: pytest.MonkeyPatch, written: Any, expected: int) -> None:
     monkeypatch.setattr(limit, "free_bytes", lambda device: 1000)
@@ -26,7 +35,8 @@ def test_limits(monkeypatch: pytest.MonkeyPatch, written: Any, expected: int) ->
 
 
 @pytest.mark.parametrize(
-    "written", [0, -5, "", "0%", "101%", "nan%", "x%", "12 elephants", None, 0.9]
+    "written",
+    [0, -5, True, "", "4Gi4", "-1%", "0%", "101%", "nan%", "x%", "12 elephants", None, 0.9],
 )
 def test_what_is_no_limit_is_refused_by_name(written: Any) -> None:
     with pytest.raises(ValueError, match=r"max_cache_bytes=.*'40GiB'.*share"):

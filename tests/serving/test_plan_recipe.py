@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The planner's light reader of recipes agrees with the one that `compress` obeys, on every recipe that is shipped."""
+"""The planner, without ModelOpt, reads recipes as `compress` does, on every recipe that is shipped."""
 
 from pathlib import Path
 from typing import Any
@@ -8,15 +8,10 @@ import pytest
 from families import build
 from modelopt.torch.quantization.nn import TensorQuantizer
 
-from modelopt_dms.config.bundled import list_recipes, modelopt_recipes_dir
-from modelopt_dms.config.calibrate import CalibrateConfig
-from modelopt_dms.config.dms import DMSConfig
+from modelopt_dms.config.bundled import RecipeError, list_recipes, modelopt_recipes_dir
 from modelopt_dms.config.quantize import quantization_to_dict
 from modelopt_dms.config.recipe import load_recipe
-from modelopt_dms.config.retrofit import RetrofitConfig
 from modelopt_dms.quantization.apply import insert
-from modelopt_dms.serving.planner import plan_recipe
-from modelopt_dms.serving.planner.model_shape import PlanError
 from modelopt_dms.serving.planner.plan_recipe import planned_by_recipe, weight_bits
 
 THEIRS = sorted(
@@ -69,14 +64,6 @@ def _entry(entry: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def test_defaults_are_those_of_the_sections() -> None:
-    dms = DMSConfig()
-    assert (dms.target_cr, dms.window) == (plan_recipe._TARGET_CR, plan_recipe._WINDOW)
-    assert dms.protect_first == 0
-    assert RetrofitConfig().sequence_length == plan_recipe._LENGTH
-    assert CalibrateConfig().sample_length == plan_recipe._LENGTH
-
-
 @pytest.mark.parametrize(
     "name", ["fp8_default-kv_fp8-dms_cr8", "nvfp4_weight_only-kv_fp8-dms_cr8", "kv_int8-dms_cr8"]
 )
@@ -94,6 +81,7 @@ def test_linear_layers_that_modelopt_quantizes_are_those_that_are_counted(name: 
 
 
 def test_a_recipe_that_imports_itself_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.yaml").write_text("imports: {x: a}\ndms: {$import: x}\n")
-    with pytest.raises(PlanError, match="imports itself"):
-        planned_by_recipe(str(tmp_path / "a.yaml"))
+    path = tmp_path / "a.yaml"
+    path.write_text(f"imports: {{x: {path}}}\ndms: {{$import: x}}\n")
+    with pytest.raises(RecipeError, match="imports itself"):
+        planned_by_recipe(str(path))

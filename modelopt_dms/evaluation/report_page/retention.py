@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelopt_dms.evaluation.memories import read
 from modelopt_dms.gates.gate import gates, record_alpha
-from modelopt_dms.kernels import shift_decisions
+from modelopt_dms.kernels.reference import shift_decisions
 
 
 @dataclass(frozen=True)

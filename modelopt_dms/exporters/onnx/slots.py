@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from modelopt_dms.exporters.onnx.nodes import call
-from modelopt_dms.kernels import Scoring, hard_keep_logprob
 from modelopt_dms.kernels.append_reference import plan_pack
 from modelopt_dms.kernels.layout import PAGE, PageTables
 from modelopt_dms.kernels.prefill_reference import expiry, log2_bias
+from modelopt_dms.kernels.reference import Scoring, hard_keep_logprob
 from modelopt_dms.kernels.rollback import decide_previous
 from modelopt_dms.kvcache.hf_cache import DMSLayer, LayerStep
 from modelopt_dms.kvcache.paged_head_caches import PagedHeadCaches

@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from modelopt_dms.exporters.trtllm.state import KNOB, LISTS, STATE, Formats, formats, together
-from modelopt_dms.kernels import Prompt, Scoring, dispatch, reorder, shift_decisions
+from modelopt_dms.kernels import dispatch, reorder
 from modelopt_dms.kernels.gating import Decided
 from modelopt_dms.kernels.layout import PAGE, PagePool, PageTables
 from modelopt_dms.kernels.prefill_reference import Chunk, expiry
+from modelopt_dms.kernels.reference import Prompt, Scoring, shift_decisions
 from modelopt_dms.kernels.rollback import decide_previous
 from modelopt_dms.modeling.paged_attention import CHUNK
 

@@ -9,7 +9,7 @@ import yaml
 from modelopt_dms.config.bundled import suggestion
 from modelopt_dms.serving.planner.model_shape import PlanError
 
-# What a device-to-device copy on an H200 moved (4.3 of 4.8 TB/s), and a large bf16 product reached (790 of 989).
+# Assumed shares of the published figures that large copies and large products reach.
 BANDWIDTH_EFFICIENCY = 0.9
 FLOPS_EFFICIENCY = 0.8
 

@@ -1,25 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a plan needs of a recipe: compression ratio, window, number formats. Reads YAML only, without ModelOpt or torch.
-
-`config.recipe.load_recipe` checks recipes and is what `compress` obeys; it imports ModelOpt, which takes ten seconds.
-tests/serving/test_plan_recipe.py compares both on every shipped recipe.
-"""
+"""What a plan needs of a recipe: compression ratio, window, number formats. Without ModelOpt or torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from pathlib import Path
 from typing import Any
 
-import yaml
-
-from modelopt_dms.config.bundled import modelopt_recipes_dir, recipe_path, recipes_dir
-from modelopt_dms.config.plain_yaml import read_yaml_file
+from modelopt_dms.config.dms import DMSConfig
+from modelopt_dms.config.recipe_file import check_recipe
 from modelopt_dms.kernels.row_bytes import Number
 from modelopt_dms.serving.planner.model_shape import PlanError
-
-# As in config.dms, config.calibrate and config.retrofit, for recipes that do not say.
-_TARGET_CR, _WINDOW, _LENGTH = 4.0, 256, 4096
 
 
 @dataclass(frozen=True)
@@ -71,19 +61,20 @@ def planned_by_recipe(name: str) -> Planned:
     """What a recipe does.
 
     Raises:
-        RecipeError: no such recipe.
-        PlanError: it cannot be read.
+        RecipeError: no such recipe, or one that `compress` would refuse.
     """
-    path = recipe_path(name)
-    data = _resolved(path, frozenset())
-    if not isinstance(data, dict):
-        raise PlanError(f"recipe {path} must be a YAML mapping")
-    quantize = data.get("quantize") or {}
-    gated = "dms" in data or "calibrate" in data or "retrofit" in data or not quantize
+    sections = check_recipe(name)
+    dms, quantize = sections.dms, sections.quantize
     retention = None
-    if gated and (data.get("dms") or {}).get("evict", True):
-        retention = _retention(data)
-    return Planned(str(name), retention, tuple(quantize.get("quant_cfg") or ()))
+    if dms is not None and dms.evict:
+        length = None
+        if sections.retrofit is not None:
+            length = sections.retrofit.sequence_length
+        elif sections.calibrate is not None:
+            length = sections.calibrate.sample_length
+        retention = Retention(dms.target_cr, dms.window, dms.protect_first, length)
+    cfg = None if quantize is None else quantize.quant_cfg
+    return Planned(str(name), retention, tuple(cfg or ()))
 
 
 def planned_by_config(name: str, dms: Mapping[str, Any]) -> Planned:
@@ -92,11 +83,9 @@ def planned_by_config(name: str, dms: Mapping[str, Any]) -> Planned:
     retention = None
     if config and config.get("evict", True):
         curve = dms.get("dms_curve") or {}
+        found = DMSConfig(**config)
         retention = Retention(
-            config.get("target_cr", _TARGET_CR),
-            config.get("window", _WINDOW),
-            config.get("protect_first", 0),
-            curve.get("length"),
+            found.target_cr, found.window, found.protect_first, curve.get("length")
         )
     quantization = dms.get("dms_quantization") or {}
     return Planned(name, retention, tuple(quantization.get("quant_cfg") or ()))
@@ -186,82 +175,3 @@ def _rows(cfg: Mapping[str, Any] | None) -> Rows:
         raise PlanError(f"the KV cache cannot store {dict(cfg)}; accepted: fp8, int8, nvfp4")
     dynamic = cfg.get("type") == "dynamic" and not cfg.get("use_constant_amax")
     return Rows("fp8" if number == "fp8" else "int8", dynamic)
-
-
-def _retention(data: Mapping[str, Any]) -> Retention:
-    dms, calibrate, retrofit = (data.get(x) or {} for x in ("dms", "calibrate", "retrofit"))
-    length = None
-    if "retrofit" in data:
-        length = retrofit.get("sequence_length", _LENGTH)
-    elif "calibrate" in data:
-        length = calibrate.get("sample_length", _LENGTH)
-    return Retention(
-        dms.get("target_cr", _TARGET_CR),
-        dms.get("window", _WINDOW),
-        dms.get("protect_first", 0),
-        length,
-    )
-
-
-def _resolved(path: Path, above: frozenset[Path]) -> Any:
-    """The value of a YAML file with its imports filled in, as ModelOpt's loader does it."""
-    if path in above:
-        raise PlanError(f"recipe {path} imports itself")
-    try:
-        documents = read_yaml_file(path)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise PlanError(f"recipe {path} cannot be read: {error}") from error
-    header = documents[0] if documents and isinstance(documents[0], dict) else {}
-    body = documents[-1] if documents else {}
-    if len(documents) > 1 and isinstance(body, dict):
-        body = {**header, **body}
-    units = {
-        name: _resolved(_unit(unit, path), above | {path})
-        for name, unit in (header.get("imports") or {}).items()
-    }
-    if isinstance(body, dict):
-        body = {key: x for key, x in body.items() if key != "imports"}
-    return _filled(body, units, path)
-
-
-def _unit(name: str, beside: Path) -> Path:
-    file = name if str(name).endswith((".yaml", ".yml")) else f"{name}.yaml"
-    for root in (beside.parent, recipes_dir(), modelopt_recipes_dir()):
-        if (root / file).is_file():
-            return (root / file).resolve()
-    raise PlanError(f"{beside} imports {name}, which does not exist")
-
-
-def _filled(value: Any, units: Mapping[str, Any], path: Path) -> Any:
-    if isinstance(value, dict):
-        if "$import" not in value:
-            return {key: _filled(x, units, path) for key, x in value.items()}
-        merged: dict[Any, Any] = {}
-        for name in _names(value["$import"]):
-            unit = _looked_up(name, units, path)
-            if not isinstance(unit, dict):
-                raise PlanError(f"{path}: $import {name!r} must name a mapping here")
-            merged |= unit
-        merged |= {key: x for key, x in value.items() if key != "$import"}
-        return _filled(merged, units, path)
-    if isinstance(value, list):
-        return [x for entry in value for x in _entries(entry, units, path)]
-    return value
-
-
-def _entries(entry: Any, units: Mapping[str, Any], path: Path) -> list[Any]:
-    """A list's entry, or what a bare import puts in its place."""
-    if isinstance(entry, dict) and list(entry) == ["$import"] and isinstance(entry["$import"], str):
-        unit = _looked_up(entry["$import"], units, path)
-        return unit if isinstance(unit, list) else [unit]
-    return [_filled(entry, units, path)]
-
-
-def _names(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
-def _looked_up(name: Any, units: Mapping[str, Any], path: Path) -> Any:
-    if name not in units:
-        raise PlanError(f"{path}: $import {name!r} is not among its imports")
-    return units[name]
