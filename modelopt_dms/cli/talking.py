@@ -69,6 +69,7 @@ class Talk:
         import torch
         from transformers import TextStreamer, set_seed
 
+        from modelopt_dms.kvcache.hf_cache import cache_argument, cache_of
         from modelopt_dms.modeling.convert import is_converted
         from modelopt_dms.modeling.generation import graphed
 
@@ -89,12 +90,12 @@ class Talk:
         found = self.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=self.cache,
+            **cache_argument(self.model.forward, self.cache),
             max_new_tokens=self.decoding.max_new_tokens,
             return_dict_in_generate=True,
             **arguments,
         )
-        self.cache = found.past_key_values
+        self.cache = cache_of(found)
         # Of the last token nothing is in the cache yet.
         self.seen = found.sequences[:, :-1]
         return list(found.sequences[0, ids.shape[1] :].tolist())

@@ -25,6 +25,7 @@ from modelopt_dms.evaluation.ruler import chat_frame
 from modelopt_dms.evaluation.score import Footprint, footprint
 from modelopt_dms.evaluation.tasks import Episode, make_episodes
 from modelopt_dms.evaluation.words import KEYS
+from modelopt_dms.kvcache.hf_cache import cache_argument, cache_of
 
 METHODS = {
     "full": "full cache",
@@ -121,7 +122,7 @@ class Memory:
         out = self.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=copy.deepcopy(self.cache),
+            **cache_argument(self.model.forward, copy.deepcopy(self.cache)),
             max_new_tokens=tokens,
             do_sample=False,
             pad_token_id=0,  # never used: there is one sequence
@@ -134,10 +135,8 @@ class Memory:
 def read(model: Any, ids: Sequence[int]) -> Cache:
     """The cache of a model that has read token ids [T]."""
     tokens = torch.tensor([list(ids)], device=model.device)
-    cache: Cache = model(
-        input_ids=tokens, past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1
-    ).past_key_values
-    return cache
+    empty = cache_argument(model.forward, DynamicCache())
+    return cache_of(model(input_ids=tokens, use_cache=True, logits_to_keep=1, **empty))
 
 
 def memories(

@@ -24,6 +24,7 @@ from modelopt_dms.gates.thresholds import (
     set_compression,
     thresholds_of,
 )
+from modelopt_dms.kvcache.hf_cache import cache_argument
 
 TAIL = 128  # tokens at the end of a text whose KL is taken: peers cut their caches in front of them
 CUTS: dict[str, peers.Choose] = {"keydiff": peers.keydiff, "streaming": peers.sinks_and_recent}
@@ -195,7 +196,9 @@ class _Tail:
 
     def _read(self, cache: Any) -> Tensor:
         tokens = torch.tensor([self.ids], device=self.twin.device)
-        out = self.twin(input_ids=tokens, past_key_values=cache, use_cache=True)
+        out = self.twin(
+            input_ids=tokens, use_cache=True, **cache_argument(self.twin.forward, cache)
+        )
         return out.logits[0].float().log_softmax(-1)
 
     def distance(self, choose: peers.Choose, kept: int) -> tuple[float, float]:
