@@ -31,6 +31,7 @@ from modelopt_dms.modeling.finite import WeightError, check_weights
 from modelopt_dms.modeling.mode import CheckpointError, apply_dms, read_dms_config
 from modelopt_dms.modeling.staging import gate_device
 from modelopt_dms.quantization.apply import insert, is_quantized
+from modelopt_dms.quantization.foreign import FOREIGN
 
 RANGE_SUFFIXES = ("._amax", "._pre_quant_scale")
 
@@ -161,7 +162,8 @@ def _attach(
             apply_dms(model, config)
         _put_gates(model, gates, path)
         _check_curve(model, path)
-    if quantization is None and not is_quantized(model) and _ranges(stored):
+    foreign = getattr(model.config, FOREIGN, False) or bool(_ranges(stored))
+    if quantization is None and not is_quantized(model) and foreign:
         raise CheckpointError(
             f"{path} was quantized by mtq.quantize, but nothing says how; quantize with modelopt_dms.quantize, or call "
             "modelopt.torch.opt.enable_huggingface_checkpointing() before saving and loading"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from modelopt_dms.cli.opening import check_compressed, load_any, set_ratio
+from modelopt_dms.cli.opening import beyond_model, check_compressed, load_any, set_ratio
 from modelopt_dms.cli.options import (
     DeviceOpt,
     Dtype,
@@ -96,6 +96,7 @@ def report(
     network, tokenizer = load_any(str(place), dtype, device, trust_remote_code)
     network.eval()
     size = _length(network, length)
+    warn(beyond_model(str(place), size, "--length"))
     check_evicts(network, model, size)
     set_ratio(network, cr)
     plan = ReportPlan(

@@ -8,6 +8,7 @@ import typer
 
 from modelopt_dms.cli.interrupting import when_interrupted
 from modelopt_dms.cli.opening import (
+    beyond_model,
     check_device,
     check_model,
     check_ratio,
@@ -31,7 +32,7 @@ from modelopt_dms.cli.options import (
 )
 from modelopt_dms.config.output_dir import check_results_file
 from modelopt_dms.evaluation.limits import broken, parse_limits
-from modelopt_dms.evaluation.names import DEFAULT, EVALUATIONS, check_tasks
+from modelopt_dms.evaluation.names import CATEGORIES, DEFAULT, EVALUATIONS, check_tasks
 
 if TYPE_CHECKING:
     from modelopt_dms.evaluation.resume import RowStore
@@ -87,9 +88,10 @@ def evaluate(
     wanted = check_tasks(tasks.split(",")) if tasks is not None else ()
     if not (wanted or data or fidelity):
         wanted = DEFAULT
-    limits = parse_limits(fail_if or [], fidelity)
-    sizes = [_length(x) for x in lengths.split(",")]
+    limits = parse_limits(fail_if or [], fidelity, _measured(wanted, data or [], fidelity))
+    sizes = list(dict.fromkeys(_length(x) for x in lengths.split(",")))
     place = check_model(model)
+    warn(beyond_model(place, max(sizes), "--lengths"))
     check_ratio(place, cr)
     check_device(device)
     given = open_files(data or [], "--data", data_format)
@@ -104,7 +106,8 @@ def evaluate(
     settings = {"model": _identity(place), "data": [_identity(x) for x in data or []]}
     store = RowStore(
         json_file,
-        settings | {"cr": cr, "dtype": dtype.value, "seed": seed, "count": count},
+        settings
+        | {"format": data_format, "cr": cr, "dtype": dtype.value, "seed": seed, "count": count},
     )
     when_interrupted(store.how_to_go_on)
     network, tokenizer = load_any(place, dtype, device, trust_remote_code)
@@ -121,10 +124,21 @@ def evaluate(
     rows = _measure(units, store)
     store.finish(rows)
     _show(network, rows, cr)
+    for row in rows:
+        if (samples := row.get("samples", count)) < count:
+            where = row.get("category") or row["task"]
+            warn(f"{where} at {row['length']} tokens: {samples} samples, as there is no more text")
     if lines := broken(limits, rows):
         for line in lines:
             err.print(f"[bold red]failed:[/bold red] {line}", highlight=False, soft_wrap=True)
         raise typer.Exit(FAILED)
+
+
+def _measured(tasks: "tuple[str, ...]", data: list[Path], fidelity: bool) -> tuple[str, ...]:
+    """Tasks and categories of text that a run has results of."""
+    if not fidelity:
+        return (*tasks, *(["data"] if data else []))
+    return (*tasks, "fidelity", *((x.stem for x in data) if data else CATEGORIES))
 
 
 def _measure(units: "list[Unit]", store: "RowStore") -> list[dict[str, Any]]:

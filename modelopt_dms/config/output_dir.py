@@ -26,6 +26,13 @@ STAGING_DIR = ".staging"
 # What an interrupted `compress` may leave in its output directory, and the next one goes on from.
 CALIBRATION_DIR, RETROFIT_DIR = "calibration", "retrofit"
 LAST = ("config.json", "dms_engine.json")
+# JSON files that are parts of models, whoever wrote them: results never take their place.
+_OF_MODELS = (
+    *LAST,
+    *("generation_config.json", "hf_quant_config.json", "adapter_config.json", "dms_summary.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json"),
+    *("added_tokens.json", "preprocessor_config.json", "processor_config.json"),
+)
 
 
 def check_output(output_dir: str | Path, ours: tuple[str, ...] = ()) -> Path:
@@ -136,13 +143,15 @@ def check_results_file(path: Path) -> None:
     """Refuse to write results over something else, or where nothing can be written.
 
     Raises:
-        OutputError: the file exists and holds no JSON, or its directory cannot be written.
+        OutputError: the file exists and holds no JSON or a part of a model, or its directory cannot be written.
     """
     nearest = next(x for x in path.absolute().parents if x.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise OutputError(f"{path} cannot be written: {nearest} is not a writable directory")
     if not path.exists():
         return
+    if path.name in _OF_MODELS or path.name.endswith(".index.json"):
+        raise OutputError(f"{path} is a part of a model; choose another file")
     try:
         json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -12,6 +12,9 @@ RULER_OPEN = ("multiquery", "vt", "cwe", "fwe", "qa_1", "qa_2")
 # Conversations: `evaluation.conversations`.
 CHATS = ("system", "turns")
 
+# Categories of the package's own text, for fidelity.
+CATEGORIES = ("prose", "code")
+
 DEFAULT = (*RECORDS, TEXT)
 EVALUATIONS = (*DEFAULT, *RULER_EXACT, *RULER_OPEN, *CHATS)
 

@@ -11,11 +11,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modelopt_dms.data.documents import open_documents
 from modelopt_dms.data.inputs import Formatted
 from modelopt_dms.evaluation.fidelity import fidelity
-from modelopt_dms.evaluation.files import cut_documents, score_files
+from modelopt_dms.evaluation.files import cut_documents
 from modelopt_dms.evaluation.limits import FIDELITY
 from modelopt_dms.evaluation.memories import knows_records
 from modelopt_dms.evaluation.report_page.material import plain_texts
-from modelopt_dms.evaluation.score import measure
+from modelopt_dms.evaluation.score import material_of, measure, perplexity
 from modelopt_dms.evaluation.tasks import held_out_text
 
 Row = dict[str, Any]
@@ -54,7 +54,14 @@ class Asked:
 
 
 def task_units(asked: Asked, tasks: Sequence[str]) -> list[Unit]:
-    """Tasks at every length."""
+    """Tasks at every length.
+
+    Raises:
+        ValueError: a length has no room for a task: before any is measured.
+    """
+    for task in tasks:
+        for length in asked.lengths:
+            material_of(asked.tokenizer, task, length, 1, asked.seed)
 
     def unit(task: str, length: int) -> Unit:
         how = (asked.model, asked.tokenizer, task, length, asked.count, asked.seed)
@@ -64,11 +71,18 @@ def task_units(asked: Asked, tasks: Sequence[str]) -> list[Unit]:
 
 
 def file_units(asked: Asked, files: Sequence[Path] | Formatted) -> list[Unit]:
-    """Perplexity of a user's files at every length."""
+    """Perplexity of a user's files at every length.
+
+    Raises:
+        ValueError: unusable files, or none has a document of so many tokens: before anything is measured.
+    """
+    documents = open_documents(files, asked.tokenizer, asked.model)
 
     def unit(length: int) -> Unit:
+        samples = cut_documents(documents, length, asked.count)
+
         def run() -> Row:
-            return score_files(asked.model, asked.tokenizer, files, [length], asked.count)[0]
+            return {**perplexity(asked.model, samples).row(), "samples": len(samples)}
 
         return Unit({"task": "data", "length": length}, run)
 
@@ -76,7 +90,11 @@ def file_units(asked: Asked, files: Sequence[Path] | Formatted) -> list[Unit]:
 
 
 def fidelity_units(asked: Asked, files: Sequence[Path], format: str | None) -> list[Unit]:
-    """Distance from the full cache at every length: each file is a category; without files, texts of the package."""
+    """Distance from the full cache at every length: each file is a category; without files, texts of the package.
+
+    Raises:
+        ValueError: unusable files, or no text has so many tokens: before anything is measured.
+    """
     categories = {path.stem: path for path in files}
     if len(categories) != len(files):
         raise ValueError(
@@ -85,18 +103,21 @@ def fidelity_units(asked: Asked, files: Sequence[Path], format: str | None) -> l
     names = [*categories] or _built_in(asked, 64, 1).keys()
 
     def unit(name: str, length: int) -> Unit:
-        def run() -> Row:
-            if categories:
-                source = (
-                    [categories[name]] if format is None else Formatted([categories[name]], format)
-                )
-                documents = open_documents(source, asked.tokenizer, asked.model)
-                samples = cut_documents(documents, length, asked.count)
-            else:
-                samples = _built_in(asked, length, asked.count)[name]
-            return distance(asked.model, samples)
-
-        return Unit({"task": FIDELITY, "category": name, "length": length}, run)
+        if categories:
+            paths = [categories[name]]
+            source = paths if format is None else Formatted(paths, format)
+            documents = open_documents(source, asked.tokenizer, asked.model)
+            samples = cut_documents(documents, length, asked.count)
+        else:
+            samples = _built_in(asked, length, asked.count)[name]
+        if not samples:
+            raise ValueError(
+                f"--fidelity: the package's {name} has fewer than {length} tokens; choose shorter lengths, or --data"
+            )
+        return Unit(
+            {"task": FIDELITY, "category": name, "length": length},
+            lambda: {**distance(asked.model, samples), "samples": len(samples)},
+        )
 
     return [unit(name, length) for name in names for length in asked.lengths]
 

@@ -219,18 +219,32 @@ def measure(
     batch_size: int = 8,
 ) -> Score:
     """One task at one length: accuracy of a task's questions, or perplexity if `task` is "text"; see `evaluate`."""
+    asked = material_of(tokenizer, task, length, count, seed)
+    if task == TEXT:
+        return perplexity(model, asked, batch_size)
+    if task in RULER_OPEN:
+        return score_open(model, tokenizer, asked)
+    return score_task(model, asked, batch_size)
+
+
+def material_of(
+    tokenizer: PreTrainedTokenizerBase, task: str, length: int, count: int, seed: int
+) -> Any:
+    """What a model is asked in a task: texts, prompts or episodes.
+
+    Raises:
+        ValueError: an unknown task, or a length that has no room for it.
+    """
     (task,) = check_tasks([task])
     where: Any = (tokenizer, length, count, seed)
     if task == TEXT:
-        return perplexity(model, held_out_text(*where), batch_size)
-    if task in RULER_OPEN:
-        return score_open(model, tokenizer, make_open_prompts(task, *where))
-    make: dict[str, Any] = dict.fromkeys(CHATS, make_conversations)
+        return held_out_text(*where)
+    make: dict[str, Any] = dict.fromkeys(RULER_OPEN, make_open_prompts)
+    make |= dict.fromkeys(CHATS, make_conversations)
     make |= dict.fromkeys(RULER_EXACT, make_prompts)
     if task in make:
-        return score_task(model, make[task](task, *where), batch_size)
-    episodes = make_episodes(_name(task), tokenizer, length, count, seed, QUESTIONS)
-    return score_task(model, episodes, batch_size)
+        return make[task](task, *where)
+    return make_episodes(_name(task), tokenizer, length, count, seed, QUESTIONS)
 
 
 def _name(task: str) -> Any:

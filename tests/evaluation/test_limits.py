@@ -54,6 +54,15 @@ def test_a_limit_on_what_will_not_be_measured_is_refused() -> None:
         parse_limits(["top1<0.9"], fidelity=False)
 
 
+def test_a_limit_on_a_task_that_will_not_be_measured_is_refused() -> None:
+    measured = ("needle", "fidelity", "prose")
+    assert parse_limits(["prose.kl>1", "needle.accuracy<1", "kl>2"], True, measured)
+    with pytest.raises(
+        ValueError, match="nedle will not be measured, only needle, fidelity, prose"
+    ):
+        parse_limits(["nedle.accuracy<1"], True, measured)
+
+
 def test_rows_of_an_interrupted_run_are_not_measured_again(tmp_path: Path) -> None:
     path, ran = tmp_path / "rows.json", []
 

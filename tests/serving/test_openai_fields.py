@@ -7,6 +7,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
@@ -229,6 +230,23 @@ def test_a_chat_template_that_refuses_is_a_mistake_of_the_request(served: Served
     finally:
         tokenizer.chat_template = before
     assert status == 400 and "refuses these messages: roles must alternate" in error["message"]
+
+
+def test_requests_that_do_not_end_before_the_server_are_told_so(
+    parts: tuple[Any, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    with serving(*parts, grace=1) as served, ThreadPoolExecutor(1) as pool:
+        stream = complete(served, 3900, stream=True)
+        next(iter(stream))
+        waits = pool.submit(complete, served, 3900)
+        while served.metric("modelopt_dms_requests_waiting") < 1:
+            time.sleep(0.05)
+        served.server.should_exit = True
+        with pytest.raises(openai.APIError, match="the server is stopping"):
+            list(stream)
+        with pytest.raises(openai.InternalServerError, match="the server is stopping"):
+            waits.result()
+    assert not [x for x in caplog.records if "Exception in ASGI" in x.getMessage()]
 
 
 def test_clients_that_leave_log_nothing(served: Served, caplog: pytest.LogCaptureFixture) -> None:

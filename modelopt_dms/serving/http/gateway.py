@@ -72,11 +72,16 @@ class Gateway:
 
         ends: list[Callable[[], None]] = []
         _ENDS.set(ends)
-        work = asyncio.create_task(self.app(scope, replay, send))
+        answer = _Answer(send)
+        work = asyncio.create_task(self.app(scope, replay, answer.send))
         left = asyncio.create_task(_disconnected(receive))
         try:
             await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
             gone = left.done()
+        except asyncio.CancelledError:
+            # The server stops, and has waited as long as it may. uvicorn would log this as an error of ours.
+            gone = True
+            await answer.break_off()
         finally:
             left.cancel()
             work.cancel()
@@ -95,6 +100,39 @@ class Gateway:
             return True
         given = dict(scope["headers"]).get(b"authorization", b"")
         return hmac.compare_digest(given, f"Bearer {self.api_key}".encode())
+
+
+class _Answer:
+    """What is sent to a client, and how it is told that no more will come."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._started = self._streams = self._ended = False
+
+    async def send(self, message: Message) -> None:
+        """Pass a message on; nothing follows an answer that was broken off."""
+        if self._ended:
+            return
+        if message["type"] == "http.response.start":
+            self._started = True
+            self._streams = b"text/event-stream" in dict(message["headers"]).get(
+                b"content-type", b""
+            )
+        elif message["type"] == "http.response.body":
+            self._ended = not message.get("more_body", False)
+        await self._send(message)
+
+    async def break_off(self) -> None:
+        """Status 503, or an error as the last event of a stream."""
+        if self._ended:
+            return
+        self._ended = True
+        message = "the server is stopping, and this request was not done in time"
+        if not self._started:
+            await refuse(self._send, 503, message)
+        elif self._streams:
+            event = f"data: {json.dumps(error_body(503, message))}\n\n".encode()
+            await self._send({"type": "http.response.body", "body": event})
 
 
 async def _disconnected(receive: Receive) -> None:
