@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 
 from modelopt_dms.config.compression_ratio import physical_cr, target_evicted_fraction
 from modelopt_dms.data.packing import Samples
+from modelopt_dms.gates.curve import Curve, CurvePoint
 from modelopt_dms.gates.gate import eviction_off, gates, record_alpha
-from modelopt_dms.gates.thresholds import Curve, CurvePoint, move_thresholds, thresholds_of
+from modelopt_dms.gates.thresholds import move_thresholds, thresholds_of
 from modelopt_dms.kernels.reference import shift_decisions
 from modelopt_dms.modeling.convert import dms_modules
 from modelopt_dms.modeling.divergence import kl_divergence

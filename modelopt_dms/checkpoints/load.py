@@ -23,7 +23,8 @@ from modelopt_dms.checkpoints.unified_hf import is_packed, unpack
 from modelopt_dms.config.dms import DMSConfig
 from modelopt_dms.config.quantize import QuantizationConfig
 from modelopt_dms.config.section import in_one_line
-from modelopt_dms.gates.thresholds import CompressionError, curve_of
+from modelopt_dms.gates.curve import CompressionError
+from modelopt_dms.gates.thresholds import curve_of
 from modelopt_dms.modeling.config_marks import unmark
 from modelopt_dms.modeling.convert import dms_modules, is_converted
 from modelopt_dms.modeling.finite import WeightError, check_weights

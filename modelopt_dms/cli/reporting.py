@@ -151,8 +151,10 @@ def measure(
     from modelopt_dms.evaluation.report_page.build import build, cost, describe
     from modelopt_dms.evaluation.report_page.tradeoff import reachable
 
-    settings = reachable(model, plan.ratios, plan.length)
+    settings, left_out = reachable(model, plan.ratios, plan.length)
     if not quiet:
+        for line in left_out if plan.prompts else ():
+            warn(line)
         err.print(f"measures {describe(plan, settings)}", highlight=False, soft_wrap=True)
     columns = (TextColumn("report"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, transient=True) as bar:
@@ -234,7 +236,7 @@ def _ratios(text: str) -> tuple[float, ...]:
         raise ValueError(
             f"--ratios: {text!r} must be numbers above 1, comma-separated, such as 2,4,8"
         )
-    return found
+    return tuple(dict.fromkeys(found))
 
 
 def _read_text(path: Path) -> str:

@@ -112,7 +112,11 @@ def remove(directory: Path, names: Iterable[str]) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write a file under, which then takes its place; an error leaves what was there."""
+    """A name beside `path` to write a file under, which then takes its place; an error leaves what was there.
+
+    Directories that are not there are made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     # A name that nobody has: a file of the user's may bear any that we would choose.
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
@@ -147,7 +151,6 @@ def check_results_file(path: Path) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file completely or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

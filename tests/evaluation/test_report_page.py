@@ -159,8 +159,23 @@ def test_kl_of_a_peer_is_that_of_a_mask_over_what_it_evicted(model: Any, tokeniz
     assert points["dms"].kl is not None and points["dms"].kl > 1e-3
 
 
-def test_ratios_beyond_the_curve_are_left_out(model: Any) -> None:
-    assert reachable(model, (2.0, 3.0, 99.0), LENGTH) == [2.0, 3.0]
+def test_ratios_beyond_the_curve_are_left_out_and_named(
+    model: Any, figures: dict[str, Any]
+) -> None:
+    found, lines = reachable(model, (2.0, 3.0, 99.0), LENGTH)
+    assert found == [2.0, 3.0] and len(lines) == 1
+    assert lines[0].startswith("Ratio 99 is not shown: cr=99 must be at least 1 and, as")
+    assert lines[0] in figures["notes"] and lines[0] in render.page(figures)
+    curve = model.config.dms_curve
+    del model.config.dms_curve
+    try:
+        assert reachable(model, (2.0,), LENGTH)[0] == [None]
+        assert (
+            "Ratios 2 are not shown: the model carries no curve"
+            in reachable(model, (2.0,), LENGTH)[1][0]
+        )
+    finally:
+        model.config.dms_curve = curve
 
 
 def test_growth_ends_at_what_the_cache_holds_of_the_same_tokens(model: Any, tokenizer: Any) -> None:

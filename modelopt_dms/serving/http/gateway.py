@@ -2,11 +2,14 @@
 """What every request passes first: the key, the size of its body, and the end of its work when the client leaves."""
 
 import asyncio
+import contextlib
 import hmac
 import json
 from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from contextvars import ContextVar
 from typing import Any
+
+from modelopt_dms.serving.http.refusals import error_body
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -73,16 +76,19 @@ class Gateway:
         left = asyncio.create_task(_disconnected(receive))
         try:
             await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                work.cancel()
-                await asyncio.wait({work})
-                return
+            gone = left.done()
         finally:
             left.cancel()
             work.cancel()
             for end in ends:
                 end()
-        work.result()
+        if not gone:
+            work.result()
+            return
+        # However the work ends now, nobody waits for it; an error that is not looked at would be logged.
+        await asyncio.wait({work})
+        with contextlib.suppress(asyncio.CancelledError):
+            work.exception()
 
     def _may_pass(self, scope: Any) -> bool:
         if self.api_key is None or scope["path"] in _OPEN:
@@ -105,9 +111,3 @@ async def refuse(send: Send, status: int, message: str) -> None:
     ]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": content})
-
-
-def error_body(status: int, message: str) -> dict[str, Any]:
-    """An error as OpenAI's server writes it."""
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    return {"error": {"message": message, "type": kind, "code": status}}
