@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from modelopt_dms.config.output_dir import writing
 from modelopt_dms.training.checkpoint import LOG_FILE, PROGRESS_FILE, write_text
 
 # Averaged over the micro-steps of a logging interval.
@@ -56,9 +57,10 @@ class Progress:
             total=self.steps, initial=step, desc="retrofit", unit="step", disable=not self.show
         )
         if self.directory is not None:
-            write_text(
-                self.directory / LOG_FILE, "".join(json.dumps(row) + "\n" for row in self.rows)
-            )
+            with writing(self.directory):
+                write_text(
+                    self.directory / LOG_FILE, "".join(json.dumps(row) + "\n" for row in self.rows)
+                )
 
     def add(self, values: Mapping[str, float]) -> None:
         """Take in the values of one micro-step."""
@@ -86,7 +88,10 @@ class Progress:
         self.rows.append(row)
         self._sums, self._count = dict.fromkeys(AVERAGED, 0.0), 0
         if self.directory is not None:
-            with (self.directory / LOG_FILE).open("a", encoding="utf-8") as log:
+            with (
+                writing(self.directory),
+                (self.directory / LOG_FILE).open("a", encoding="utf-8") as log,
+            ):
                 log.write(json.dumps(row) + "\n")
         return row
 
