@@ -3,17 +3,20 @@
 
     python benchmarks/parallel_chains.py DIR --output benchmarks/results/parallel_chains.json
 
-DIR is a DMS directory whose tokenizer knows the words of our own tasks (a compressed `embedded` model): a question of
-the task "arithmetic" is answered by adding up step by step, far behind the facts. A context is read once; then several
-chains are sampled from its cache. KV reads are the tokens that a head reads from the cache, summed over the written
-tokens of all chains; peak bytes are those of resident rows of all chains at their ends. The full cache is the same
-weights without gates.
+DIR is a DMS directory. Its model answers running sums, "What is 7 + 5 - 3 + 9?", step by step, behind a context of
+worked examples; a model whose tokenizer knows the words of our own tasks only adds up facts that stand far above. A
+context is read once; then several chains of each question are sampled from copies of its cache. KV reads are the tokens
+that a head reads from the cache, summed over the written tokens of all chains; peak bytes are those of resident rows of
+all chains at their ends. The full cache is the same weights without gates. Intervals are of a bootstrap over
+questions, 95 %.
 
-Every row is written when it is there; the same command goes on where it stopped.
+Every question is on disk when it is answered; the same command goes on where it stopped.
 """
 
 import argparse
+import copy
 import math
+import random
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,16 +26,18 @@ import torch
 from machine import RESULTS, machine, save
 from rich.console import Console
 from transformers import AutoTokenizer
+from worked_sums import Problem, make_problems, task_name
 
 import modelopt_dms as dms
 from modelopt_dms.evaluation.plain_twin import plain_twin
 from modelopt_dms.evaluation.resume import RowStore
-from modelopt_dms.evaluation.score import footprint, read_contexts
-from modelopt_dms.evaluation.tasks import Episode, make_episodes
+from modelopt_dms.evaluation.score import footprint, read_contexts, stop_ids
 from modelopt_dms.gates.thresholds import set_compression
 from modelopt_dms.kvcache.hf_cache import DMSLayer, cache_argument
 
 FULL = "full cache"
+RESAMPLED = 2000  # of the bootstrap
+SCORES = ("majority", "pass_at")
 
 
 @dataclass(frozen=True)
@@ -40,48 +45,54 @@ class Chains:
     """Sampled answers to one question.
 
     Attributes:
-        said: final words, one a chain; "" of a chain that did not end.
+        texts: what each chain wrote up to the end of its line; None if it did not come to an end.
         reads: tokens that a head read for each chain.
         bytes: of resident rows of each chain at its end.
+        context: tokens of the context, and those of it that a head held.
     """
 
-    said: list[str]
+    texts: list[str | None]
     reads: list[float]
     bytes: list[float]
+    context: tuple[float, float]
 
 
 @torch.no_grad()
 def sample(
-    model: Any, tokenizer: Any, episode: Episode, chains: int, heat: float, seed: int
+    model: Any, tokenizer: Any, read: Any, problem: Problem, args: argparse.Namespace, seed: int
 ) -> Chains:
-    """Chains of one question, from one reading of its context."""
-    question = episode.questions[0]
-    cache, _ = read_contexts(model, [episode])
+    """Chains of one question, from a cache that has read its context, and is not changed."""
+    cache = copy.deepcopy(read)
+    before = footprint(cache)
+    chains = args.chains
     cache.batch_repeat_interleave(chains)
-    fed = torch.tensor([question.prompt_ids] * chains)
-    end = question.answer_ids[-1]  # a newline
+    fed = torch.tensor([problem.question] * chains)
+    stop = stop_ids(model, tokenizer)
     generator = torch.Generator().manual_seed(seed)
-    words: list[list[int]] = [[] for _ in range(chains)]
-    reads, ended = torch.zeros(chains, dtype=torch.float64), torch.zeros(chains, dtype=torch.bool)
-    kept = torch.zeros(chains, dtype=torch.float64)
-    for _ in range(len(question.answer_ids) + 4):
+    ids: list[list[int]] = [[] for _ in range(chains)]
+    texts: list[str | None] = [None] * chains
+    reads, kept = torch.zeros(2, chains, dtype=torch.float64)
+    running = torch.ones(chains, dtype=torch.bool)
+    for _ in range(problem.limit):
         given = cache_argument(type(model).forward, cache)
         logits = model(input_ids=fed, use_cache=True, logits_to_keep=1, **given).logits[:, -1]
         held = resident(cache, chains)
-        reads += torch.where(ended, 0.0, held)
-        kept = torch.where(ended, kept, held)
-        token = torch.multinomial((logits.float() / heat).softmax(-1), 1, generator=generator)
-        for i, x in enumerate(token[:, 0].tolist()):
-            if not ended[i]:
-                words[i].append(x)
-        ended |= token[:, 0] == end
-        if bool(ended.all()):
+        reads += torch.where(running, held, 0.0)
+        kept = torch.where(running, held, kept)
+        fed = torch.multinomial(
+            (logits.float() / args.temperature).softmax(-1), 1, generator=generator
+        )
+        for i, token in enumerate(fed[:, 0].tolist()):
+            if not running[i]:
+                continue
+            ids[i].append(token)
+            line, newline, _ = str(tokenizer.decode(ids[i])).partition("\n")
+            if newline or token in stop:
+                running[i], texts[i] = False, line
+        if not running.any():
             break
-        fed = token
-    row = _row_bytes(cache)
-    said = [tokenizer.decode(x).split()[-1:] for x in words]
-    final = [x[0] if done and x else "" for x, done in zip(said, ended.tolist(), strict=True)]
-    return Chains(final, reads.tolist(), (kept * row).tolist())
+    total = (kept * _row_bytes(cache)).tolist()
+    return Chains(texts, reads.tolist(), total, (before.context_tokens, before.resident_tokens))
 
 
 def resident(cache: Any, chains: int) -> torch.Tensor:
@@ -115,71 +126,163 @@ def majority(said: list[str], right: str, k: int) -> float:
     return sum(bool(x) and x[0][0] == right for x in won) / len(groups)
 
 
-def measure(model: Any, tokenizer: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """What one cache does with every number of chains; the row of one setting."""
-    prompts = make_episodes("arithmetic", tokenizer, args.length, args.count, args.seed, 1)
-    found: dict[str, dict[str, float]] = {
-        str(k): dict.fromkeys(("majority", "pass_at", "kv_reads", "peak_bytes"), 0.0)
-        for k in (2**i for i in range(args.chains.bit_length()))
-        if k <= args.chains
-    }
-    for number, episode in enumerate(prompts):
-        x = sample(model, tokenizer, episode, args.chains, args.temperature, args.seed + number)
-        right = str(tokenizer.decode(episode.questions[0].answer_ids)).split()[-1]
-        hits = sum(said == right for said in x.said)
-        for k, sums in found.items():
-            n = int(k)
-            sums["majority"] += majority(x.said, right, n) / args.count
-            sums["pass_at"] += pass_at(hits, args.chains, n) / args.count
-            sums["kv_reads"] += n * sum(x.reads) / args.chains / args.count
-            sums["peak_bytes"] += n * sum(x.bytes) / args.chains / args.count
-    return {"chains": found, "prompts": args.count}
+class Answering:
+    """One cache at one setting; a context that follows itself is read once."""
+
+    def __init__(self, model: Any, tokenizer: Any, args: argparse.Namespace) -> None:
+        self.model, self.tokenizer, self.args = model, tokenizer, args
+        self.context: Any = None
+        self.cache: Any = None
+
+    def row(self, problem: Problem, number: int) -> dict[str, Any]:
+        """The row of one question: what its chains answered and cost."""
+        if self.context is not problem.context:
+            self.context = problem.context
+            self.cache, _ = read_contexts(self.model, [problem.context])
+        seed = self.args.seed + number
+        x = sample(self.model, self.tokenizer, self.cache, problem, self.args, seed)
+        return {
+            "right": problem.right,
+            "said": ["" if text is None else problem.final(text) for text in x.texts],
+            "reads": x.reads,
+            "bytes": x.bytes,
+            "context_tokens": x.context[0],
+            "resident_tokens": x.context[1],
+            "first_chain": x.texts[0],
+        }
+
+
+def curve(rows: list[dict[str, Any]], chains: int) -> list[dict[str, Any]]:
+    """Accuracy and cost with 1, 2, 4, ... chains, over the questions of one cache."""
+    points = []
+    for k in (2**i for i in range(chains.bit_length())):
+        hits = [sum(said == row["right"] for said in row["said"]) for row in rows]
+        values = {
+            "majority": [majority(row["said"], row["right"], k) for row in rows],
+            "pass_at": [pass_at(n, chains, k) for n in hits],
+        }
+        point: dict[str, Any] = {"chains": k}
+        for name, x in values.items():
+            point |= {name: sum(x) / len(x), f"{name}_interval": interval(x)}
+        for name, key in (("kv_reads", "reads"), ("peak_bytes", "bytes")):
+            point[name] = k * sum(sum(row[key]) / chains for row in rows) / len(rows)
+        points.append(point)
+    return points
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Of a mean: the middle 95 % of means of resampled values."""
+    rng = random.Random(0)
+    means = sorted(sum(rng.choices(values, k=len(values))) / len(values) for _ in range(RESAMPLED))
+    return means[RESAMPLED // 40], means[-RESAMPLED // 40 - 1]
+
+
+def summarize(rows: list[dict[str, Any]], chains: int) -> list[dict[str, Any]]:
+    """A line for each cache: what it held of the contexts, how chains ended, and its curve."""
+    found = []
+    for name in dict.fromkeys(row["category"] for row in rows):
+        own = [row for row in rows if row["category"] == name]
+        held = sum(row["resident_tokens"] for row in own)
+        found.append(
+            {
+                "cache": name,
+                "questions": len(own),
+                "context_ratio": sum(row["context_tokens"] for row in own) / held,
+                "chains_with_an_answer": sum(bool(x) for row in own for x in row["said"])
+                / (len(own) * chains),
+                "curve": curve(own, chains),
+            }
+        )
+    return found
 
 
 def draw(figure: Any, content: dict[str, Any]) -> None:
-    """Majority vote and pass@k over KV reads, a line for each cache."""
-    axes = figure.subplots(1, 3)
-    settings = (("majority", "kv_reads"), ("majority", "peak_bytes"), ("pass_at", "kv_reads"))
+    """Majority vote and pass@k over KV reads and peak bytes, a line for each cache."""
+    axes = figure.subplots(1, 4, sharey=True)
+    settings = [(y, x) for y in SCORES for x in ("kv_reads", "peak_bytes")]
+    labels = {
+        "kv_reads": "KV reads, tokens",
+        "peak_bytes": "peak KV bytes",
+        "majority": "majority vote right, %",
+        "pass_at": "pass@k, %",
+    }
     for one, (y, x) in zip(axes, settings, strict=True):
-        for row in content["rows"]:
-            points = list(row["chains"].values())
+        for line, marker in zip(content["summary"], "os^Dv", strict=False):
+            points = line["curve"]
             ys = [100 * p[y] for p in points]
-            one.plot([p[x] for p in points], ys, "o-", label=row["category"])
+            xs = [p[x] for p in points]
+            low, high = zip(*(p[f"{y}_interval"] for p in points), strict=True)
+            (drawn,) = one.plot(xs, ys, f"{marker}-", label=line["cache"])
+            one.fill_between(
+                xs, [100 * v for v in low], [100 * v for v in high], alpha=0.12, color=drawn.get_color()
+            )  # fmt: skip
         one.set_xscale("log", base=2)
-        one.set_xlabel({"kv_reads": "KV reads, tokens", "peak_bytes": "peak KV bytes"}[x])
-        one.set_ylabel({"majority": "majority vote right, %", "pass_at": "pass@k, %"}[y])
+        one.set_xlabel(labels[x])
+        one.set_title(labels[y], fontsize=9)
+    axes[0].set_ylim(0, 102)
     axes[0].legend(fontsize=8)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Measure, save."""
+def markdown(summary: list[dict[str, Any]]) -> str:
+    """The figures as a table."""
+    lines = ["| cache | chains | KV reads | peak KV MB | majority vote | pass@k |"]
+    lines.append("|---|---|---|---|---|---|")
+    for line in summary:
+        for p in line["curve"]:
+            scores = []
+            for name in SCORES:
+                low, high = p[f"{name}_interval"]
+                scores.append(f"{100 * p[name]:.0f} % ({100 * low:.0f} to {100 * high:.0f})")
+            cost = f"{p['kv_reads']:,.0f} | {p['peak_bytes'] / 1e6:.1f}"
+            lines.append(f"| {line['cache']} | {p['chains']} | {cost} | {' | '.join(scores)} |")
+    return "\n".join(lines)
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", type=Path, help="DMS directory")
     parser.add_argument("--ratios", type=float, nargs="+", default=[2.0, 4.0, 8.0])
     parser.add_argument("--length", type=int, default=1024)
     parser.add_argument("--count", type=int, default=24, help="questions")
     parser.add_argument("--chains", type=int, default=8, help="a power of two")
-    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--temperature", type=float, default=0.8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=RESULTS / "parallel_chains.json")
     args = parser.parse_args(argv)
+    if args.chains < 1 or args.chains & (args.chains - 1):
+        parser.error(f"--chains {args.chains} must be a power of two")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, save, print."""
+    args = arguments(argv)
     names = ("length", "count", "chains", "temperature", "seed")
     settings = {name: getattr(args, name) for name in names} | {"model": args.model.name}
     store = RowStore(args.output, settings)
     model = dms.load(args.model).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
+    problems = make_problems(tokenizer, args.length, args.count, args.seed)
     rows, console = [], Console()
     for ratio in (1.0, *args.ratios):
         name = FULL if ratio == 1.0 else f"DMS, CR {ratio:g}"
-        key = {"task": "arithmetic", "category": name, "length": args.length}
+        key = {"task": task_name(tokenizer), "category": name, "length": args.length}
         if ratio != 1.0:
             set_compression(model, ratio, length=args.length)
         network = plain_twin(model) if ratio == 1.0 else model
-        rows.append(store.get(key, lambda network=network: measure(network, tokenizer, args)))  # type: ignore[misc]
-        console.print(name, rows[-1]["chains"])
-    save(args.output, {"machine": machine(), "settings": settings, "rows": rows}, draw)
+        asked = Answering(network, tokenizer, args)
+        for number, problem in enumerate(problems):
+            where = (asked, problem, number)
+            row = store.get({**key, "number": number}, lambda x=where: x[0].row(*x[1:]))  # type: ignore[misc]
+            console.print(name, number, row["right"], row["said"])
+            rows.append(row)
+    summary = summarize(rows, args.chains)
+    found = {"machine": machine(), "settings": settings, "summary": summary, "rows": rows}
+    save(args.output, found, draw)
     assert store.partial is not None
     store.partial.unlink(missing_ok=True)
+    print(markdown(summary))
 
 
 if __name__ == "__main__":

@@ -140,6 +140,25 @@ function drawHeads() {
   }));
 }
 
+// One bar a token; bands and the window's edge say what the text's boxes and its end are.
+function drawAlong() {
+  const {counts, spans, window: delay, tokens: words} = data.retention, heads = rows.length;
+  const x = counts.map((_, i) => i);
+  const trace = {
+    type: "bar", x, y: counts, marker: {color: css("--m-dms"), line: {width: 0}}, text: words.map(word => JSON.stringify(word)),
+    hovertemplate: `token %{x}, %{text}: %{y} of ${heads} heads<extra></extra>`, textposition: "none",
+  };
+  const box = css("--box"), edge = counts.length - delay - 1.5;
+  const bands = spans.map(([start, stop]) => ({
+    type: "rect", x0: start - .5, x1: stop - .5, yref: "paper", y0: 0, y1: 1, line: {color: box, width: 1, dash: "dot"}, fillcolor: box, opacity: .22, layer: "below",
+  }));
+  const line = {type: "line", x0: edge, x1: edge, yref: "paper", y0: 0, y1: 1, line: {color: css("--soft"), width: 1, dash: "dash"}};
+  plot("plot-along", [trace], layout("", "token", `of ${heads} heads`, {
+    height: 208, bargap: 0, margin: {l: 46, r: 10, t: 8, b: 40}, shapes: edge > 0 ? [...bands, line] : bands,
+    xaxis: {range: [-.5, counts.length - .5]}, yaxis: {range: [0, heads], nticks: 4},
+  }));
+}
+
 function drawAccuracy() {
   [...group(data.accuracy, "task")].forEach(([task, points], i) => {
     const full = points.find(x => x.method === "full");
@@ -203,7 +222,22 @@ function drawGrowth() {
   plot("plot-time", times, layout("Time of a new token", "tokens seen", "ms", {yaxis: {range: [0, most]}}));
 }
 
-function draw() { drawHeads(); drawAccuracy(); drawKl(); drawCurve(); drawGrowth(); }
+// Bars: colour and pattern say the same.
+function drawCapacity() {
+  if (!data.capacity) return;
+  const looks = [["--m-full", ""], ["--m-dms", "/"], ["--m-streaming", "x"]];
+  const traces = data.capacity.rows.map((row, i) => ({
+    type: "bar", name: row.variant, x: data.capacity.contexts.map(x => x.toLocaleString("en")), y: row.sequences,
+    text: row.sequences.map(x => x.toLocaleString("en")), textposition: "outside", textfont: {size: 10}, cliponaxis: false,
+    marker: {color: css(looks[i][0]), pattern: {shape: looks[i][1], fgcolor: css("--ground"), fgopacity: .6, size: 6}},
+    hovertemplate: "%{fullData.name}, %{x} tokens: %{y:,} at once<extra></extra>",
+  }));
+  plot("plot-capacity", traces, layout("Conversations at once", "tokens of each", "", {
+    barmode: "group", xaxis: {type: "category"}, yaxis: {type: "log", dtick: 1, showticklabels: false},
+  }));
+}
+
+function draw() { drawAlong(); drawHeads(); drawAccuracy(); drawKl(); drawCurve(); drawGrowth(); drawCapacity(); }
 
 async function unpack() {
   const packed = Uint8Array.from(atob(document.getElementById("plotly").textContent.trim()), x => x.charCodeAt(0));

@@ -167,6 +167,21 @@ def plan_shape(
     """As `plan`, for a shape and a GPU."""
     _check(context, tp, batch, memory_utilization)
     planned = _planned(shape, recipe)
+    how: Any = {"tp": tp, "batch": batch, "memory_utilization": memory_utilization}
+    return plan_as(shape, planned, gpu, context, **how)
+
+
+def plan_as(
+    shape: ModelShape,
+    planned: Planned,
+    gpu: Gpu,
+    context: int,
+    *,
+    tp: Sequence[int],
+    batch: int | None,
+    memory_utilization: float,
+) -> Plan:
+    """As `plan_shape`, for what is done to the model."""
     rows: list[PlanRow] = []
     for count in tp:
         room = gpu.memory * 1e9 * memory_utilization
