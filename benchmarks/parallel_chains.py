@@ -3,12 +3,10 @@
 
     python benchmarks/parallel_chains.py DIR --output benchmarks/results/parallel_chains.json
 
-DIR is a DMS directory. Its model answers running sums, "What is 7 + 5 - 3 + 9?", step by step, behind a context of
-worked examples; a model whose tokenizer knows the words of our own tasks only adds up facts that stand far above. A
-context is read once; then several chains of each question are sampled from copies of its cache. KV reads are the tokens
-that a head reads from the cache, summed over the written tokens of all chains; peak bytes are those of resident rows of
-all chains at their ends. The full cache is the same weights without gates. Intervals are of a bootstrap over
-questions, 95 %.
+DIR is a DMS directory; `chain_problems.py` has the tasks. A context is read once, then several chains of each question
+are sampled from copies of its cache. KV reads are the tokens that a head reads from the cache, summed over the written
+tokens of all chains; peak bytes are those of resident rows of all chains at their ends. The full cache is the same
+weights without gates. Intervals are of a bootstrap over questions, 95 %.
 
 Every question is on disk when it is answered; the same command goes on where it stopped.
 """
@@ -23,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from chain_problems import TASKS, Problem, make_problems
 from machine import RESULTS, machine, save
 from rich.console import Console
 from transformers import AutoTokenizer
-from worked_sums import Problem, make_problems, task_name
 
 import modelopt_dms as dms
 from modelopt_dms.evaluation.plain_twin import plain_twin
@@ -45,13 +43,15 @@ class Chains:
     """Sampled answers to one question.
 
     Attributes:
-        texts: what each chain wrote up to the end of its line; None if it did not come to an end.
+        said: the answer of each chain; "" if it gave none.
+        texts: what each wrote.
         reads: tokens that a head read for each chain.
         bytes: of resident rows of each chain at its end.
         context: tokens of the context, and those of it that a head held.
     """
 
-    texts: list[str | None]
+    said: list[str]
+    texts: list[str]
     reads: list[float]
     bytes: list[float]
     context: tuple[float, float]
@@ -70,15 +70,15 @@ def sample(
     stop = stop_ids(model, tokenizer)
     generator = torch.Generator().manual_seed(seed)
     ids: list[list[int]] = [[] for _ in range(chains)]
-    texts: list[str | None] = [None] * chains
+    said, texts = [""] * chains, [""] * chains
     reads, kept = torch.zeros(2, chains, dtype=torch.float64)
     running = torch.ones(chains, dtype=torch.bool)
     for _ in range(problem.limit):
         given = cache_argument(type(model).forward, cache)
         logits = model(input_ids=fed, use_cache=True, logits_to_keep=1, **given).logits[:, -1]
-        held = resident(cache, chains)
-        reads += torch.where(running, held, 0.0)
-        kept = torch.where(running, held, kept)
+        live = resident(cache, chains)
+        reads += torch.where(running, live, 0.0)
+        kept = torch.where(running, live, kept)
         fed = torch.multinomial(
             (logits.float() / args.temperature).softmax(-1), 1, generator=generator
         )
@@ -86,13 +86,15 @@ def sample(
             if not running[i]:
                 continue
             ids[i].append(token)
-            line, newline, _ = str(tokenizer.decode(ids[i])).partition("\n")
-            if newline or token in stop:
-                running[i], texts[i] = False, line
+            texts[i] = str(tokenizer.decode(ids[i]))
+            final = problem.final(texts[i] + ("\n" if token in stop else ""))
+            if final is not None:
+                running[i], said[i] = False, final
         if not running.any():
             break
     total = (kept * _row_bytes(cache)).tolist()
-    return Chains(texts, reads.tolist(), total, (before.context_tokens, before.resident_tokens))
+    held = (before.context_tokens, before.resident_tokens)
+    return Chains(said, texts, reads.tolist(), total, held)
 
 
 def resident(cache: Any, chains: int) -> torch.Tensor:
@@ -143,7 +145,7 @@ class Answering:
         x = sample(self.model, self.tokenizer, self.cache, problem, self.args, seed)
         return {
             "right": problem.right,
-            "said": ["" if text is None else problem.final(text) for text in x.texts],
+            "said": x.said,
             "reads": x.reads,
             "bytes": x.bytes,
             "context_tokens": x.context[0],
@@ -178,13 +180,14 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def summarize(rows: list[dict[str, Any]], chains: int) -> list[dict[str, Any]]:
-    """A line for each cache: what it held of the contexts, how chains ended, and its curve."""
+    """A line for each task and cache: what it held of the contexts, how chains ended, and its curve."""
     found = []
-    for name in dict.fromkeys(row["category"] for row in rows):
-        own = [row for row in rows if row["category"] == name]
+    for task, name in dict.fromkeys((row["task"], row["category"]) for row in rows):
+        own = [row for row in rows if (row["task"], row["category"]) == (task, name)]
         held = sum(row["resident_tokens"] for row in own)
         found.append(
             {
+                "task": task,
                 "cache": name,
                 "questions": len(own),
                 "context_ratio": sum(row["context_tokens"] for row in own) / held,
@@ -197,7 +200,7 @@ def summarize(rows: list[dict[str, Any]], chains: int) -> list[dict[str, Any]]:
 
 
 def draw(figure: Any, content: dict[str, Any]) -> None:
-    """Majority vote and pass@k over KV reads and peak bytes, a line for each cache."""
+    """Majority vote and pass@k of the first task over KV reads and peak bytes, a line for each cache."""
     axes = figure.subplots(1, 4, sharey=True)
     settings = [(y, x) for y in SCORES for x in ("kv_reads", "peak_bytes")]
     labels = {
@@ -207,7 +210,8 @@ def draw(figure: Any, content: dict[str, Any]) -> None:
         "pass_at": "pass@k, %",
     }
     for one, (y, x) in zip(axes, settings, strict=True):
-        for line, marker in zip(content["summary"], "os^Dv", strict=False):
+        shown = [x for x in content["summary"] if x["task"] == content["summary"][0]["task"]]
+        for line, marker in zip(shown, "os^Dv", strict=False):
             points = line["curve"]
             ys = [100 * p[y] for p in points]
             xs = [p[x] for p in points]
@@ -225,8 +229,8 @@ def draw(figure: Any, content: dict[str, Any]) -> None:
 
 def markdown(summary: list[dict[str, Any]]) -> str:
     """The figures as a table."""
-    lines = ["| cache | chains | KV reads | peak KV MB | majority vote | pass@k |"]
-    lines.append("|---|---|---|---|---|---|")
+    lines = ["| task | cache | chains | KV reads | peak KV MB | majority vote | pass@k |"]
+    lines.append("|---|---|---|---|---|---|---|")
     for line in summary:
         for p in line["curve"]:
             scores = []
@@ -234,7 +238,9 @@ def markdown(summary: list[dict[str, Any]]) -> str:
                 low, high = p[f"{name}_interval"]
                 scores.append(f"{100 * p[name]:.0f} % ({100 * low:.0f} to {100 * high:.0f})")
             cost = f"{p['kv_reads']:,.0f} | {p['peak_bytes'] / 1e6:.1f}"
-            lines.append(f"| {line['cache']} | {p['chains']} | {cost} | {' | '.join(scores)} |")
+            lines.append(
+                f"| {line['task']} | {line['cache']} | {p['chains']} | {cost} | {' | '.join(scores)} |"
+            )
     return "\n".join(lines)
 
 
@@ -242,11 +248,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", type=Path, help="DMS directory")
-    parser.add_argument("--ratios", type=float, nargs="+", default=[2.0, 4.0, 8.0])
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["lookup", "sums"])
+    parser.add_argument("--ratios", type=float, nargs="+", default=[4.0, 8.0])
     parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--count", type=int, default=24, help="questions")
+    parser.add_argument("--count", type=int, default=40, help="questions of a task")
     parser.add_argument("--chains", type=int, default=8, help="a power of two")
-    parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=RESULTS / "parallel_chains.json")
     args = parser.parse_args(argv)
@@ -263,20 +270,21 @@ def main(argv: list[str] | None = None) -> None:
     store = RowStore(args.output, settings)
     model = dms.load(args.model).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    problems = make_problems(tokenizer, args.length, args.count, args.seed)
     rows, console = [], Console()
     for ratio in (1.0, *args.ratios):
         name = FULL if ratio == 1.0 else f"DMS, CR {ratio:g}"
-        key = {"task": task_name(tokenizer), "category": name, "length": args.length}
         if ratio != 1.0:
             set_compression(model, ratio, length=args.length)
         network = plain_twin(model) if ratio == 1.0 else model
-        asked = Answering(network, tokenizer, args)
-        for number, problem in enumerate(problems):
-            where = (asked, problem, number)
-            row = store.get({**key, "number": number}, lambda x=where: x[0].row(*x[1:]))  # type: ignore[misc]
-            console.print(name, number, row["right"], row["said"])
-            rows.append(row)
+        for task in args.tasks:
+            key = {"task": task, "category": name, "length": args.length}
+            asked = Answering(network, tokenizer, args)
+            problems = make_problems(task, tokenizer, args.length, args.count, args.seed)
+            for number, problem in enumerate(problems):
+                where = (asked, problem, number)
+                row = store.get({**key, "number": number}, lambda x=where: x[0].row(*x[1:]))  # type: ignore[misc]
+                console.print(task, name, number, row["right"], row["said"])
+                rows.append(row)
     summary = summarize(rows, args.chains)
     found = {"machine": machine(), "settings": settings, "summary": summary, "rows": rows}
     save(args.output, found, draw)

@@ -54,7 +54,7 @@ class Board:
             say(f"kvpress: {write_results(self.directory, setting, predictions)}")
 
 
-def _method(model: Any, cr: float | None) -> tuple[str, float, str, str, str]:
+def _method(model: Any, cr: float | None) -> tuple[Any, ...]:
     """Press, share to evict, the method in words, device and dtype."""
     from modelopt_dms.evaluation.kvpress_results import NO_PRESS, PRESS
     from modelopt_dms.gates.gate import gates
@@ -98,7 +98,7 @@ def _data(text: str) -> tuple[str, Path]:
     return name, Path(file)
 
 
-def board_tasks(wanted: Sequence[str], found: Board) -> Sequence[str]:
+def board_tasks(wanted: tuple[str, ...], found: Board) -> tuple[str, ...]:
     """The tasks of a board: RULER's families, unless there is a data set.
 
     Raises:

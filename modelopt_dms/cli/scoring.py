@@ -128,7 +128,7 @@ def evaluate(
     from modelopt_dms.evaluation.run import Asked, fidelity_units, file_units, task_units
     from modelopt_dms.gates.gate import gates
 
-    settings = {"model": identity(place), "data": [identity(x) for x in data or []]}
+    settings: dict[str, Any] = {"model": identity(place), "data": [identity(x) for x in data or []]}
     if kvpress_board is not None:
         asked_data = kvpress_board.data
         settings["kvpress"] = asked_data and [asked_data[0], identity(asked_data[1])]

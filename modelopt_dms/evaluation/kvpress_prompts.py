@@ -71,7 +71,7 @@ def own_prompts(
     return found
 
 
-def _generated(task: Any, tokenizer: PreTrainedTokenizerBase, *where: int) -> list[OpenPrompt]:
+def _generated(task: Any, tokenizer: PreTrainedTokenizerBase, *where: Any) -> list[OpenPrompt]:
     """Prompts whose answers `evaluation.ruler` gives word by word, to be generated."""
     found = []
     for episode in make_prompts(task, tokenizer, *where):

@@ -149,8 +149,8 @@ class DMSLM(HFLM):
             )
         self.journal = None
         if resume is not None:
-            settings = {"cr": cr, "answer_lengths": answer_lengths, "dtype": str(self.model.dtype)}
-            settings |= {"pretrained": self._identity()}
+            settings: dict[str, Any] = {"pretrained": self._identity(), "cr": cr}
+            settings |= {"answer_lengths": answer_lengths, "dtype": str(self.model.dtype)}
             part = f"{resume}.rank{self.rank}" if self.world_size > 1 else str(resume)
             self.journal = AnswerJournal(Path(part), settings)
         if (made := _made.get()) is not None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from playwright.sync_api import Browser, sync_playwright
 
-DRAWN = ".trace, .hm image, .bars .point"
+DRAWN = ".trace, .hm image"
 COUNT = f"[...document.querySelectorAll('.plot')].map(x => [x.id, x.querySelectorAll('{DRAWN}').length])"
 TOKEN = 40
 

@@ -118,7 +118,7 @@ def test_votes_and_passes_of_parallel_chains_are_counted(load: Any) -> None:
 
 
 def test_a_running_sum_is_worked_out_step_by_step(load: Any) -> None:
-    sums = load("worked_sums")
+    sums = load("chain_problems")
     rng = random.Random(0)
     for _ in range(50):
         text, steps, total = sums.running_sum(rng)
@@ -126,7 +126,10 @@ def test_a_running_sum_is_worked_out_step_by_step(load: Any) -> None:
         lines = [x.split(" = ") for x in steps.removesuffix(".").split(". ")]
         assert len(lines) == sums.TERMS - 1
         assert all(eval(a) == int(b) for a, b in lines) and int(lines[-1][1]) == total
-    assert sums._stated(" 7 + 5 = 12. The answer is 12.") == "12" and sums._stated("12") == ""
+    assert sums.stated(" 7 + 5 = 12. The answer is 12.") is None
+    assert sums.stated(" The answer is 12.\n") == "12" and sums.stated("12\n") == ""
+    assert sums.number(" 482") is None and sums.number(" 48213.") == "48213"
+    assert sums.number(" lost\n") == "" and sums.last_word(" + ant 2 = 5\n") == "5"
 
 
 def test_chains_cost_more_reads_the_more_they_are_and_answers_count_by_question(load: Any) -> None:
@@ -160,7 +163,8 @@ def test_chains_are_sampled_from_both_caches_and_resumed(
     tokenizer.save_pretrained(tmp_path / "model")
     chains = load("parallel_chains")
     output = tmp_path / "chains.json"
-    words = [str(tmp_path / "model"), "--ratios", "2", "--length", "256", "--count", "2"]
+    words = [str(tmp_path / "model"), "--tasks", "arithmetic", "--ratios", "2"]
+    words += ["--length", "256", "--count", "2"]
     words += ["--chains", "2", "--output", str(output)]
     row, calls = chains.Answering.row, []
 

@@ -155,7 +155,7 @@ function drawAlong() {
   const line = {type: "line", x0: edge, x1: edge, yref: "paper", y0: 0, y1: 1, line: {color: css("--soft"), width: 1, dash: "dash"}};
   plot("plot-along", [trace], layout("", "token", `of ${heads} heads`, {
     height: 208, bargap: 0, margin: {l: 46, r: 10, t: 8, b: 40}, shapes: edge > 0 ? [...bands, line] : bands,
-    xaxis: {range: [-.5, counts.length - .5]}, yaxis: {range: [0, heads], nticks: 4},
+    xaxis: {range: [-.5, counts.length - .5]}, yaxis: {range: [0, heads], tickvals: [0, Math.round(heads / 2), heads]},
   }));
 }
 
@@ -222,18 +222,19 @@ function drawGrowth() {
   plot("plot-time", times, layout("Time of a new token", "tokens seen", "ms", {yaxis: {range: [0, most]}}));
 }
 
-// Bars: colour and pattern say the same.
 function drawCapacity() {
   if (!data.capacity) return;
-  const looks = [["--m-full", ""], ["--m-dms", "/"], ["--m-streaming", "x"]];
-  const traces = data.capacity.rows.map((row, i) => ({
-    type: "bar", name: row.variant, x: data.capacity.contexts.map(x => x.toLocaleString("en")), y: row.sequences,
-    text: row.sequences.map(x => x.toLocaleString("en")), textposition: "outside", textfont: {size: 10}, cliponaxis: false,
-    marker: {color: css(looks[i][0]), pattern: {shape: looks[i][1], fgcolor: css("--ground"), fgopacity: .6, size: 6}},
-    hovertemplate: "%{fullData.name}, %{x} tokens: %{y:,} at once<extra></extra>",
+  const {contexts, rows: variants} = data.capacity, top = Math.max(...variants.flatMap(x => x.sequences)), looks = ["full", "dms", "streaming"];
+  const traces = variants.map((row, i) => line(looks[i], contexts, row.sequences, {
+    name: row.variant, mode: "lines+markers+text", text: row.sequences.map(x => x.toLocaleString("en")), cliponaxis: false,
+    textposition: i ? "top right" : "bottom left", textfont: {size: 11, color: css("--ink")},
+    hovertemplate: "%{fullData.name}, %{x:,} tokens: %{y:,} at once<extra></extra>",
   }));
+  const ends = [Math.log10(contexts[0] / 1.5), Math.log10(contexts[contexts.length - 1] * 1.6)];
+  const low = Math.min(...variants.flatMap(x => x.sequences).filter(x => x > 0));
   plot("plot-capacity", traces, layout("Conversations at once", "tokens of each", "", {
-    barmode: "group", xaxis: {type: "category"}, yaxis: {type: "log", dtick: 1, showticklabels: false},
+    xaxis: {type: "log", tickvals: contexts, ticktext: contexts.map(x => x.toLocaleString("en")), range: ends},
+    yaxis: {type: "log", dtick: 1, tickformat: ",", range: [Math.log10(low / 2.5), Math.log10(top * 2.5)]},
   }));
 }
 
