@@ -34,6 +34,12 @@ FAMILIES = {
     "layer": {"granularity": "layer"},
 }
 SMALL = {"max_model_len": 200, "max_num_batched_tokens": 64, "skip_tokenizer_init": True}
+NGRAM = {
+    "method": "ngram",
+    "num_speculative_tokens": 4,
+    "prompt_lookup_min": 1,
+    "prompt_lookup_max": 3,
+}
 SETTINGS: dict[str, dict[str, Any]] = {
     "chunked": {"max_num_batched_tokens": 128},
     "preempted": {
@@ -46,6 +52,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "tensor parallel": {"tensor_parallel_size": 2, "max_num_batched_tokens": 128},
     # vLLM makes what ranks hand on while it warms up, which it leaves out for eager models on CPUs.
     "pipeline parallel": {"pipeline_parallel_size": 2, "enforce_eager": False},
+    "drafts": {"max_num_batched_tokens": 128, "speculative_config": NGRAM},
+    "drafts, preempted": {
+        "max_num_batched_tokens": 128,
+        "num_gpu_blocks_override": 9,
+        "scheduler_reserve_full_isl": False,
+        "speculative_config": NGRAM,
+    },
+    "drafts, tensor parallel": {"tensor_parallel_size": 2, "speculative_config": NGRAM},
 }
 CAPPED = {
     "capped": {"additional_config": {"modelopt_dms": {"max_request_blocks": 3}}},
@@ -54,12 +68,16 @@ CAPPED = {
         "max_model_len": 800,
         "max_num_batched_tokens": 64,
     },
+    "capped, drafts": {
+        "additional_config": {"modelopt_dms": {"max_request_blocks": 3}},
+        "speculative_config": NGRAM,
+    },
 }
 REFUSED = {
     "block_size=32": {"block_size": 32},
     "kv_cache_dtype='fp8'": {"kv_cache_dtype": "fp8"},
-    "speculative decoding": {
-        "speculative_config": {"method": "ngram", "num_speculative_tokens": 2}
+    "num_speculative_tokens=64 must be below 64": {
+        "speculative_config": {**NGRAM, "num_speculative_tokens": 64}
     },
     "max_request_blocks=0": {"additional_config": {"modelopt_dms": {"max_request_blocks": 0}}},
     "accepted: 'max_request_blocks'": {"additional_config": {"modelopt_dms": {"blocks": 3}}},
@@ -158,6 +176,11 @@ def test_other_architectures_and_gates_give_the_tokens_of_a_full_recompute(
 ) -> None:
     assert results[name].get("error") is None
     assert results[name]["tokens"] == expected(models[name][0], [90, 40, 17])
+
+
+@pytest.mark.parametrize("name", [x for x in SETTINGS if "drafts" in x])
+def test_drafts_are_accepted_and_rejected(results: dict[str, dict[str, Any]], name: str) -> None:
+    assert 0 < results[name]["accepted"] < results[name]["drafted"]
 
 
 def test_blocks_held_are_less_than_half_of_a_dense_cache(

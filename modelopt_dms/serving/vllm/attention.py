@@ -119,17 +119,21 @@ class DMSImpl(AttentionImpl[DMSMetadata]):
         connector: Any = get_kv_transfer_group()
         slabs, layer = connector.slabs, connector.layers[layer_name]
         requests = connector.requests_of(metadata.first_blocks)
-        single: list[int] = []
-        for i, request in enumerate(requests):
-            start, end = metadata.starts[i : i + 2]
-            if end - start == 1:
-                single.append(i)
+        parts = [slice(*metadata.starts[i : i + 2]) for i in range(len(requests))]
+        drafted = [bool(slabs.held[x].draft.tokens) for x in requests]
+        short: list[int] = []
+        for i, part in enumerate(parts):
+            if drafted[i] or part.stop - part.start == 1:
+                short.append(i)
             else:
-                part = slice(start, end)
-                output[part] = slabs.chunk(layer, request, new[part], self.scoring)
-        if single:
-            at = torch.tensor([metadata.starts[i] for i in single], device=output.device)
-            names = [requests[i] for i in single]
+                output[part] = slabs.chunk(layer, requests[i], new[part], self.scoring)
+        names = [requests[i] for i in short]
+        if any(drafted):
+            found = slabs.verify(layer, names, [new[parts[i]] for i in short], self.scoring)
+            for i, out in zip(short, found, strict=True):
+                output[parts[i]] = out
+        elif short:
+            at = torch.tensor([parts[i].start for i in short], device=output.device)
             output[at] = slabs.decode(layer, names, new[at], self.scoring)
 
 

@@ -171,10 +171,16 @@ def _refuse(vllm_config: VllmConfig) -> None:
             f"kv_transfer_config names {vllm_config.kv_transfer_config.kv_connector!r}: a DMS model needs the KV "
             "connector for itself, and its blocks mean nothing to another engine"
         )
-    if vllm_config.speculative_config is not None:
+    speculation = vllm_config.speculative_config
+    if speculation is not None and speculation.method != "ngram":
         raise ValueError(
-            f"speculative decoding ({vllm_config.speculative_config.method}) with a DMS model is not supported: what "
-            "a rejected draft evicted would be lost"
+            f"speculative_config.method={speculation.method!r} is not supported with a DMS model: a draft model would "
+            "need a KV cache of its own; accepted: 'ngram'"
+        )
+    if vllm_config.num_speculative_tokens >= PAGE:
+        raise ValueError(
+            f"speculative_config.num_speculative_tokens={vllm_config.num_speculative_tokens} must be below {PAGE} with "
+            "a DMS model, the tokens that even a request at its limit of blocks has room for"
         )
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         raise ValueError(
