@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from modelopt_dms.kernels.layout import PAGE
+from modelopt_dms.kernels.number_formats import RowFormat
 from modelopt_dms.kernels.reference import Scoring
 from modelopt_dms.serving.vllm.accounting import Ledger, least_blocks
 from modelopt_dms.serving.vllm.drafts import Step
@@ -19,10 +20,13 @@ SCORING = Scoring(DIM**-0.5)
 class Bench:
     """Requests of random tokens, a pool, and slabs that follow a ledger."""
 
-    def __init__(self, rules: Rules, evicted: float, limit: int = BLOCKS) -> None:
+    def __init__(
+        self, rules: Rules, evicted: float, limit: int = BLOCKS, form: RowFormat | None = None
+    ) -> None:
         shape = SlabShape(LAYERS, HEADS, requests=4)
-        pages = torch.zeros((BLOCKS + 1) * LAYERS * HEADS, PAGE, 2 * DIM)
-        self.slabs = Slabs(*pages.split(DIM, dim=-1), shape, rules)
+        dtype = torch.float32 if form is None else torch.uint8
+        pages = torch.zeros((BLOCKS + 1) * LAYERS * HEADS, PAGE, 2 * DIM, dtype=dtype)
+        self.slabs = Slabs(*pages.split(DIM, dim=-1), shape, rules, form)
         least = least_blocks(rules.window, rules.protect_first, PAGE)
         self.ledger = Ledger(PAGE, limit, least)
         self.rules, self.evicted = rules, evicted

@@ -6,6 +6,7 @@ import torch
 from slab_bench import BLOCKS, HEADS, LAYERS, SCORING, Bench
 
 from modelopt_dms.kernels.layout import PAGE, OutOfPagesError
+from modelopt_dms.kernels.number_formats import Fp8
 from modelopt_dms.serving.vllm.slabs import Grant, Rules
 
 
@@ -23,6 +24,21 @@ def test_ragged_requests_attend_as_under_the_mask_of_the_whole_sequence(shift: i
     held = sum(map(len, bench.blocks.values()))
     assert held <= 0.5 * dense
     assert held + len(bench.free) == BLOCKS
+
+
+def test_rows_in_fp8_are_attended_to_as_they_are_stored() -> None:
+    rules, form = Rules(window=20, shift=0, protect_first=2), Fp8(torch.tensor([448.0]))
+    bench = Bench(rules, evicted=0.8, form=form)
+    bench.arrive("a", 300, seed=1)
+    for size in (150, 1, 40, *[1] * 30):
+        bench.step({"a": size})
+    bench.step({"a": 1}, {"a": (5, 2)})
+    bench.step({"a": 1})
+    assert bench.error("a") > 1e-3
+    for layer in bench.tokens["a"]:
+        for x in (layer.k, layer.v):  # what attention under the mask reads from now on
+            x.copy_(x.to(torch.float8_e4m3fn))
+    assert bench.error("a") < 1e-5
 
 
 def test_a_capped_request_loses_its_oldest_unprotected_tokens() -> None:

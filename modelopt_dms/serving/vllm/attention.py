@@ -24,6 +24,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 from modelopt_dms.kernels.layout import PAGE
 from modelopt_dms.kernels.reference import Scoring
 from modelopt_dms.serving.vllm.config import ModelRules, options_of
+from modelopt_dms.serving.vllm.names import FP8_CACHES
 from modelopt_dms.serving.vllm.scheduling import DMSSpec
 from modelopt_dms.serving.vllm.slabs import NewTokens
 
@@ -141,6 +142,7 @@ class DMSBackend(AttentionBackend):
     """Names the parts to vLLM."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16", *FP8_CACHES]
 
     @staticmethod
     def get_name() -> str:

@@ -11,7 +11,14 @@ from vllm.transformers_utils import config as vllm_parsers
 
 from modelopt_dms.kernels.layout import PAGE
 from modelopt_dms.modeling.config_marks import unmark
-from modelopt_dms.serving.vllm.names import ARCHITECTURES, CONNECTOR, DENSE, MIXTURE, OPTIONS
+from modelopt_dms.serving.vllm.names import (
+    ARCHITECTURES,
+    CONNECTOR,
+    DENSE,
+    FP8_CACHES,
+    MIXTURE,
+    OPTIONS,
+)
 
 logger = init_logger(__name__)
 
@@ -161,10 +168,10 @@ def _refuse(vllm_config: VllmConfig) -> None:
         )
     if cache.user_specified_block_size and cache.block_size != PAGE:
         raise ValueError(f"block_size={cache.block_size}: DMS models have blocks of {PAGE} tokens")
-    if cache.cache_dtype not in ("auto", "bfloat16", "float16", "float32"):
+    if cache.cache_dtype not in ("auto", "bfloat16", "float16", "float32", *FP8_CACHES):
         raise ValueError(
-            f"kv_cache_dtype={cache.cache_dtype!r}: the KV cache of a DMS model has the model's dtype here; accepted: "
-            "'auto'"
+            f"kv_cache_dtype={cache.cache_dtype!r}: the KV cache of a DMS model has the model's dtype here, or FP8 "
+            "(e4m3) without a scale; accepted: 'auto', 'fp8', 'fp8_e4m3'"
         )
     if vllm_config.kv_transfer_config is not None:
         raise ValueError(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -21,9 +22,11 @@ from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from modelopt_dms.kernels.layout import PAGE
+from modelopt_dms.kernels.number_formats import E4M3_MAX, Fp8
 from modelopt_dms.serving.vllm.accounting import Usage
 from modelopt_dms.serving.vllm.config import ModelRules
 from modelopt_dms.serving.vllm.drafts import Step
+from modelopt_dms.serving.vllm.names import FP8_CACHES
 from modelopt_dms.serving.vllm.scheduling import DMSManager
 from modelopt_dms.serving.vllm.slabs import Grant, Rules, Slabs, SlabShape
 
@@ -188,9 +191,11 @@ class DMSConnector(KVConnectorBase_V1, SupportsHMA):
         self.layers = {name: i for i, name in enumerate(names)}
         keys, values = pages.split((layer.head_size, layer.head_size_v), dim=-1)
         shape = SlabShape(len(names), heads, self._vllm_config.scheduler_config.max_num_seqs)
-        self.slabs = Slabs(
-            keys, values, shape, Rules(rules.window, rules.shift, rules.protect_first)
-        )
+        form = None
+        if self._vllm_config.cache_config.cache_dtype in FP8_CACHES:
+            form = Fp8(torch.tensor([E4M3_MAX]))  # scale 1
+        kept = Rules(rules.window, rules.shift, rules.protect_first)
+        self.slabs = Slabs(keys, values, shape, kept, form)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         """Before a step: take in what changed."""

@@ -6,7 +6,7 @@ token among it, is kept until the next step says how many tokens of the draft we
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -49,8 +49,8 @@ class Draft:
 
 def of_requests(log: UndoLog, requests: slice) -> UndoLog:
     """The part of a log that is about some of its requests; what is written there is written to the log."""
-    parts = (getattr(log, x.name) for x in fields(log))
-    return UndoLog(*(None if x is None else x[:, requests] for x in parts))
+    tensors = {x.name: getattr(log, x.name) for x in fields(log)}
+    return replace(log, **{name: x[:, requests] for name, x in tensors.items() if x is not None})
 
 
 def reject(log: UndoLog, pool: PagePool, lists: PageTables, positions: Tensor, tokens: int) -> None:

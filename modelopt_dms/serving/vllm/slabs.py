@@ -31,6 +31,7 @@ from modelopt_dms.kernels.layout import (
     PageTables,
     RowLayout,
 )
+from modelopt_dms.kernels.number_formats import RowFormat
 from modelopt_dms.kernels.prefill_reference import Chunk, attend_chunk, expiry
 from modelopt_dms.kernels.reference import Scoring, assign_slots, shift_decisions
 from modelopt_dms.kernels.rollback import UndoLog, decide_previous, record
@@ -140,17 +141,25 @@ class Held:
 class Slabs:
     """The lists of all requests that run on a rank."""
 
-    def __init__(self, keys: Tensor, values: Tensor, shape: SlabShape, rules: Rules) -> None:
+    def __init__(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        shape: SlabShape,
+        rules: Rules,
+        form: RowFormat | None = None,
+    ) -> None:
         """Start empty.
 
         Args:
-            keys: the pool's pages [pages, PAGE, Dk].
+            keys: the pool's pages [pages, PAGE, Dk], or their codes.
             values: likewise [pages, PAGE, Dv].
             shape: L, K and S.
             rules: of the model.
+            form: number format of the rows, eight bits with one scale; None: they are stored as they come.
         """
         layers, heads, requests = shape.layers, shape.heads, shape.requests
-        self.lists, self.rules = layers * heads, rules
+        self.lists, self.rules, self.form = layers * heads, rules, form
         device, ring = keys.device, rules.window + 1
 
         def ints(value: int, *shape: int) -> Tensor:
@@ -165,7 +174,7 @@ class Slabs:
         self.positions = ints(0, len(keys), PAGE)
         self._active = torch.ones(max(layers, requests), dtype=torch.bool, device=device)
         self._scales = torch.ones(4, heads, device=device)
-        key_rows, value_rows = (RowLayout("plain", x.shape[-1], x.dtype) for x in (keys, values))
+        key_rows, value_rows = (RowLayout.of(form, x.shape[-1], x.dtype) for x in (keys, values))
         # Nobody takes pages from it: a request's pages are in its slab.
         free, counters = ints(0, 1), ints(0, 2)
         self.pool = PagePool(key_rows, value_rows, keys, values, None, None, free, counters)
@@ -235,6 +244,7 @@ class Slabs:
             scoring: scale, softcap, sinks.
             log: where to keep what they overwrite, if they may be taken back.
         """
+        new = self._rounded(new)
         held = [self.held[x] for x in requests]
         for x in held:
             if x.grant.capped and not x.draft.tokens:
@@ -252,9 +262,9 @@ class Slabs:
         slot, longer = assign_slots(expired, self.ring_evict[rows, layer, :, column], live)
         self._take_pages(layer, held, (slot == live) & (slot % PAGE == 0), slot // PAGE)
         if log is not None:
-            before = self._tables(self.table[rows, layer], live)
+            shorter = replace(self._tables(self.table[rows, layer], live), seen=seen)
             marked = self.ring_evict[rows, layer, :, column]
-            record(log, self.pool, replace(before, seen=seen), slot, expired, marked)
+            record(log, self.pool, shorter, slot, expired, marked)
         self.live[rows, layer] = longer.to(torch.int32)
         self.ring_slot[rows, layer, :, column] = slot.to(torch.int32)
         self.ring_evict[rows, layer, :, column] = evict
@@ -305,7 +315,7 @@ class Slabs:
             new: its tokens.
             scoring: scale, softcap, sinks.
         """
-        held = self.held[request]
+        held, new = self.held[request], self._rounded(new)
         # Whether a chunk fits is known when it has been read. A page's worth can always be made to fit.
         step = PAGE if held.grant.capped else len(new.q)
         starts = range(0, len(new.q), step)
@@ -354,6 +364,13 @@ class Slabs:
         note_chunk(self.positions, lists, plan, seen)
         update_metadata(plan, lists)
         return out[0].transpose(0, 1)
+
+    def _rounded(self, new: NewTokens) -> NewTokens:
+        """Tokens as they will be read: what is attended to must not depend on how a prompt is cut into chunks."""
+        if self.form is None:
+            return new
+        k, v = (self.form.decode(self.form.encode(x), x.shape[-1], x.dtype) for x in (new.k, new.v))
+        return replace(new, k=k, v=v)
 
     def _take_back(self, held: Held, computed: int) -> None:
         """Give up what was rejected of a draft, so that `computed` tokens are left."""
@@ -485,6 +502,6 @@ class Slabs:
             ring_slot=none,
             ring_evict=none,
             active=self._active[: len(live)],
-            formats=(None, None),
+            formats=(self.form, self.form),
             scales=self._scales,
         )
