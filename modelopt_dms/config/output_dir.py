@@ -117,8 +117,8 @@ def remove(directory: Path, names: Iterable[str]) -> None:
 def atomic_file(path: Path) -> Iterator[Path]:
     """A name beside `path` to write a file under, which then takes its place; an error leaves what was there.
 
-    Directories that are not there are made. A process that is killed while it writes leaves the other file, `.NAME.` and
-    eight letters, which nothing reads.
+    Directories that are not there are made. A process that is killed while it writes leaves the other file, `.NAME.`
+    and eight letters, which nothing reads.
 
     Raises:
         OutputError: the disk is full.
