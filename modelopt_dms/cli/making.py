@@ -47,6 +47,7 @@ from modelopt_dms.config.in_use import in_use
 from modelopt_dms.config.output_dir import CALIBRATION_DIR, RETROFIT_DIR, check_output
 from modelopt_dms.config.progress import phase
 from modelopt_dms.config.recipe_file import check_recipe
+from modelopt_dms.config.reporting import check_installed
 from modelopt_dms.config.section import LONGEST
 from modelopt_dms.exporters import check_format, check_number_format
 
@@ -96,6 +97,8 @@ def compress(
         pass  # it is taken when the work begins; whoever has it now is named at once
     check_device(device)
     check_json(json_file)
+    if sections.retrofit is not None:
+        check_installed(sections.retrofit.report_to)
     if sections.export is not None:
         check_format(sections.export.format, {})
         check_number_format(sections.export.format, stored_dtype(place, dtype))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from modelopt_dms.cli.boards import board, board_tasks
 from modelopt_dms.cli.interrupting import when_interrupted
 from modelopt_dms.cli.opening import (
     beyond_model,
@@ -55,6 +56,26 @@ FidelityOpt = Annotated[
         help="KL from the full cache and agreement, by category of text: each --data file, or the package's.",
     ),
 ]
+KvpressOpt = Annotated[
+    Path | None,
+    typer.Option(
+        help="Also write the results below this directory as kvpress' evaluation does; RULER's families only, all "
+        "answers generated."
+    ),
+]
+KvpressDataOpt = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME[/PART]=FILE",
+        help="With --kvpress: a data set with kvpress' columns, .parquet or .jsonl, e.g. ruler/4096=test.parquet.",
+    ),
+]
+KvpressModelOpt = Annotated[
+    str | None,
+    typer.Option(
+        help="With --kvpress: the model's name there, e.g. Qwen/Qwen3-8B. By default that of the directory."
+    ),
+]
 LimitsOpt = Annotated[
     list[str] | None,
     typer.Option(
@@ -79,6 +100,9 @@ def evaluate(
         Path | None,
         typer.Option("--json", help="Also write the rows here; until all are there, FILE.partial."),
     ] = None,
+    kvpress: KvpressOpt = None,
+    kvpress_data: KvpressDataOpt = None,
+    kvpress_model: KvpressModelOpt = None,
     cr: RatioOpt = None,
     dtype: DtypeOpt = Dtype.auto,
     device: DeviceOpt = None,
@@ -86,12 +110,19 @@ def evaluate(
 ) -> None:
     """Score a model through its physical KV cache; an interrupted run goes on where it stopped (--json)."""
     wanted = check_tasks(tasks.split(",")) if tasks is not None else ()
-    if not (wanted or data or fidelity):
-        wanted = DEFAULT
-    limits = parse_limits(fail_if or [], fidelity, _measured(wanted, data or [], fidelity))
-    sizes = list(dict.fromkeys(_length(x) for x in lengths.split(",")))
     place = check_model(model)
-    warn(beyond_model(place, max(sizes), "--lengths"))
+    kvpress_board = board(kvpress, kvpress_data, kvpress_model, place)
+    if kvpress_board is not None:
+        wanted = board_tasks(wanted, kvpress_board)
+    elif not (wanted or data or fidelity):
+        wanted = DEFAULT
+    of_file = kvpress_board is not None and kvpress_board.data is not None
+    # Which tasks a file has is not known before it is read.
+    measured = None if of_file else _measured(wanted, data or [], fidelity)
+    limits = parse_limits(fail_if or [], fidelity, measured)
+    sizes = list(dict.fromkeys(_length(x) for x in lengths.split(",")))
+    if not of_file:
+        warn(beyond_model(place, max(sizes), "--lengths"))
     check_ratio(place, cr)
     check_device(device)
     given = open_files(data or [], "--data", data_format)
@@ -99,11 +130,14 @@ def evaluate(
         if json_file == STDOUT:
             raise ValueError("--json -: rows are kept in a file while the run lasts; name one")
         check_results_file(json_file)
-    from modelopt_dms.evaluation.resume import RowStore
+    from modelopt_dms.evaluation.resume import RowStore, identity
     from modelopt_dms.evaluation.run import Asked, fidelity_units, file_units, task_units
     from modelopt_dms.gates.gate import gates
 
-    settings = {"model": _identity(place), "data": [_identity(x) for x in data or []]}
+    settings: dict[str, Any] = {"model": identity(place), "data": [identity(x) for x in data or []]}
+    if kvpress_board is not None:
+        asked_data = kvpress_board.data
+        settings["kvpress"] = asked_data and [asked_data[0], identity(asked_data[1])]
     store = RowStore(
         json_file,
         settings
@@ -120,9 +154,14 @@ def evaluate(
         units += fidelity_units(asked, data or [], data_format)
     elif data:
         units += file_units(asked, given)
-    units += task_units(asked, wanted)
+    if kvpress_board is None:
+        units += task_units(asked, wanted)
+    else:
+        units += kvpress_board.units(asked, wanted)
     rows = _measure(units, store)
     store.finish(rows)
+    if kvpress_board is not None:
+        kvpress_board.write(asked, rows, cr)
     _show(network, rows, cr)
     for row in rows:
         if (samples := row.get("samples", count)) < count:
@@ -180,17 +219,6 @@ def _show(network: Any, rows: list[dict[str, Any]], cr: float | None) -> None:
     )
     # One is enough: the table shows the others.
     warn(next((line for line in found if line is not None), None))
-
-
-def _identity(place: str | Path) -> dict[str, Any]:
-    """What tells one model or file from another without reading it: sizes and times of its files."""
-    path = Path(place)
-    files = sorted(path.glob("*")) if path.is_dir() else [path]
-    shown = [
-        x for x in files if x.suffix in (".json", ".safetensors", ".gguf") or not path.is_dir()
-    ]
-    stats = [x.stat() for x in shown if x.is_file()]
-    return {"name": str(place), "files": [[x.st_size, x.st_mtime_ns] for x in stats]}
 
 
 def _length(text: str) -> int:

@@ -5,8 +5,9 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 try:
     import fcntl
@@ -35,7 +36,7 @@ def in_use(directory: Path) -> Iterator[None]:
     if fcntl is None or target in _held:
         yield
         return
-    with _file_of(target).open("a+") as file:
+    with _opened(_file_of(target)) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -45,13 +46,23 @@ def in_use(directory: Path) -> Iterator[None]:
                 f"{directory} is in use by process {holder}; wait for it, or choose another directory"
             ) from None
         file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
+        # Who it is can be said on a disk with room only; that nobody else enters holds on a full one, too.
+        with suppress(OSError):
+            os.write(file.fileno(), f"{os.getpid()}\n".encode())
         _held.add(target)
         try:
             yield
         finally:
             _held.discard(target)
+
+
+def _opened(path: Path) -> IO[str]:
+    try:
+        return path.open("a+")
+    except OSError as error:
+        raise OutputError(
+            f"{path}, which keeps other processes out of a directory, cannot be written: {error}"
+        ) from error
 
 
 def _file_of(target: Path) -> Path:

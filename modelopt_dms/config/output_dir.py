@@ -25,7 +25,8 @@ _PARTIAL = f"{MARKER}.partial"
 STAGING_DIR = ".staging"
 # What an interrupted `compress` may leave in its output directory, and the next one goes on from.
 CALIBRATION_DIR, RETROFIT_DIR = "calibration", "retrofit"
-LAST = ("config.json", "dms_engine.json")
+# The last files to be moved, without which there is no result yet, and what they make of a directory.
+LAST = {"config.json": "a model", "dms_engine.json": "exported graphs"}
 # JSON files that are parts of models, whoever wrote them: results never take their place.
 _OF_MODELS = (
     *LAST,
@@ -52,9 +53,9 @@ def check_output(output_dir: str | Path, ours: tuple[str, ...] = ()) -> Path:
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise OutputError(f"output_dir={target} cannot be written: {nearest} is read-only")
     present = {x.name for x in target.iterdir()} if target.exists() else set()
-    if "config.json" in present:
+    for name in present & LAST.keys():
         raise OutputError(
-            f"output_dir={target} already holds a model; choose another directory or remove it"
+            f"output_dir={target} already holds {LAST[name]}; choose another directory or remove it"
         )
     # A run that was stopped while it moved its files here has left their names in the staging directory.
     moved = {Path(x).parts[0] for x in _files_of(target / STAGING_DIR)}
@@ -107,7 +108,9 @@ def remove(directory: Path, names: Iterable[str]) -> None:
     """
     if directory.is_symlink() or not (directory / MARKER).is_file():
         return
-    for path in {x for name in names for x in directory.glob(name)}:
+    found = {x for name in names for x in directory.glob(name)}
+    # The marker last: whenever this is stopped, what is left is known as ours.
+    for path in sorted(found, key=lambda x: x.name == MARKER):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
@@ -121,22 +124,27 @@ def remove(directory: Path, names: Iterable[str]) -> None:
 def atomic_file(path: Path) -> Iterator[Path]:
     """A name beside `path` to write a file under, which then takes its place; an error leaves what was there.
 
-    Directories that are not there are made.
+    Directories that are not there are made. A process that is killed while it writes leaves the other file, `.NAME.`
+    and eight letters, which nothing reads.
+
+    Raises:
+        OutputError: the disk is full.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # A name that nobody has: a file of the user's may bear any that we would choose.
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    # mkstemp makes files that only their owner reads.
-    mask = os.umask(0)
-    os.umask(mask)
-    temporary.chmod(0o666 & ~mask)
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # A name that nobody has: a file of the user's may bear any that we would choose.
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        os.close(handle)
+        temporary = Path(name)
+        # mkstemp makes files that only their owner reads.
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def check_results_file(path: Path) -> None:
@@ -194,24 +202,27 @@ def atomic_dir(target: Path) -> Iterator[Path]:
     staging = target / STAGING_DIR
     check_owned(staging)
     _remove_interrupted(target)
-    own(staging)
     try:
-        with in_use(target), writing(target):
-            yield staging
+        with writing(target):
+            own(staging)
+            with in_use(target):
+                yield staging
+            files = sorted(
+                str(x.relative_to(staging))
+                for x in staging.rglob("*")
+                if x.is_file() and x.name not in (MARKER, _PARTIAL)
+            )
+            _mark(staging, files)
     except BaseException:  # Ctrl-C too
-        shutil.rmtree(staging, ignore_errors=True)
-        if not existed and not any(target.iterdir()):
+        _discard(staging)
+        if not existed and target.exists() and not any(target.iterdir()):
             target.rmdir()
         raise
-    files = sorted(
-        str(x.relative_to(staging)) for x in staging.rglob("*") if x.is_file() and x.name != MARKER
-    )
-    _mark(staging, files)
     # Without the last ones the directory is not a model, and the next run starts over.
     for name in sorted(files, key=lambda x: x in LAST):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(staging / name, target / name)
-    shutil.rmtree(staging)
+    _discard(staging)
 
 
 def _remove_interrupted(target: Path) -> None:
@@ -224,7 +235,17 @@ def _remove_interrupted(target: Path) -> None:
             if parent == target or not parent.is_dir() or any(parent.iterdir()):
                 break
             parent.rmdir()
-    shutil.rmtree(staging, ignore_errors=True)
+    _discard(staging)
+
+
+def _discard(directory: Path) -> None:
+    """Remove a directory of ours as far as that can be done, its marker last: until then it is known as ours."""
+    for path in directory.iterdir() if directory.is_dir() else ():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != MARKER:
+            path.unlink(missing_ok=True)
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 def _mark(directory: Path, files: list[str]) -> None:

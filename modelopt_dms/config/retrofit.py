@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The section `retrofit`: how gates, and weights if asked for, learn."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from modelopt_dms.config.reporting import Reporter, as_list
 from modelopt_dms.config.section import Section
 
 
@@ -70,11 +71,22 @@ class RetrofitConfig(Section):
     holds all of it.
     """
     logging_steps: int = Field(default=10, ge=1, title="Logging interval")
-    """Steps between log lines and TensorBoard points."""
+    """Steps between rows of the log, and between what `report_to` gets."""
+    report_to: list[Reporter] = Field(
+        default=[], title="Report to", json_schema_extra={"type": ["array", "string"]}
+    )
+    """Integrations of transformers' Trainer that get the log, such as wandb or [tensorboard, mlflow]; 'all': those that
+    are installed; 'none'. tensorboard writes to retrofit/logs in the output directory.
+    """
     save_steps: int = Field(default=100, ge=1, title="Checkpoint interval")
     """Steps between resumable checkpoints."""
     seed: int = Field(default=0, ge=0, title="Seed")
     """Seeds data order and gate noise; same seed, same result."""
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _as_trainer_takes_it(cls, value: Any) -> Any:
+        return as_list(value)
 
     @model_validator(mode="after")
     def _adapters_are_whole(self) -> "RetrofitConfig":

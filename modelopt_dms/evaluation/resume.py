@@ -10,7 +10,7 @@ from modelopt_dms.config.output_dir import OutputError, write_json
 
 Row = dict[str, Any]
 # What a row is about; the rest of it was measured.
-KEY = ("task", "category", "length")
+KEY = ("task", "category", "length", "number")
 
 
 class RowStore:
@@ -78,6 +78,17 @@ class RowStore:
         if self.path is not None and self.partial is not None:
             write_json(self.path, list(rows))
             self.partial.unlink(missing_ok=True)
+
+
+def identity(place: str | Path) -> Row:
+    """What tells one model or file from another without reading it: sizes and times of its files."""
+    path = Path(place)
+    files = sorted(path.glob("*")) if path.is_dir() else [path]
+    shown = [
+        x for x in files if x.suffix in (".json", ".safetensors", ".gguf") or not path.is_dir()
+    ]
+    stats = [x.stat() for x in shown if x.is_file()]
+    return {"name": str(place), "files": [[x.st_size, x.st_mtime_ns] for x in stats]}
 
 
 def _key(row: Row) -> tuple[Any, ...]:

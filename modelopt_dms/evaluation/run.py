@@ -2,7 +2,7 @@
 """What one call of `eval` measures, as rows that can be measured one by one."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,19 @@ from modelopt_dms.data.documents import open_documents
 from modelopt_dms.data.inputs import Formatted
 from modelopt_dms.evaluation.fidelity import fidelity
 from modelopt_dms.evaluation.files import cut_documents
+from modelopt_dms.evaluation.kvpress_prompts import TextPrompt, dataset_prompts, own_prompts
+from modelopt_dms.evaluation.kvpress_results import Prediction
 from modelopt_dms.evaluation.limits import FIDELITY
 from modelopt_dms.evaluation.memories import knows_records
 from modelopt_dms.evaluation.report_page.material import plain_texts
-from modelopt_dms.evaluation.score import material_of, measure, perplexity
+from modelopt_dms.evaluation.score import (
+    Said,
+    answer_open,
+    material_of,
+    mean_score,
+    measure,
+    perplexity,
+)
 from modelopt_dms.evaluation.tasks import held_out_text
 
 Row = dict[str, Any]
@@ -68,6 +77,60 @@ def task_units(asked: Asked, tasks: Sequence[str]) -> list[Unit]:
         return Unit({"task": task, "length": length}, lambda: measure(*how).row())
 
     return [unit(task, length) for task in tasks for length in asked.lengths]
+
+
+def answer_units(asked: Asked, tasks: Sequence[str]) -> list[Unit]:
+    """RULER's families at every length, all answers generated; rows have them as "predictions".
+
+    Raises:
+        ValueError: a length has no room for a task: before any is measured.
+    """
+    for task in tasks:
+        for length in asked.lengths:
+            own_prompts(task, asked.tokenizer, length, 1, asked.seed)
+
+    def unit(task: str, length: int) -> Unit:
+        def run() -> Row:
+            where = (asked.tokenizer, length, asked.count, asked.seed)
+            return answered(asked, own_prompts(task, *where))
+
+        return Unit({"task": task, "length": length}, run)
+
+    return [unit(task, length) for task in tasks for length in asked.lengths]
+
+
+def dataset_units(asked: Asked, name: str, path: Path) -> list[Unit]:
+    """The tasks of a file with kvpress' columns, likewise; `name` is the category of their rows."""
+    tasks: dict[str, list[TextPrompt]] = {}
+    for x in dataset_prompts(path, asked.tokenizer):
+        tasks.setdefault(x.task, []).append(x)
+
+    def unit(task: str, prompts: list[TextPrompt]) -> Unit:
+        length = max(len(x.prompt.context_ids) + len(x.prompt.prompt_ids) for x in prompts)
+        key = {"task": task, "category": name, "length": length}
+        return Unit(key, lambda: answered(asked, prompts))
+
+    return [unit(task, prompts) for task, prompts in tasks.items()]
+
+
+def answered(asked: Asked, prompts: Sequence[TextPrompt]) -> Row:
+    """Generated answers to prompts, scored as RULER and kvpress do."""
+    said = answer_open(asked.model, asked.tokenizer, [x.prompt for x in prompts])
+    rows = [_prediction(x, y) for x, y in zip(prompts, said, strict=True)]
+    score = mean_score([x.score() for x in rows], said)
+    return {**score.row(), "predictions": [asdict(x) for x in rows]}
+
+
+def _prediction(prompt: TextPrompt, said: Said) -> Prediction:
+    return Prediction(
+        prompt.question,
+        prompt.answer_prefix,
+        prompt.prompt.wanted,
+        prompt.task,
+        prompt.prompt.tokens,
+        said.text,
+        1.0 - said.context.resident_tokens / said.context.context_tokens,
+    )
 
 
 def file_units(asked: Asked, files: Sequence[Path] | Formatted) -> list[Unit]:

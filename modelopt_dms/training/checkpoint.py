@@ -3,7 +3,7 @@
 
 run.json            what the run is: recipe, data, model; a resume must agree with it
 train_log.jsonl     one row per logging interval
-logs/               TensorBoard
+logs/               TensorBoard, with report_to: tensorboard
 checkpoint-<step>/  trained.safetensors (what learns; thresholds), progress.json, Trainer's optimizer and scheduler;
                     of a sharded run, shards/ and shards.json in place of trained.safetensors and optimizer
 .partial/           a checkpoint being written
@@ -45,7 +45,7 @@ KEPT_CHECKPOINTS = 2
 # What only a run that goes on needs; the logs stay.
 RESUMABLE = (RUN_FILE, f".{RUN_FILE}.partial", "checkpoint-*", PARTIAL_DIR, MARKER)
 # Changing these does not change what a run computes.
-FREE_FIELDS = ("save_steps",)
+FREE_FIELDS = ("save_steps", "report_to")
 WAYS_OUT = "use another output_dir, or resume=False to start over"
 SAMPLES_PER_STEP = "batch_size * gradient_accumulation_steps * processes"
 

@@ -2,13 +2,18 @@
 """The retrofit: data, teacher, Trainer, checkpoints and a measurement at the end, in one call."""
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from modelopt_dms.config import distributed
 from modelopt_dms.config.calibrate import CalibrateConfig
@@ -25,6 +30,7 @@ from modelopt_dms.gates.thresholds import curve_of
 from modelopt_dms.modeling.lm_head import check_head
 from modelopt_dms.modeling.mode import dms_config_of
 from modelopt_dms.quantization.apply import quantization_of
+from modelopt_dms.training.callbacks import StoppedError, check_reporting, reporters
 from modelopt_dms.training.checkpoint import (
     WEIGHTS_FILE,
     check_run,
@@ -172,6 +178,7 @@ def retrofit(
     resume: bool = True,
     progress: bool = True,
     finish: Callable[[PreTrainedModel], None] | None = None,
+    callbacks: Sequence[TrainerCallback | type[TrainerCallback]] = (),
 ) -> RetrofitResult:
     """Teach the gates of a converted model, in place, to evict what the model does not need.
 
@@ -188,11 +195,15 @@ def retrofit(
         resume: go on from the newest checkpoint in `output_dir`.
         progress: show a progress bar.
         finish: called, in every process, with the trained model while it is still where it learned.
+        callbacks: transformers' TrainerCallbacks, told of every step as in any training by Trainer, after those that
+            `config.report_to` names. Their `model` is the `Distiller`, whose `model` is this one.
 
     Raises:
         ValueError: model, data, recipe or output directory are not usable; nothing was changed or written.
+        StoppedError: a callback stopped the run, which the same call with the same output_dir goes on with.
     """
     dms = dms_config_of(model)
+    check_reporting(config.report_to, callbacks, output_dir)
     if isinstance(data, PreparedRun):
         run = data
     else:
@@ -209,10 +220,10 @@ def retrofit(
             distiller,
             run,
             arguments,
-            place,
-            keep=output_dir is not None,
+            None if output_dir is None else place,
             resume=resume,
             show=progress,
+            callbacks=callbacks,
         )
         measured = measure(distiller, run.data.held_out, config.batch_size)
         if finish is not None:
@@ -228,20 +239,20 @@ def _train(
     distiller: Distiller,
     run: PreparedRun,
     arguments: TrainingArguments,
-    place: Path,
+    directory: Path | None,
     *,
-    keep: bool,
     resume: bool,
     show: bool,
+    callbacks: Sequence[Any],
 ) -> Progress:
     """Run or resume the training loop; returns its log."""
     config = distiller.retrofit
     sharded = config.sharding == "fsdp2"
     main = arguments.process_index == 0
-    log = Progress(config.steps, place if keep and main else None, show=show and main)
+    log = Progress(config.steps, directory if main else None, show=show and main)
     checkpoint = None
-    if keep:
-        checkpoint = open_run(place, run.description, resume=resume, main=main)
+    if directory is not None:
+        checkpoint = open_run(directory, run.description, resume=resume, main=main)
     if checkpoint is not None:
         log.load(checkpoint)
         if step_of(checkpoint) == config.steps:
@@ -251,12 +262,16 @@ def _train(
                 load_trained(distiller, checkpoint / WEIGHTS_FILE)
             return log
     visits = run.data.visits(config.visits(distributed.count()), config.seed)
+    begun = 0 if checkpoint is None else step_of(checkpoint)
+    told = [*reporters(config.report_to, directory if main else None, begun), *callbacks]
     kind = ShardedTrainer if sharded else RetrofitTrainer
-    trainer = kind(distiller, arguments, visits, log, place if keep else None)
+    trainer = kind(distiller, arguments, visits, log, directory, told)
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     finally:
         log.close()
+    if trainer.state.global_step < config.steps:
+        raise StoppedError(trainer.state.global_step, config.steps, directory)
     return log
 
 

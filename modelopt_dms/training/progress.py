@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far a retrofit is: the ratio that a step asks for, log rows, a progress bar, TensorBoard."""
+"""How far a retrofit is: the ratio that a step asks for, log rows, a progress bar."""
 
 import json
 import math
@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
-from modelopt_dms.training.checkpoint import LOG_FILE, PROGRESS_FILE, TENSORBOARD_DIR, write_text
+from modelopt_dms.config.output_dir import writing
+from modelopt_dms.training.checkpoint import LOG_FILE, PROGRESS_FILE, write_text
 
 # Averaged over the micro-steps of a logging interval.
 AVERAGED = ("loss", "kl", "rate", "evicted_soft", "evicted_hard", "compression_ratio")
@@ -48,7 +48,6 @@ class Progress:
         self.seconds = 0.0
         self._sums = dict.fromkeys(AVERAGED, 0.0)
         self._count = 0
-        self._writer: SummaryWriter | None = None
         self._bar: Any = None
 
     def start(self, step: int) -> None:
@@ -58,12 +57,10 @@ class Progress:
             total=self.steps, initial=step, desc="retrofit", unit="step", disable=not self.show
         )
         if self.directory is not None:
-            self._writer = SummaryWriter(
-                str(self.directory / TENSORBOARD_DIR), purge_step=step + 1 if step else None
-            )
-            write_text(
-                self.directory / LOG_FILE, "".join(json.dumps(row) + "\n" for row in self.rows)
-            )
+            with writing(self.directory):
+                write_text(
+                    self.directory / LOG_FILE, "".join(json.dumps(row) + "\n" for row in self.rows)
+                )
 
     def add(self, values: Mapping[str, float]) -> None:
         """Take in the values of one micro-step."""
@@ -72,9 +69,10 @@ class Progress:
         self._count += 1
         self._latest = values
 
-    def step(self, step: int, scheduled: Mapping[str, float], *, log: bool) -> None:
-        """End an optimizer step: draw, and make a row if a `log` is due; `scheduled` values are not averaged."""
+    def step(self, step: int, scheduled: Mapping[str, float]) -> None:
+        """End an optimizer step, and draw; `scheduled` values are not averaged."""
         self.seconds = time.perf_counter() - self._begun
+        self._scheduled = {"step": step, **scheduled}
         self._bar.set_postfix_str(
             f"CR {self._latest['compression_ratio']:.2f} of {scheduled['target_cr']:.2f} "
             f"KL {self._latest['kl']:.4f} "
@@ -83,32 +81,24 @@ class Progress:
             refresh=False,
         )
         self._bar.update()
-        if log:
-            self._log(
-                {
-                    "step": step,
-                    **scheduled,
-                    **{name: x / self._count for name, x in self._sums.items()},
-                }
-            )
 
-    def _log(self, row: Row) -> None:
+    def log(self) -> Row:
+        """End a logging interval with a row."""
+        row = {**self._scheduled, **{name: x / self._count for name, x in self._sums.items()}}
         self.rows.append(row)
         self._sums, self._count = dict.fromkeys(AVERAGED, 0.0), 0
-        if self.directory is None or self._writer is None:
-            return
-        with (self.directory / LOG_FILE).open("a", encoding="utf-8") as log:
-            log.write(json.dumps(row) + "\n")
-        for name, value in row.items():
-            if name != "step":
-                self._writer.add_scalar(f"retrofit/{name}", value, int(row["step"]))
+        if self.directory is not None:
+            with (
+                writing(self.directory),
+                (self.directory / LOG_FILE).open("a", encoding="utf-8") as log,
+            ):
+                log.write(json.dumps(row) + "\n")
+        return row
 
     def close(self) -> None:
-        """Close the outputs."""
+        """Close the bar."""
         if self._bar is not None:
             self._bar.close()
-        if self._writer is not None:
-            self._writer.close()
 
     def save(self, checkpoint: Path) -> None:
         """Write what a resume needs."""

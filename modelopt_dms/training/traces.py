@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modelopt_dms.config.in_use import in_use
-from modelopt_dms.config.output_dir import own, remove
+from modelopt_dms.config.output_dir import own, remove, writing
 from modelopt_dms.config.traces import Sampling, check_traces_output, partial_dir
 from modelopt_dms.data import DataError
 from modelopt_dms.data.documents import tokenize_prompts
@@ -57,7 +57,8 @@ def generate_traces(
         The path of the file.
 
     Raises:
-        ValueError: prompts, settings or output cannot be used, or an interrupted run there was another one.
+        ValueError: prompts, settings or output cannot be used, an interrupted run there was another one, or the disk is
+            full; the same call goes on when it is not.
     """
     sampling = sampling or Sampling()
     target = check_traces_output(output)
@@ -67,7 +68,7 @@ def generate_traces(
     ends = _end_tokens(model, tokenizer)
     settings = _settings(model, starts, sampling, ends)
     model.eval()
-    with in_use(work):
+    with in_use(work), writing(work):
         _open(work, settings)
         _write_all(model, tokenizer, starts, work, sampling, ends, progress)
         os.replace(work / RECORDS_FILE, target)

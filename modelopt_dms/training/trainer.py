@@ -2,13 +2,14 @@
 """transformers' Trainer with our step, our log and small atomic checkpoints."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import (
-    DefaultFlowCallback,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -49,9 +50,11 @@ class RetrofitTrainer(Trainer):
         visits: Visits,
         progress: Progress,
         directory: Path | None,
+        callbacks: Sequence[Any] = (),
     ) -> None:
         self.distiller, self.progress, self.directory = distiller, progress, directory
         self._micro_step = 0
+        self._saved: int | None = None
         sampled = distiller.retrofit.cr_range is not None
         self._curve = curve_of(distiller.model) if sampled else None
         flow = _Flow(progress, distiller.retrofit, directory is not None, self._scheduled)
@@ -60,12 +63,10 @@ class RetrofitTrainer(Trainer):
             arguments,
             train_dataset=visits,
             data_collator=default_data_collator,
-            callbacks=[flow],
+            callbacks=[flow, *callbacks],
         )
-        for callback in list(self.callback_handler.callbacks):
-            # Trainer's own would print dictionaries.
-            if callback is not flow and not isinstance(callback, DefaultFlowCallback):
-                self.remove_callback(callback)
+        # It would print dictionaries.
+        self.remove_callback(PrinterCallback)
 
     def compute_loss(
         self,
@@ -131,11 +132,28 @@ class RetrofitTrainer(Trainer):
             else super()._get_output_dir(trial)
         )
 
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Give callbacks a row of our log where one is due, with what Trainer itself has to say."""
+        if self.control.should_log:
+            row = self.progress.log()
+            logs |= {name: x for name, x in row.items() if name != "step"}
+        super().log(logs, start_time)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        # Whatever callback stops a run, and wherever: it can go on.
+        if self.control.should_training_stop and self._saved != self.state.global_step:
+            self._save_checkpoint(self.model)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        with writing(self.directory or Path()):
+        if self.directory is None:
+            return
+        self._saved = self.state.global_step
+        with writing(self.directory):
             super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
-        if self.is_world_process_zero() and self.directory is not None:
+        if self.is_world_process_zero():
             commit(self.directory, self.state.global_step)
         self.accelerator.wait_for_everyone()
 
@@ -183,14 +201,18 @@ class _Flow(TrainerCallback):
     ) -> None:
         step, last = state.global_step, state.global_step == self.config.steps
         scheduled = {**self.scheduled(step - 1), "learning_rate": self._learning_rate}
-        self.progress.step(step, scheduled, log=last or step % self.config.logging_steps == 0)
+        self.progress.step(step, scheduled)
+        control.should_log = last or step % self.config.logging_steps == 0
         control.should_save = self.save and (last or step % self.config.save_steps == 0)
 
 
 def training_arguments(
     config: RetrofitConfig, device: torch.device, output_dir: Path
 ) -> TrainingArguments:
-    """The recipe in Trainer's words; what it would print, log and save by itself is switched off."""
+    """The recipe in Trainer's words; what it would print and when it would log and save by itself is switched off.
+
+    Whom it reports to is not there: `reporters` makes those callbacks.
+    """
     arguments = TrainingArguments(
         output_dir=str(output_dir),
         max_steps=config.steps,

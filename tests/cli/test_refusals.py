@@ -96,6 +96,10 @@ def _mistakes(place: Path) -> list[tuple[list[str], str]]:
         ([*go, "--format", "alpaca"], "there is no --data"),
         ([*go, "--device", "gpu"], "--device gpu is no device"),
         ([*go, "--json", str(place / "mine.txt")], "holds no results"),
+        (
+            [*go, "-r", "dms_cr4", "--set", "retrofit.report_to=neptune"],
+            "retrofit.report_to='neptune' needs neptune, not installed here: pip install neptune",
+        ),
         (["compress", "embedded", "-o", str(place / "full")], "thesis.tex"),
         (["compress", "embedded", "-o", str(place / "mine.txt")], "is a file"),
         (["compress", "/no/where"], "/no/where does not exist; accepted: a directory"),

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from modelopt_dms.config.in_use import in_use
-from modelopt_dms.config.output_dir import OutputError, atomic_dir, writing
+from modelopt_dms.config.output_dir import OutputError, atomic_dir, write_json, writing
 
 HOLD = """
 import sys, time
@@ -55,6 +55,11 @@ def test_a_full_disk_is_one_error_and_leaves_nothing(tmp_path: Path) -> None:
             torch.save(torch.zeros(100_000), tmp_path / "optimizer.pt")
         with pytest.raises(OutputError, match="No space left"), writing(tmp_path):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        rows = tmp_path / "rows.json"
+        write_json(rows, [1])
+        with pytest.raises(OutputError, match=r"rows\.json cannot be written: .*File too large"):
+            write_json(rows, ["x" * 100_000])
+        assert rows.read_text() == "[\n  1\n]\n"
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert not (tmp_path / "out").exists()
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["optimizer.pt", "rows.json"]

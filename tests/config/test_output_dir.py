@@ -61,9 +61,38 @@ def test_an_interrupted_run_can_be_done_again(
 
 def test_a_finished_run_is_not_done_again(tmp_path: Path) -> None:
     write(tmp_path / "out", "first")
-    with pytest.raises(OutputError, match="not ours"):
+    with pytest.raises(OutputError, match="already holds exported graphs"):
         write(tmp_path / "out", "second")
     assert content(tmp_path / "out") == dict.fromkeys(FILES, "first")
+
+
+@pytest.mark.parametrize("stop", range(5))
+def test_a_run_that_is_stopped_while_it_cleans_up_can_be_done_again(
+    stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever has been removed by then, the marker is removed last."""
+    target, removed = tmp_path / "out", 0
+
+    def stopping(real: Any) -> Any:
+        def remove(*args: Any, **options: Any) -> None:
+            nonlocal removed
+            removed += 1
+            if removed > stop:
+                raise KeyboardInterrupt
+            real(*args, **options)
+
+        return remove
+
+    with monkeypatch.context() as patch:
+        for name in ("unlink", "rmdir"):
+            patch.setattr(os, name, stopping(getattr(os, name)))
+        with pytest.raises(KeyboardInterrupt), atomic_dir(check_output(target)) as place:
+            for name in ("a.txt", "b.txt", "one.txt", "z.txt"):
+                (place / name).write_text("half")
+            raise ZeroDivisionError
+    assert len(list((target / ".staging").iterdir())) == 5 - stop
+    write(target, "second")
+    assert content(target) == dict.fromkeys(FILES, "second")
 
 
 def test_an_error_takes_away_what_was_made_and_only_that(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ Reads a JSON list of jobs from the file that it is called with, and writes a lis
     job     {"model": DIR, "settings": {...of vllm.LLM...}, "prompts": [[ids]], "tokens": n, "environment": {}}
     result  {"tokens": [[ids]], "peak_blocks", "dense_blocks" (at that step, by context), "share" (held / dense at the
             step with most context), "running" (most at a time), "preemptions", "forced" (requests), "free_at_end",
-            "pool", "steps", "error": text, if the engine did not start}
+            "pool", "steps", "drafted" and "accepted" (tokens), "error": text, if the engine did not start}
 """
 
 import json
@@ -54,6 +54,7 @@ def watch(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
     wanted = SamplingParams(temperature=0.0, max_tokens=job["tokens"], ignore_eos=True)
     for i, ids in enumerate(job["prompts"]):
         engine.add_request(str(i), {"prompt_token_ids": ids}, wanted)
+    count = Drafts(scheduler)
     tokens: dict[int, list[int]] = {}
     preemptions: dict[str, int] = {}
     peak = dense_then = running = steps = 0
@@ -84,7 +85,22 @@ def watch(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
         "free_at_end": pool.get_num_free_blocks(),
         "pool": usable,
         "steps": steps,
+        "drafted": count.drafted,
+        "accepted": count.accepted,
     }
+
+
+class Drafts:
+    """Counts what the scheduler hears of drafts."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.drafted = self.accepted = 0
+        self.told, scheduler.make_spec_decoding_stats = scheduler.make_spec_decoding_stats, self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.drafted += kwargs["num_draft_tokens"]
+        self.accepted += kwargs["num_accepted_tokens"]
+        return self.told(*args, **kwargs)
 
 
 if __name__ == "__main__":

@@ -137,7 +137,7 @@ def build(
         advance: told what each step cost, of `cost` in all.
 
     Returns:
-        What `render.page` draws; JSON.
+        What `render.page` draws; JSON. Its "capacity" is None: who plans GPUs puts it in.
     """
     meter = Meter(plan.minutes, advance)
     asked = material(tokenizer, plan.length, plan.seed)
@@ -180,6 +180,7 @@ def start(
         "accuracy": [],
         "kl": [],
         "growth": None,
+        "capacity": None,
         "peers": [],
         "notes": [],
     }

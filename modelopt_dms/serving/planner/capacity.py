@@ -175,6 +175,21 @@ def plan_shape(
     for count in tp:
         check_split(shape, count)
     planned = _planned(shape, recipe)
+    how: Any = {"tp": tp, "batch": batch, "memory_utilization": memory_utilization}
+    return plan_as(shape, planned, gpu, context, **how)
+
+
+def plan_as(
+    shape: ModelShape,
+    planned: Planned,
+    gpu: Gpu,
+    context: int,
+    *,
+    tp: Sequence[int],
+    batch: int | None,
+    memory_utilization: float,
+) -> Plan:
+    """As `plan_shape`, for what is done to the model."""
     rows: list[PlanRow] = []
     for count in dict.fromkeys(tp):
         room = gpu.memory * 1e9 * memory_utilization
