@@ -3,9 +3,11 @@
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from modelopt_dms.config.in_use import in_use
 from modelopt_dms.config.output_dir import OutputError, write_json
 
 Row = dict[str, Any]
@@ -24,9 +26,13 @@ class RowStore:
             settings: all that the rows depend on beside KEY; JSON.
 
         Raises:
-            OutputError: the partial file is of other settings, or is none.
+            OutputError: the partial file is of other settings, or is none; or another process writes it.
         """
         self.path = path
+        self._lock = ExitStack()
+        if path is not None:
+            # As long as there is a store: two runs would take the place of each other's rows.
+            self._lock.enter_context(in_use(path))
         self.settings = json.loads(json.dumps(settings))
         self.rows: dict[tuple[Any, ...], Row] = {}
         if self.partial is not None and self.partial.exists():
@@ -78,6 +84,7 @@ class RowStore:
         if self.path is not None and self.partial is not None:
             write_json(self.path, list(rows))
             self.partial.unlink(missing_ok=True)
+        self._lock.close()
 
 
 def identity(place: str | Path) -> Row:
