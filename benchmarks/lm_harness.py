@@ -12,7 +12,8 @@ few-shot examples (the rows behind the first `--count`) and stop words are its o
     full cache  our command, DIR at a compression ratio of 1
     DMS         our command, DIR at `--cr`; its answers are compared in length with those of the full cache
 
-Each of our runs is killed (SIGKILL) when the first batch of answers is on disk, and started again.
+Each of our runs is killed (SIGKILL) when the first batch of answers is on disk, and started again. A run whose results
+are in `--work` already is not repeated.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from modelopt_dms.evaluation.answer_lengths import AnswerLengths
 
 FEW = 5  # examples in front of a question, as GSM8K's task of lm-eval has them
 MOST = 20  # rows that examples are drawn from
+DONE = "done.json"  # beside lm-eval's results, when they are complete
 TASKS = ("gsm8k", "hellaswag")
 Row = dict[str, Any]
 
@@ -232,7 +234,10 @@ def main(argv: list[str] | None = None) -> None:
         journal = None if short is None else args.work / f"{short}.jsonl"
         last = [] if journal is None else [f"{command[-1]},resume={journal}"]
         whole = [*(command[:-1] + last if last else command), *words(args, names, output)]
-        done = run(whole, args.work / f"{output.name}.log", journal, args.batch)
+        if not (output / DONE).exists():
+            done = run(whole, args.work / f"{output.name}.log", journal, args.batch)
+            write(output / DONE, done)
+        done = json.loads((output / DONE).read_text())
         scores, answers[name] = results(output)
         found["runs"][name] = done | scores
         print(name, json.dumps(found["runs"][name]), flush=True)

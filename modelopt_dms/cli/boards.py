@@ -50,22 +50,30 @@ class Board:
             own = folders.setdefault((name, part or None), [])
             own += [Prediction(**x | {"answer": tuple(x["answer"])}) for x in row["predictions"]]
         for where, predictions in folders.items():
-            setting = Setting(*where, self.model, *_method(asked.model, cr), seed=asked.seed)
+            setting = Setting(*where, model=self.model, **_method(asked.model, cr), seed=asked.seed)
             say(f"kvpress: {write_results(self.directory, setting, predictions)}")
 
 
-def _method(model: Any, cr: float | None) -> tuple[Any, ...]:
-    """Press, share to evict, the method in words, device and dtype."""
+def _method(model: Any, cr: float | None) -> dict[str, Any]:
+    """Press, share to evict, the method in words, device and dtype, as fields of `Setting`."""
     from modelopt_dms.evaluation.kvpress_results import NO_PRESS, PRESS
     from modelopt_dms.gates.gate import gates
 
-    place = (str(model.device), str(model.dtype).removeprefix("torch."))
     found = gates(model)
-    if not any(gate.enabled for gate in found):
-        return (NO_PRESS, 0.0, str(None), *place)
-    asked = model.config.dms_config["target_cr"] if cr is None else cr
-    words = f"modelopt_dms(compression_ratio={asked:g}x, window={found[0].window}, decoding=True)"
-    return (PRESS, 1.0 - 1.0 / asked, words, *place)
+    words, press, share = str(None), NO_PRESS, 0.0
+    if any(gate.enabled for gate in found):
+        asked = model.config.dms_config["target_cr"] if cr is None else cr
+        words = (
+            f"modelopt_dms(compression_ratio={asked:g}x, window={found[0].window}, decoding=True)"
+        )
+        press, share = PRESS, 1.0 - 1.0 / asked
+    return {
+        "press_name": press,
+        "compression_ratio": share,
+        "press_init_command": words,
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
 
 
 def board(directory: Path | None, data: str | None, model: str | None, place: str) -> Board | None:

@@ -11,7 +11,10 @@ Reads a JSON list of jobs from the file that it is called with, and writes a lis
 
 import json
 import os
+import subprocess
 import sys
+import tempfile
+import traceback
 from typing import Any
 
 # The scheduler in this process, where it can be looked at; workers are processes of their own.
@@ -35,6 +38,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     try:
         llm = LLM(job["model"], **settings)
     except Exception as error:
+        traceback.print_exc()
         return {"error": f"{type(error).__name__}: {error}"}
     try:
         return watch(llm, job)
@@ -103,11 +107,24 @@ class Drafts:
         return self.told(*args, **kwargs)
 
 
+def run_apart(job: dict[str, Any]) -> dict[str, Any]:
+    """In a process of its own: once vLLM has loaded numba for n-grams, no other engine starts (0.32.0)."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [os.path.join(folder, name) for name in ("jobs.json", "results.json")]
+        with open(paths[0], "w", encoding="utf-8") as file:
+            json.dump([job | {"apart": True}], file)
+        subprocess.run([sys.executable, __file__, *paths], check=True)
+        with open(paths[1], encoding="utf-8") as file:
+            (result,) = json.load(file)
+    return result
+
+
 if __name__ == "__main__":
     with open(sys.argv[1], encoding="utf-8") as file:
         jobs = json.load(file)
     results = []
     for one in jobs:
-        results.append(run(one))
+        apart = "speculative_config" in one["settings"] and "apart" not in one
+        results.append(run_apart(one) if apart else run(one))
         with open(sys.argv[2], "w", encoding="utf-8") as file:
             json.dump(results, file)

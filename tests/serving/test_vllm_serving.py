@@ -129,24 +129,30 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[PreTrain
     return {name: (model, str(place / name)) for name, model in made.items()}
 
 
+def all_jobs(places: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """By name, for models in these directories."""
+    jobs: dict[str, dict[str, Any]] = {}
+    for name, settings in SETTINGS.items():
+        jobs[name] = job(places["embedded"], settings, LONG)
+    for name, settings in IN_FP8.items():
+        kind = {**settings, "kv_cache_dtype": "fp8"}
+        jobs[f"fp8, {name}"] = job(places["embedded"], kind, LONG)
+    for name, settings in CAPPED.items():
+        jobs[name] = job(places["keeps"], settings, [300, 77], 350)
+    for name in FAMILIES:
+        jobs[name] = job(places[name], SMALL, [90, 40, 17])
+    # Last: an engine that fails to start leaves things behind in its process.
+    for name, settings in REFUSED.items():
+        jobs[name] = job(places["embedded"], settings, [5])
+    return jobs
+
+
 @pytest.fixture(scope="module")
 def results(
     models: dict[str, tuple[PreTrainedModel, str]], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, Any]]:
     """What vLLM made of all jobs: its start takes longer than a job."""
-    jobs: dict[str, dict[str, Any]] = {}
-    for name, settings in SETTINGS.items():
-        jobs[name] = job(models["embedded"][1], settings, LONG)
-    for name, settings in IN_FP8.items():
-        kind = {**settings, "kv_cache_dtype": "fp8"}
-        jobs[f"fp8, {name}"] = job(models["embedded"][1], kind, LONG)
-    for name, settings in CAPPED.items():
-        jobs[name] = job(models["keeps"][1], settings, [300, 77], 350)
-    for name in FAMILIES:
-        jobs[name] = job(models[name][1], SMALL, [90, 40, 17])
-    # Last: an engine that fails to start leaves things behind in its process.
-    for name, settings in REFUSED.items():
-        jobs[name] = job(models["embedded"][1], settings, [5])
+    jobs = all_jobs({name: place for name, (_, place) in models.items()})
     place = tmp_path_factory.mktemp("jobs")
     (place / "jobs.json").write_text(json.dumps(list(jobs.values())), encoding="utf-8")
     driver, paths = HELPERS / "vllm_driver.py", (place / "jobs.json", place / "results.json")

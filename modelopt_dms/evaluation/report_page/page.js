@@ -72,7 +72,9 @@ function startTokens() {
   const resident = data.retention.resident, total = data.retention.tokens.length;
   const most = resident.indexOf(Math.max(...resident)), least = resident.indexOf(Math.min(...resident));
   const say = i => `head ${rows[i][1]} of layer ${rows[i][0]} holds ${resident[i].toLocaleString("en")}`;
-  document.getElementById("extremes").textContent = `Here ${say(most)} of ${total.toLocaleString("en")} tokens, and ${say(least)}.`;
+  const always = Math.min(total, data.model.window + 1 + data.model.protect_first), bare = resident.filter(x => x <= always).length;
+  const none = bare ? ` ${bare} of ${rows.length} heads hold nothing but the ${always} tokens that every head keeps, the first and the newest.` : "";
+  document.getElementById("extremes").textContent = `Here ${say(most)} of ${total.toLocaleString("en")} tokens, and ${say(least)}.${none}`;
 }
 
 // ---- plots
