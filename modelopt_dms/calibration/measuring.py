@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from modelopt_dms.config.compression_ratio import physical_cr, target_evicted_fraction
+from modelopt_dms.config.compression_ratio import is_reachable, physical_cr, target_evicted_fraction
 from modelopt_dms.data.packing import Samples
 from modelopt_dms.gates.curve import Curve, CurvePoint
 from modelopt_dms.gates.gate import eviction_off, gates, record_alpha
@@ -50,7 +50,8 @@ def trace_curve(held_out: "HeldOut", ratios: Sequence[float], *, progress: bool 
     model, dms, length = held_out.model, held_out.dms, held_out.length
     logits = torch.cat([x.flatten() for x in held_out.margins()]).sort().values
     base = thresholds_of(model)
-    reachable = [x for x in sorted(ratios) if x * (dms.window + 1 + dms.protect_first) <= length]
+    always = (dms.window, length, dms.protect_first)
+    reachable = [x for x in sorted(ratios) if is_reachable(x, *always)]
     fractions = [
         target_evicted_fraction(x, length, dms.window, dms.protect_first) for x in reachable
     ]

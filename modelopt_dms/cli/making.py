@@ -44,6 +44,7 @@ from modelopt_dms.cli.reporting import report_after_compress
 from modelopt_dms.cli.tables import print_table
 from modelopt_dms.config import distributed
 from modelopt_dms.config.bundled import DEFAULT_RECIPE, DEFAULT_SHORT_RECIPE, list_recipes
+from modelopt_dms.config.compression_ratio import is_reachable
 from modelopt_dms.config.in_use import in_use
 from modelopt_dms.config.output_dir import CALIBRATION_DIR, RETROFIT_DIR, check_output
 from modelopt_dms.config.progress import phase
@@ -167,7 +168,7 @@ def _plan(model: str, name: str, sections: "Sections", target: Path) -> list[str
     if (how := sections.calibrate) is not None:
         steps.append(
             f"calibrate gates on {how.samples} samples of {how.sample_length:,} tokens, set thresholds and measure "
-            f"{len(how.curve)} ratios on {how.held_out} others"
+            f"{_ratios(sections)} on {how.held_out} others"
         )
     if (train := sections.retrofit) is not None:
         steps.append(
@@ -182,6 +183,20 @@ def _plan(model: str, name: str, sections: "Sections", target: Path) -> list[str
         f"  {number}. {step}" for number, step in enumerate([*steps, f"save to {target}"], 1)
     ]
     return [f"{model} by {name}: {sections.metadata.description}", *numbered]
+
+
+def _ratios(sections: "Sections") -> str:
+    """How many ratios a calibration measures, and which of its curve are out of reach at the length of its samples."""
+    how, dms = sections.calibrate, sections.dms
+    assert how is not None and dms is not None
+    asked = sorted({*how.curve, dms.target_cr} - {1.0})
+    always = (dms.window, how.sample_length, dms.protect_first)
+    missed = [f"{x:g}" for x in asked if not is_reachable(x, *always)]
+    found = f"{len(asked) - len(missed)} ratios"
+    if not missed:
+        return found
+    held = dms.window + 1 + dms.protect_first
+    return f"{found} (not {', '.join(missed)}: {held} tokens are always held)"
 
 
 def _without_data(model: str, sections: "Sections", given: bool) -> list[str]:

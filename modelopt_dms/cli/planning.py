@@ -71,7 +71,7 @@ def plan(
     )
     lines = [x for x in (found.ratios, found.note) if x]
     if any(x.variant.endswith("*") for x in found.rows):
-        lines.append(f"*: the number format in which {found.recipe} stores the KV cache")
+        lines.append(f"*: the number format that the KV cache is stored in ({found.recipe})")
     show(found.as_dict(), json_file, _table(found), *lines)
     if picture is not None:
         from modelopt_dms.serving.planner.picture import draw

@@ -38,6 +38,11 @@ def target_evicted_fraction(cr: float, length: int, window: int, protect_first: 
     return (1.0 - 1.0 / cr) * length / evictable_tokens(length, window, protect_first)
 
 
+def is_reachable(cr: float, window: int, length: int, protect_first: int = 0) -> bool:
+    """Whether always-resident tokens, W + 1 + P, leave room for a compression ratio at this length."""
+    return cr == 1.0 or cr * (window + 1 + protect_first) <= length
+
+
 def check_reachable(
     target_cr: float,
     window: int,
@@ -59,9 +64,9 @@ def check_reachable(
     Raises:
         ValueError: W + 1 + P is more than T / CR.
     """
-    always_resident = window + 1 + protect_first
-    if target_cr == 1.0 or always_resident * target_cr <= length:
+    if is_reachable(target_cr, window, length, protect_first):
         return
+    always_resident = window + 1 + protect_first
     protected = f" + protect_first={protect_first}" if protect_first else ""
     widest = int(length / target_cr) - 1 - protect_first
     raise ValueError(

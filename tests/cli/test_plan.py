@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from command_line import run
 
+from modelopt_dms.cli import making
+from modelopt_dms.config.recipe_file import check_recipe
+
 
 def test_plan_prints_a_table_and_writes_figures_and_a_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -83,3 +86,11 @@ def test_configs_that_cannot_be_planned_say_why(
         config.write_text(text)
         assert run(monkeypatch, "plan", tmp_path) == 1
         assert message in capsys.readouterr().err.replace("\n", "")
+
+
+def test_compress_names_the_ratios_of_a_curve_that_are_out_of_reach() -> None:
+    short = check_recipe("calibrated_cr4-1k", ["calibrate.curve=[2,4,50]"])
+    assert making._ratios(short) == "2 ratios (not 50: 69 tokens are always held)"
+    # 16 x 517 tokens are more than its samples have; the ratio of the recipe itself is measured, too.
+    assert making._ratios(check_recipe("calibrated_cr8", [])).startswith("7 ratios (not 16: 517")
+    assert making._ratios(check_recipe("calibrated_cr4-1k", [])) == "5 ratios"
