@@ -23,6 +23,7 @@ from modelopt_dms.cli.options import (
     out,
     show,
 )
+from modelopt_dms.cli.tables import print_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -191,9 +192,9 @@ def inspect(directory: EngineDir, json_file: JsonOpt = None) -> None:
         table.add_row(name, str(getattr(manifest, name)))
     for name, version in manifest.made_by.items():
         table.add_row(f"made by {name}", version)
-    out.print(table)
+    print_table(out, table)
     for name in manifest.phases:
-        out.print(_ports(manifest, name))
+        print_table(out, _ports(manifest, name))
     for x in manifest.kernels:
         out.print(
             f"{x.operator}: {x.file}, {x.arch}, {x.threads} threads, {x.shared} bytes shared, "
@@ -206,7 +207,7 @@ def inspect(directory: EngineDir, json_file: JsonOpt = None) -> None:
     for name, value in (manifest.build or {"engines": "not built yet"}).items():
         if name != "kernels":
             built.add_row(name, str(value))
-    out.print(built)
+    print_table(out, built)
 
 
 def _tokenizer(directory: Path) -> "PreTrainedTokenizerBase":

@@ -4,7 +4,7 @@
 from typing import Annotated
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from modelopt_dms.checkpoints.fetch import CACHE_VARIABLE, KNOWN, cache_dir, is_here
 from modelopt_dms.checkpoints.fetch import fetch as download
@@ -25,7 +25,7 @@ def fetch(
     """
     if name is None:
         check_json(json_file)
-        table = Table("model", "what it is", "download", "here")
+        table = Table(Column("model", no_wrap=True), "what it is", "download", "here")
         for known, model in KNOWN.items():
             table.add_row(
                 known, model.about, f"{model.megabytes} MB", "yes" if is_here(known) else "no"

@@ -5,7 +5,7 @@ import json
 from typing import Annotated
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from modelopt_dms.cli.options import JsonOpt, check_json, show
 from modelopt_dms.config.bundled import list_recipes
@@ -18,7 +18,7 @@ def recipes(context: typer.Context, json_file: JsonOpt = None) -> None:
     """List the shipped recipes."""
     if context.invoked_subcommand is None:
         check_json(json_file)
-        table = Table("recipe", "what you get")
+        table = Table(Column("recipe", no_wrap=True), "what you get")
         for name, description in list_recipes().items():
             table.add_row(name, description)
         show(

@@ -40,6 +40,7 @@ from modelopt_dms.cli.options import (
     warn,
 )
 from modelopt_dms.cli.reporting import report_after_compress
+from modelopt_dms.cli.tables import print_table
 from modelopt_dms.config import distributed
 from modelopt_dms.config.bundled import DEFAULT_RECIPE, DEFAULT_SHORT_RECIPE, list_recipes
 from modelopt_dms.config.in_use import in_use
@@ -348,4 +349,4 @@ def export(
 def _print_counts(preview: "Preview") -> None:
     from modelopt_dms.evaluation.report import data_table
 
-    out.print(data_table(preview))
+    print_table(out, data_table(preview))

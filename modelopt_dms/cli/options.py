@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from modelopt_dms.checkpoints.base import EMBEDDED
 from modelopt_dms.checkpoints.fetch import KNOWN
+from modelopt_dms.cli.tables import print_table
 from modelopt_dms.config.output_dir import check_results_file, write_json
 from modelopt_dms.config.section import LARGEST_INTEGER, LONGEST
 from modelopt_dms.data.formats import FORMATS
@@ -37,7 +38,7 @@ def show(figures: Any, json_file: Path | None, *tables: Any) -> None:
         if isinstance(table, str):
             say(table)
         else:
-            out.print(table)
+            print_table(out, table)
 
 
 def check_json(json_file: Path | None) -> None:

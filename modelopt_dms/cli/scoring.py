@@ -29,6 +29,7 @@ from modelopt_dms.cli.options import (
     out,
     warn,
 )
+from modelopt_dms.cli.tables import print_table
 from modelopt_dms.config.output_dir import check_results_file
 from modelopt_dms.evaluation.limits import broken, parse_limits
 from modelopt_dms.evaluation.names import DEFAULT, EVALUATIONS, check_tasks
@@ -157,9 +158,9 @@ def _show(network: Any, rows: list[dict[str, Any]], cr: float | None) -> None:
 
     distances = [row for row in rows if row["task"] == FIDELITY]
     if distances:
-        out.print(fidelity_table(distances))
+        print_table(out, fidelity_table(distances))
     if others := [row for row in rows if row["task"] != FIDELITY]:
-        out.print(results_table(others))
+        print_table(out, results_table(others))
     found = (
         ratio_warning(network, row["compression_ratio"], int(row["context_tokens"]), cr)
         for row in rows

@@ -43,6 +43,8 @@ class RetrofitTrainer(Trainer):
     Ours are the loss (a `Distiller`), the order of the data (`Visits`), the log (`Progress`) and the checkpoints.
     """
 
+    control: TrainerControl
+
     def __init__(
         self,
         distiller: Distiller,
