@@ -44,7 +44,7 @@ from modelopt_dms.evaluation.prose import read_sentences
 from modelopt_dms.evaluation.ruler import FAMILIES, make_prompts
 from modelopt_dms.evaluation.ruler_open import OpenPrompt, make_open_prompts
 from modelopt_dms.evaluation.score import score_open, score_task, stop_ids
-from modelopt_dms.gates.thresholds import CompressionError
+from modelopt_dms.gates.curve import CompressionError
 
 FIDELITY = "fidelity"
 COUNTS = {"needle": 20, "multikey": 12, "multivalue": 12, "tracking": 12, FIDELITY: 3}

@@ -1,37 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Streaming chats of ragged length on vLLM for CPUs, over loopback: dense and DMS in pools of the same bytes.
+r"""Streaming chats of ragged length on vLLM for CPUs, over loopback: dense and DMS in pools of the same bytes.
 
     make test-vllm    # sets up .venv-vllm
-    python benchmarks/serving.py --model smollm2-cr4 --output benchmarks/results/vllm_chats.json
+    python benchmarks/serving.py --models dms=smollm2-cr4 --output benchmarks/results/vllm_chats.json
+    python benchmarks/serving.py --models cr4=smollm2-cr4 cr8=smollm2-cr8 --chats 26 --tokens 96 --blocks 113 \
+        --chunk 256 --characters 3000 8700 --output benchmarks/results/vllm_long_chats.json
+    python benchmarks/serving.py --models dms=smollm2-cr4 --no-dense --rounds 6 --characters 300 900 --tokens 16 \
+        --leavers 8 --output benchmarks/results/vllm_memory.json
 
-Both serve the same weights: the dense model is the DMS model without its gates. Every prompt is sent twice, by two
-clients at a time, so that answers that were mixed up would differ. One client more leaves in the middle of its answer.
-All requests are bounded in number and time; nothing but 127.0.0.1 is spoken to. Counts hold on any machine; seconds are
-those of the machine, and of what else ran on it.
+All serve the same weights: the dense model is the first DMS model without its gates. Every prompt is sent twice, by two
+clients at a time, so that answers that were mixed up would differ. More clients leave in the middle of their answer.
+With --rounds, all of them come again, and memory is looked at after each round. All requests are bounded in number and
+time; nothing but 127.0.0.1 is spoken to. Counts hold on any machine; seconds are those of the machine, and of what else
+ran on it.
 """
 
 import argparse
-import http.client
 import json
-import os
 import shutil
-import socket
-import subprocess
+import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from machine import machine, write
 from safetensors.torch import load_file, save_file
+from vllm_server import BLOCK, MINUTES, Chat, Settings, Watch, metrics, resident_megabytes, server
 
 ROOT = Path(__file__).resolve().parents[1]
-BLOCK = 64
-MINUTES = 20  # of one server
 FIELDS = ("dms_config", "dms_curve", "fusion_config", "quantization_config")
 
 
@@ -50,154 +48,26 @@ def dense_twin(model: Path, place: Path) -> Path:
     return place
 
 
-def prompts(count: int) -> list[str]:
-    """Parts of this repository's documentation, of 250 to 900 tokens or so."""
+def prompts(count: int, shortest: int, longest: int) -> list[str]:
+    """Parts of this repository's documentation, of so many characters; a token has about three."""
     text = "\n".join(x.read_text(encoding="utf-8") for x in sorted((ROOT / "docs").glob("*.md")))
     parts, at = [], 0
     for i in range(count):
-        length = 900 + 1500 * (i * 7 % count) // count
+        length = shortest + (longest - shortest) * (i * 7 % count) // max(count - 1, 1)
         parts.append("Summarize this:\n" + text[at : at + length])
-        at = (at + length) % (len(text) - 4000)
+        at = (at + length) % (len(text) - longest)
     return parts
 
 
-@dataclass
-class Chat:
-    """A client, and what it was sent."""
-
-    port: int
-    prompt: str
-    tokens: int
-    leaves_after: int | None = None
-    pieces: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-    status: str = "not started"
-
-    def run(self) -> None:
-        """Stream one answer."""
-        start = time.perf_counter()
-        link = http.client.HTTPConnection("127.0.0.1", self.port, timeout=MINUTES * 60)
-        body = {
-            "model": "model",
-            "messages": [{"role": "user", "content": self.prompt}],
-            "max_tokens": self.tokens,
-            "temperature": 0.0,
-            "ignore_eos": True,
-            "stream": True,
-        }
-        link.request(
-            "POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"}
-        )
-        answer = link.getresponse()
-        self.status = "cut off" if answer.status == 200 else f"refused: {answer.status}"
-        for line in answer:
-            if not line.startswith(b"data: "):
-                continue
-            if line.strip() == b"data: [DONE]":
-                self.status = "finished"
-                break
-            delta = json.loads(line[6:])["choices"][0]["delta"]
-            self.pieces.append(delta.get("content") or "")
-            if self.leaves_after is not None and len(self.pieces) >= self.leaves_after:
-                self.status = "left"
-                break
-        link.close()
-        self.seconds = time.perf_counter() - start
-
-    @property
-    def text(self) -> str:
-        """The answer."""
-        return "".join(self.pieces)
-
-
-def metrics(port: int) -> dict[str, float]:
-    """VLLM's own counters, summed over labels."""
-    link = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-    link.request("GET", "/metrics")
-    found: dict[str, float] = {}
-    for line in link.getresponse().read().decode().splitlines():
-        if line.startswith("vllm:"):
-            name = line.split("{")[0].split(" ")[0]
-            found[name] = found.get(name, 0.0) + float(line.rsplit(" ", 1)[1])
-    link.close()
-    return found
-
-
-class Watch(threading.Thread):
-    """Looks at a server's counters until it is stopped."""
-
-    def __init__(self, port: int) -> None:
-        super().__init__(daemon=True)
-        self.port = port
-        self.running = self.usage = 0.0
-        self.over = threading.Event()
-
-    def run(self) -> None:
-        """Remember the most of each."""
-        while not self.over.wait(0.3):
-            now = metrics(self.port)
-            self.running = max(self.running, now["vllm:num_requests_running"])
-            self.usage = max(self.usage, now["vllm:kv_cache_usage_perc"])
-
-
-@contextmanager
-def server(python: str, model: Path, blocks: int, log: Path) -> Iterator[int]:
-    """VLLM's server on a free port; its port and process id."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    }
-    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-    command += ["--served-model-name", "model", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--dtype", "float32", "--enforce-eager", "--block-size", str(BLOCK)]
-    command += ["--num-gpu-blocks-override", str(blocks), "--no-enable-prefix-caching"]
-    command += [
-        "--max-num-batched-tokens",
-        "512",
-        "--max-num-seqs",
-        "40",
-        "--max-model-len",
-        "1536",
-    ]
-    with open(log, "w", encoding="utf-8") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
-        try:
-            wait_for(process, port, log)
-            yield port
-        finally:
-            process.terminate()
-            process.wait(timeout=120)
-
-
-def wait_for(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    """Until the server answers.
-
-    Raises:
-        RuntimeError: it ended, or does not start.
-    """
-    until = time.monotonic() + MINUTES * 60
-    while process.poll() is None and time.monotonic() < until:
-        try:
-            metrics(port)
-            return
-        except OSError:
-            time.sleep(2)
-    raise RuntimeError(f"vLLM did not start: {log.read_text(encoding='utf-8')[-2000:]}")
-
-
-def load(port: int, texts: list[str], tokens: int) -> dict[str, Any]:
-    """All chats at once, each text twice, and one that leaves."""
+def load(port: int, texts: list[str], tokens: int, leavers: int) -> dict[str, Any]:
+    """All chats at once, each text twice, and some that leave."""
+    before = metrics(port)
     chats = [Chat(port, x, tokens) for x in (*texts, *texts)]
-    leaver = Chat(port, texts[0], 10 * tokens, leaves_after=3)
+    gone = [Chat(port, texts[i % len(texts)], 10 * tokens, leaves_after=3) for i in range(leavers)]
     watch = Watch(port)
     watch.start()
     start = time.perf_counter()
-    threads = [threading.Thread(target=x.run, daemon=True) for x in (*chats, leaver)]
+    threads = [threading.Thread(target=x.run, daemon=True) for x in (*chats, *gone)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -209,47 +79,86 @@ def load(port: int, texts: list[str], tokens: int) -> dict[str, Any]:
     while metrics(port)["vllm:kv_cache_usage_perc"] and time.monotonic() < until:
         time.sleep(0.5)
     after = metrics(port)
+    counted = {x: int(after[f"vllm:{x}_total"] - before[f"vllm:{x}_total"]) for x in COUNTERS}
     pairs = zip(chats[: len(texts)], chats[len(texts) :], strict=True)
+    waited = watch.while_others_wait
     return {
         "chats": len(chats),
         "finished": sum(x.status == "finished" for x in chats),
         "same_answer_twice": sum(a.text == b.text for a, b in pairs),
         "others": sorted({x.status for x in chats} - {"finished"}),
-        "left": leaver.status == "left",
+        "left": sum(x.status == "left" for x in gone),
         "blocks_in_use_after": after["vllm:kv_cache_usage_perc"],
-        "most_running": int(watch.running),
+        "most_running": max(watch.running),
+        "median_running_while_others_wait": statistics.median(waited) if waited else None,
         "peak_usage": round(watch.usage, 3),
-        "preemptions": int(after["vllm:num_preemptions_total"]),
-        "prompt_tokens": int(after["vllm:prompt_tokens_total"]),
+        "prompt_tokens_of_a_chat": [
+            min(x.prompt_tokens for x in chats),
+            max(x.prompt_tokens for x in chats),
+        ],
+        **counted,
         "tokens": len(chats) * tokens,
         "seconds": round(seconds, 1),
         "tokens_per_second": round(len(chats) * tokens / seconds, 2),
     }
 
 
-def main() -> None:
-    """Both servers, one after the other."""
+COUNTERS = ("num_preemptions", "prompt_tokens")
+
+
+def parsed() -> argparse.Namespace:
+    """The options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--python", default=str(ROOT / ".venv-vllm" / "bin" / "python"))
-    parser.add_argument("--model", type=Path, required=True, help="a DMS directory")
+    parser.add_argument("--models", nargs="+", required=True, metavar="NAME=DIR", help="of DMS")
+    parser.add_argument("--no-dense", action="store_true", help="leave out the model without gates")
     parser.add_argument("--chats", type=int, default=32)
+    parser.add_argument("--leavers", type=int, default=1, help="clients that leave in between")
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=32, help="of every answer")
+    parser.add_argument("--characters", type=int, nargs=2, default=(900, 2400), help="of a prompt")
     parser.add_argument("--blocks", type=int, default=65, help=f"of {BLOCK} tokens, one unused")
+    parser.add_argument("--chunk", type=int, default=512, help="tokens of a step")
+    parser.add_argument("--length", type=int, default=4096, help="longest request in tokens")
     parser.add_argument("--note", default="", help="what else ran on the machine")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
     if options.chats < 2 or options.chats % 2:
         parser.error(f"--chats {options.chats} must be even: every text is sent twice")
-    texts = prompts(options.chats // 2)
+    if any("=" not in x for x in options.models):
+        parser.error(f"--models {options.models}: accepted: NAME=DIR, as in cr4=smollm2-cr4")
+    return options
+
+
+def main() -> None:
+    """One server after the other."""
+    options = parsed()
+    texts = prompts(options.chats // 2, *options.characters)
+    models = {name: Path(place) for name, place in (x.split("=", 1) for x in options.models)}
+    settings = Settings(options.python, options.blocks, options.chunk, options.length)
     content: dict[str, Any] = {"machine": {**machine(), "note": options.note}}
-    content["settings"] = {"blocks": options.blocks, "block_tokens": BLOCK, "dtype": "float32"}
+    content["settings"] = {
+        "blocks": options.blocks,
+        "block_tokens": BLOCK,
+        "chunk": options.chunk,
+        "dtype": "float32",
+        "characters": list(options.characters),
+    }
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
-        models = {"dms": options.model, "dense": dense_twin(options.model, place / "dense")}
+        if not options.no_dense:
+            models["dense"] = dense_twin(next(iter(models.values())), place / "dense")
         for name, model in models.items():
-            with server(options.python, model, options.blocks, place / f"{name}.log") as port:
-                content[name] = load(port, texts, options.tokens)
-            print(name, content[name], flush=True)
+            rounds: list[dict[str, Any]] = []
+            with server(settings, model, place / f"{name}.log") as (port, process):
+                start = resident_megabytes(process)
+                for _ in range(options.rounds):
+                    found = load(port, texts, options.tokens, options.leavers)
+                    rounds.append({**found, "resident_mb": resident_megabytes(process)})
+                    content[name] = rounds[0] if options.rounds == 1 else rounds
+                    print(name, rounds[-1], flush=True)
+                    write(options.output, content)
+            content.setdefault("resident_mb_at_start", {})[name] = start
             write(options.output, content)
 
 

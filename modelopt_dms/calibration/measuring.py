@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 
 from modelopt_dms.config.compression_ratio import physical_cr, target_evicted_fraction
 from modelopt_dms.data.packing import Samples
+from modelopt_dms.gates.curve import Curve, CurvePoint
 from modelopt_dms.gates.gate import eviction_off, gates, record_alpha
-from modelopt_dms.gates.thresholds import Curve, CurvePoint, move_thresholds, thresholds_of
+from modelopt_dms.gates.thresholds import move_thresholds, thresholds_of
 from modelopt_dms.kernels.reference import shift_decisions
 from modelopt_dms.modeling.convert import dms_modules
 from modelopt_dms.modeling.divergence import kl_divergence
@@ -24,8 +25,10 @@ from modelopt_dms.modeling.lm_head import input_device, last_hidden, output_head
 from modelopt_dms.modeling.mode import dms_config_of
 from modelopt_dms.training.loss import mean_decision
 
-# A point of the curve is where it should be if it evicts this much of the evictable tokens more, and none less.
-NEAR = 0.006
+# A point of the curve is where it should be if its ratio is at most this share above the one asked for, and none below;
+# at high ratios, where that is hardly any token, if it evicts this much of the evictable tokens more.
+NEAR_RATIO = 0.04
+NEAR_FRACTION = 0.006
 # Corrections of a shift; more only if the ratio is not reached yet.
 TRIES = 3
 LOGITS_TOKENS = 512
@@ -56,18 +59,19 @@ def trace_curve(held_out: "HeldOut", ratios: Sequence[float], *, progress: bool 
     with bar, _in_eval(model):
         correction = 0.0
         try:
-            for wanted in fractions:
+            for ratio, wanted in zip(reachable, fractions, strict=True):
+                near = max(NEAR_RATIO / ratio, NEAR_FRACTION)
                 for attempt in count(1):
                     # A little more than asked for, so that the ratio lies within what was measured.
-                    share = min(max(wanted + NEAR / 2 + correction, 0.0), 1.0)
+                    share = min(max(wanted + near / 2 + correction, 0.0), 1.0)
                     shift = threshold_for(logits, share)
                     move_thresholds(model, base, shift)
                     points.append(held_out.point(shift))
                     beyond = points[-1].evicted_fraction - wanted
                     reached = beyond >= 0.0 or share >= 1.0
-                    if reached and (beyond <= NEAR or attempt >= TRIES):
+                    if reached and (beyond <= near or attempt >= TRIES):
                         break
-                    correction += max(NEAR / 2 - beyond, NEAR if not reached else -1.0)
+                    correction += max(near / 2 - beyond, near if not reached else -1.0)
                 bar.update()
         finally:
             move_thresholds(model, base, 0.0)

@@ -27,8 +27,9 @@ from modelopt_dms.config.dms import DMSConfig
 from modelopt_dms.config.output_dir import remove
 from modelopt_dms.config.quantize import QuantizationConfig, quantization_to_dict
 from modelopt_dms.data.mixing import open_sources, read_once
+from modelopt_dms.gates.curve import Curve
 from modelopt_dms.gates.gate import gates
-from modelopt_dms.gates.thresholds import Curve, store_curve
+from modelopt_dms.gates.thresholds import store_curve
 from modelopt_dms.modeling.lm_head import check_head
 from modelopt_dms.modeling.mode import dms_config_of
 from modelopt_dms.quantization.apply import quantization_of

@@ -15,7 +15,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from modelopt_dms.modeling.config_marks import QUANT_METHOD
+from modelopt_dms.modeling.config_marks import ATTENTION, QUANT_METHOD
 
 # A quantizer of ModelOpt has no other tensors than these.
 OUR_TENSORS = (r"\.dms_gate\.", r"\._amax$", r"\._pre_quant_scale$")
@@ -42,7 +42,7 @@ class DMSLoader(HfQuantizer):
             ValueError: another attention implementation is asked for, or the config is not the one that was saved.
         """
         asked = config._attn_implementation
-        if asked not in (None, "dms"):
+        if asked not in (None, "dms", ATTENTION):
             raise ValueError(
                 f"attn_implementation={asked!r}: a DMS model runs only with its own; leave the argument out"
             )
@@ -53,7 +53,8 @@ class DMSLoader(HfQuantizer):
             )
         if asked is not None:
             config._attn_implementation = None
-        vars(config).pop("fusion_config", None)
+        for field in ("fusion_config", "attn_implementation"):
+            vars(config).pop(field, None)
         return config
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:

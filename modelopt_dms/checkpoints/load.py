@@ -23,13 +23,15 @@ from modelopt_dms.checkpoints.unified_hf import is_packed, unpack
 from modelopt_dms.config.dms import DMSConfig
 from modelopt_dms.config.quantize import QuantizationConfig
 from modelopt_dms.config.section import in_one_line
-from modelopt_dms.gates.thresholds import CompressionError, curve_of
+from modelopt_dms.gates.curve import CompressionError
+from modelopt_dms.gates.thresholds import curve_of
 from modelopt_dms.modeling.config_marks import unmark
 from modelopt_dms.modeling.convert import dms_modules, is_converted
 from modelopt_dms.modeling.finite import WeightError, check_weights
 from modelopt_dms.modeling.mode import CheckpointError, apply_dms, read_dms_config
 from modelopt_dms.modeling.staging import gate_device
 from modelopt_dms.quantization.apply import insert, is_quantized
+from modelopt_dms.quantization.foreign import FOREIGN
 
 RANGE_SUFFIXES = ("._amax", "._pre_quant_scale")
 
@@ -160,7 +162,8 @@ def _attach(
             apply_dms(model, config)
         _put_gates(model, gates, path)
         _check_curve(model, path)
-    if quantization is None and not is_quantized(model) and _ranges(stored):
+    foreign = getattr(model.config, FOREIGN, False) or bool(_ranges(stored))
+    if quantization is None and not is_quantized(model) and foreign:
         raise CheckpointError(
             f"{path} was quantized by mtq.quantize, but nothing says how; quantize with modelopt_dms.quantize, or call "
             "modelopt.torch.opt.enable_huggingface_checkpointing() before saving and loading"

@@ -16,6 +16,7 @@ ENTRIES = {
     "modelopt.torch": (
         "modelopt_dms.modeling.modelopt_mode",
         "modelopt_dms.quantization.nvfp4_backend",
+        "modelopt_dms.quantization.foreign",
     ),
 }
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from modelopt_dms.cli.opening import (
+    beyond_model,
     check_device,
     check_model,
     check_ratio,
@@ -83,6 +84,8 @@ def generate(
         converse(talk)
         return
     answer = talk.ask(text, stream=json_file != STDOUT)
+    if talk.seen is not None:
+        warn(beyond_model(place, talk.seen.shape[1] + 1, "prompt and answer"))
     if stats or json_file is not None:
         _show_held(talk, answer, json_file, cr)
 

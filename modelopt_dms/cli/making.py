@@ -10,6 +10,7 @@ import typer
 from modelopt_dms.checkpoints.base import EMBEDDED
 from modelopt_dms.cli.interrupting import when_interrupted
 from modelopt_dms.cli.opening import (
+    beyond_model,
     check_compressed,
     check_curve,
     check_device,
@@ -273,6 +274,7 @@ def tune(
 
     network, tokenizer = load_any(str(place), dtype, device, trust_remote_code)
     size = curve_of(network).length if length is None else length
+    warn(beyond_model(str(place), size, "--length"))
     texts = given or held_out_text(tokenizer, size, count, 0)
     with phase("tune"):
         found = run(
@@ -280,6 +282,10 @@ def tune(
         )
     if output is not None:
         save_tuned(network, place, output)
+    if found.samples < count:
+        warn(
+            f"{found.samples} samples of {size} tokens, as there is no more text; {count} were asked for"
+        )
     saved = [] if output is None else [f"saved to {output}"]
     show(found.summary(), json_file, trials_table(found), *saved)
 

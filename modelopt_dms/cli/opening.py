@@ -65,6 +65,14 @@ def longest_context(place: str) -> int | None:
     return found if isinstance(found, int) else None
 
 
+def beyond_model(place: str, tokens: int, what: str) -> str | None:
+    """A line for who asks for more tokens than a model was made for, whose answers then mean little; None otherwise."""
+    longest = longest_context(place)
+    if longest is None or tokens <= longest:
+        return None
+    return f"{what}: {tokens:,} tokens, and {place} was made for {longest:,}: what lies beyond means little"
+
+
 def stored_dtype(place: str, dtype: Dtype) -> str | None:
     """The dtype that a model will be loaded in, if that can be told from here."""
     if dtype is not Dtype.auto:
@@ -228,6 +236,8 @@ def open_data(arguments: list[str] | None, format: str | None = None) -> Any:
 
 def open_files(paths: list[Path], option: str, format: str | None) -> Any:
     """Files without weights, checked likewise; `option` names them."""
+    if format is not None and not paths:
+        raise ValueError(f"--format {format} says how {option} is read, and there is no {option}")
     _check_files(paths, option, format)
     return paths if format is None else Formatted(paths, format)
 

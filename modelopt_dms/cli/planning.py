@@ -18,7 +18,8 @@ def plan(
     model: Annotated[
         str,
         typer.Argument(
-            help="config.json, a model's directory, a name such as Qwen3-8B, or a hub id in the local cache."
+            help="config.json, a model's directory (a compressed one's own ratio is taken), .gguf file, a name such as "
+            "Qwen3-8B or smollm2, or a hub id in the local cache."
         ),
     ],
     gpu: Annotated[str, typer.Option(help="h200, h100, b200, a100 or l40s.")] = "h200",
@@ -34,8 +35,12 @@ def plan(
         ),
     ] = None,
     tp: Annotated[
-        str, typer.Option(help="Numbers of GPUs that share the model, comma-separated.")
-    ] = "1,2,4,8",
+        str | None,
+        typer.Option(
+            help="Numbers of GPUs that share the model, comma-separated. [default: of 1, 2, 4 and 8, "
+            "those that share its heads evenly]"
+        ),
+    ] = None,
     batch: Annotated[
         int | None, typer.Option(help="Sequences at a time. [default: as many as fit]")
     ] = None,
@@ -60,11 +65,11 @@ def plan(
         gpu,
         _tokens(context),
         recipe,
-        tp=_counts(tp),
+        tp=None if tp is None else _counts(tp),
         batch=batch,
         memory_utilization=memory_utilization,
     )
-    lines = [found.note]
+    lines = [x for x in (found.ratios, found.note) if x]
     if any(x.variant.endswith("*") for x in found.rows):
         lines.append(f"*: the number format in which {found.recipe} stores the KV cache")
     show(found.as_dict(), json_file, _table(found), *lines)

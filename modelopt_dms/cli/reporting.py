@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from modelopt_dms.cli.opening import check_compressed, load_any, set_ratio
+from modelopt_dms.cli.opening import beyond_model, check_compressed, load_any, set_ratio
 from modelopt_dms.cli.options import (
     DeviceOpt,
     Dtype,
@@ -25,6 +25,7 @@ from modelopt_dms.cli.options import (
 )
 from modelopt_dms.config.output_dir import check_results_file, write_json
 from modelopt_dms.evaluation.report_page import PAGE
+from modelopt_dms.serving.planner.hardware import gpu_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from modelopt_dms.evaluation.report_page.build import Origin, ReportPlan
 
 SHORTEST = 256  # has room for the facts
+GPU = "h200"
 LONGEST = 2048  # by default: curves may be of longer texts, which take long on a CPU
 
 TextOpt = Annotated[
@@ -75,6 +77,9 @@ def report(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write the figures here.")
     ] = None,
+    gpu: Annotated[
+        str, typer.Option(help="Sequences that fit on it: h200, h100, b200, a100 or l40s.")
+    ] = GPU,
     cr: RatioOpt = None,
     dtype: DtypeOpt = Dtype.auto,
     device: DeviceOpt = None,
@@ -87,6 +92,7 @@ def report(
     check_page(output)
     if json_file is not None:
         check_results_file(json_file)
+    gpu_of(gpu)
     wanted = _ratios(ratios)
     words = None if text is None else _read_text(text)
     others = [] if peers is None else read_peers(peers)
@@ -96,6 +102,7 @@ def report(
     network, tokenizer = load_any(str(place), dtype, device, trust_remote_code)
     network.eval()
     size = _length(network, length)
+    warn(beyond_model(str(place), size, "--length"))
     check_evicts(network, model, size)
     set_ratio(network, cr)
     plan = ReportPlan(
@@ -107,6 +114,7 @@ def report(
     if text is not None and words is not None:
         origin = replace(origin, text=(text.name, _ids(tokenizer, words, size, text)))
     figures = measure(network, tokenizer, plan, origin)
+    add_capacity(figures, place, gpu)
     write_page(output, figures)
     if json_file is not None:
         write_json(json_file, figures)
@@ -129,9 +137,9 @@ def report_after_compress(
         size = _length(model, None)
         check_evicts(model, directory, size)
         origin = Origin(_name(directory), command, **written_beside(directory))
-        write_page(
-            place, measure(model, tokenizer, replace(BRIEF, length=size), origin, quiet=True)
-        )
+        figures = measure(model, tokenizer, replace(BRIEF, length=size), origin, quiet=True)
+        add_capacity(figures, directory, GPU)
+        write_page(place, figures)
     except Exception as error:  # whatever it is, the model is saved
         warn(f"no report was written: {type(error).__name__}: {error}")
         return None
@@ -151,14 +159,30 @@ def measure(
     from modelopt_dms.evaluation.report_page.build import build, cost, describe
     from modelopt_dms.evaluation.report_page.tradeoff import reachable
 
-    settings = reachable(model, plan.ratios, plan.length)
+    settings, left_out = reachable(model, plan.ratios, plan.length)
     if not quiet:
+        for line in left_out if plan.prompts else ():
+            warn(line)
         err.print(f"measures {describe(plan, settings)}", highlight=False, soft_wrap=True)
     columns = (TextColumn("report"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, transient=True) as bar:
         task = bar.add_task("report", total=cost(plan, len(settings)))
         advance: Callable[[float], None] = lambda x: bar.advance(task, x)  # noqa: E731
         return build(model, tokenizer, plan, origin, advance)
+
+
+def add_capacity(figures: dict[str, Any], directory: Path, gpu: str) -> None:
+    """Put in the sequences that fit a GPU at the ratio that was measured, or a note that says why not."""
+    from modelopt_dms.serving.planner.measured import capacity
+    from modelopt_dms.serving.planner.model_shape import PlanError
+
+    held = figures["cache"]
+    try:
+        figures["capacity"] = capacity(
+            directory, gpu, held["compression_ratio"], round(held["context_tokens"])
+        )
+    except PlanError as error:
+        figures["notes"].append(f"No sequences that fit a GPU: {error}.")
 
 
 def check_evicts(model: "PreTrainedModel", directory: Path, length: int) -> None:
@@ -234,7 +258,7 @@ def _ratios(text: str) -> tuple[float, ...]:
         raise ValueError(
             f"--ratios: {text!r} must be numbers above 1, comma-separated, such as 2,4,8"
         )
-    return found
+    return tuple(dict.fromkeys(found))
 
 
 def _read_text(path: Path) -> str:

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from modelopt_dms.cli.boards import board, board_tasks
 from modelopt_dms.cli.interrupting import when_interrupted
 from modelopt_dms.cli.opening import (
+    beyond_model,
     check_device,
     check_model,
     check_ratio,
@@ -32,7 +34,7 @@ from modelopt_dms.cli.options import (
 from modelopt_dms.cli.tables import print_table
 from modelopt_dms.config.output_dir import check_results_file
 from modelopt_dms.evaluation.limits import broken, parse_limits
-from modelopt_dms.evaluation.names import DEFAULT, EVALUATIONS, check_tasks
+from modelopt_dms.evaluation.names import CATEGORIES, DEFAULT, EVALUATIONS, check_tasks
 
 if TYPE_CHECKING:
     from modelopt_dms.evaluation.resume import RowStore
@@ -53,6 +55,26 @@ FidelityOpt = Annotated[
     typer.Option(
         "--fidelity",
         help="KL from the full cache and agreement, by category of text: each --data file, or the package's.",
+    ),
+]
+KvpressOpt = Annotated[
+    Path | None,
+    typer.Option(
+        help="Also write the results below this directory as kvpress' evaluation does; RULER's families only, all "
+        "answers generated."
+    ),
+]
+KvpressDataOpt = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME[/PART]=FILE",
+        help="With --kvpress: a data set with kvpress' columns, .parquet or .jsonl, e.g. ruler/4096=test.parquet.",
+    ),
+]
+KvpressModelOpt = Annotated[
+    str | None,
+    typer.Option(
+        help="With --kvpress: the model's name there, e.g. Qwen/Qwen3-8B. By default that of the directory."
     ),
 ]
 LimitsOpt = Annotated[
@@ -79,6 +101,9 @@ def evaluate(
         Path | None,
         typer.Option("--json", help="Also write the rows here; until all are there, FILE.partial."),
     ] = None,
+    kvpress: KvpressOpt = None,
+    kvpress_data: KvpressDataOpt = None,
+    kvpress_model: KvpressModelOpt = None,
     cr: RatioOpt = None,
     dtype: DtypeOpt = Dtype.auto,
     device: DeviceOpt = None,
@@ -86,11 +111,19 @@ def evaluate(
 ) -> None:
     """Score a model through its physical KV cache; an interrupted run goes on where it stopped (--json)."""
     wanted = check_tasks(tasks.split(",")) if tasks is not None else ()
-    if not (wanted or data or fidelity):
-        wanted = DEFAULT
-    limits = parse_limits(fail_if or [], fidelity)
-    sizes = [_length(x) for x in lengths.split(",")]
     place = check_model(model)
+    kvpress_board = board(kvpress, kvpress_data, kvpress_model, place)
+    if kvpress_board is not None:
+        wanted = board_tasks(wanted, kvpress_board)
+    elif not (wanted or data or fidelity):
+        wanted = DEFAULT
+    of_file = kvpress_board is not None and kvpress_board.data is not None
+    # Which tasks a file has is not known before it is read.
+    measured = None if of_file else _measured(wanted, data or [], fidelity)
+    limits = parse_limits(fail_if or [], fidelity, measured)
+    sizes = list(dict.fromkeys(_length(x) for x in lengths.split(",")))
+    if not of_file:
+        warn(beyond_model(place, max(sizes), "--lengths"))
     check_ratio(place, cr)
     check_device(device)
     given = open_files(data or [], "--data", data_format)
@@ -98,14 +131,18 @@ def evaluate(
         if json_file == STDOUT:
             raise ValueError("--json -: rows are kept in a file while the run lasts; name one")
         check_results_file(json_file)
-    from modelopt_dms.evaluation.resume import RowStore
+    from modelopt_dms.evaluation.resume import RowStore, identity
     from modelopt_dms.evaluation.run import Asked, fidelity_units, file_units, task_units
     from modelopt_dms.gates.gate import gates
 
-    settings = {"model": _identity(place), "data": [_identity(x) for x in data or []]}
+    settings: dict[str, Any] = {"model": identity(place), "data": [identity(x) for x in data or []]}
+    if kvpress_board is not None:
+        asked_data = kvpress_board.data
+        settings["kvpress"] = asked_data and [asked_data[0], identity(asked_data[1])]
     store = RowStore(
         json_file,
-        settings | {"cr": cr, "dtype": dtype.value, "seed": seed, "count": count},
+        settings
+        | {"format": data_format, "cr": cr, "dtype": dtype.value, "seed": seed, "count": count},
     )
     when_interrupted(store.how_to_go_on)
     network, tokenizer = load_any(place, dtype, device, trust_remote_code)
@@ -118,14 +155,30 @@ def evaluate(
         units += fidelity_units(asked, data or [], data_format)
     elif data:
         units += file_units(asked, given)
-    units += task_units(asked, wanted)
+    if kvpress_board is None:
+        units += task_units(asked, wanted)
+    else:
+        units += kvpress_board.units(asked, wanted)
     rows = _measure(units, store)
     store.finish(rows)
+    if kvpress_board is not None:
+        kvpress_board.write(asked, rows, cr)
     _show(network, rows, cr)
+    for row in rows:
+        if (samples := row.get("samples", count)) < count:
+            where = row.get("category") or row["task"]
+            warn(f"{where} at {row['length']} tokens: {samples} samples, as there is no more text")
     if lines := broken(limits, rows):
         for line in lines:
             err.print(f"[bold red]failed:[/bold red] {line}", highlight=False, soft_wrap=True)
         raise typer.Exit(FAILED)
+
+
+def _measured(tasks: "tuple[str, ...]", data: list[Path], fidelity: bool) -> tuple[str, ...]:
+    """Tasks and categories of text that a run has results of."""
+    if not fidelity:
+        return (*tasks, *(["data"] if data else []))
+    return (*tasks, "fidelity", *((x.stem for x in data) if data else CATEGORIES))
 
 
 def _measure(units: "list[Unit]", store: "RowStore") -> list[dict[str, Any]]:
@@ -167,17 +220,6 @@ def _show(network: Any, rows: list[dict[str, Any]], cr: float | None) -> None:
     )
     # One is enough: the table shows the others.
     warn(next((line for line in found if line is not None), None))
-
-
-def _identity(place: str | Path) -> dict[str, Any]:
-    """What tells one model or file from another without reading it: sizes and times of its files."""
-    path = Path(place)
-    files = sorted(path.glob("*")) if path.is_dir() else [path]
-    shown = [
-        x for x in files if x.suffix in (".json", ".safetensors", ".gguf") or not path.is_dir()
-    ]
-    stats = [x.stat() for x in shown if x.is_file()]
-    return {"name": str(place), "files": [[x.st_size, x.st_mtime_ns] for x in stats]}
 
 
 def _length(text: str) -> int:

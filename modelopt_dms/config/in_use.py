@@ -43,7 +43,7 @@ def in_use(directory: Path) -> Iterator[None]:
             file.seek(0)
             holder = file.read(20).strip() or "of another user"
             raise OutputError(
-                f"{directory} is in use by process {holder}; wait for it, or choose another directory"
+                f"{directory} is in use by process {holder}; wait for it, or choose another output"
             ) from None
         file.truncate(0)
         # Who it is can be said on a disk with room only; that nobody else enters holds on a full one, too.

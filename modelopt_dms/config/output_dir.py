@@ -27,6 +27,13 @@ STAGING_DIR = ".staging"
 CALIBRATION_DIR, RETROFIT_DIR = "calibration", "retrofit"
 # The last files to be moved, without which there is no result yet, and what they make of a directory.
 LAST = {"config.json": "a model", "dms_engine.json": "exported graphs"}
+# JSON files that are parts of models, whoever wrote them: results never take their place.
+_OF_MODELS = (
+    *LAST,
+    *("generation_config.json", "hf_quant_config.json", "adapter_config.json", "dms_summary.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json"),
+    *("added_tokens.json", "preprocessor_config.json", "processor_config.json"),
+)
 
 
 def check_output(output_dir: str | Path, ours: tuple[str, ...] = ()) -> Path:
@@ -117,12 +124,14 @@ def remove(directory: Path, names: Iterable[str]) -> None:
 def atomic_file(path: Path) -> Iterator[Path]:
     """A name beside `path` to write a file under, which then takes its place; an error leaves what was there.
 
-    A process that is killed while it writes leaves the other file, `.NAME.` and eight letters, which nothing reads.
+    Directories that are not there are made. A process that is killed while it writes leaves the other file, `.NAME.`
+    and eight letters, which nothing reads.
 
     Raises:
         OutputError: the disk is full.
     """
     with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         # A name that nobody has: a file of the user's may bear any that we would choose.
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         os.close(handle)
@@ -142,13 +151,15 @@ def check_results_file(path: Path) -> None:
     """Refuse to write results over something else, or where nothing can be written.
 
     Raises:
-        OutputError: the file exists and holds no JSON, or its directory cannot be written.
+        OutputError: the file exists and holds no JSON or a part of a model, or its directory cannot be written.
     """
     nearest = next(x for x in path.absolute().parents if x.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise OutputError(f"{path} cannot be written: {nearest} is not a writable directory")
     if not path.exists():
         return
+    if path.name in _OF_MODELS or path.name.endswith(".index.json"):
+        raise OutputError(f"{path} is a part of a model; choose another file")
     try:
         json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -157,7 +168,6 @@ def check_results_file(path: Path) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file completely or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

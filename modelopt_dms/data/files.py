@@ -68,6 +68,31 @@ def check_start(path: Path, format: str | None = None) -> None:
         read_record(record if format is None else convert(record, format, label), label)
 
 
+def read_table(path: Path, columns: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of a .parquet or .jsonl file, which must have these columns; others are left out.
+
+    Raises:
+        DataError: a column is missing, or the file is of another kind, or damaged.
+    """
+    if path.suffix not in (".parquet", ".jsonl"):
+        raise DataError(f"{path} is not a .parquet or .jsonl file")
+    if not path.is_file():
+        raise DataError(f"{path} does not exist or is not a file")
+    if path.suffix == ".parquet":
+        found = [row for row, _ in _rows(_parquet(path), list(columns), str(path))]
+    else:
+        found = [row for row, _ in _read_jsonl(path)]
+    for number, row in enumerate(found):
+        missing = [x for x in columns if not isinstance(row, dict) or x not in row]
+        if missing:
+            raise DataError(
+                f"{path} row {number} has no {', '.join(missing)}; expects {', '.join(columns)}"
+            )
+    if not found:
+        raise DataError(f"{path} has no rows")
+    return [{name: row[name] for name in columns} for row in found]
+
+
 def _read_file(path: Path, format: str | None) -> Iterator[tuple[Any, str]]:
     if path.suffix == ".json":
         raise DataError(
@@ -99,23 +124,30 @@ def _read_file(path: Path, format: str | None) -> Iterator[tuple[Any, str]]:
         raise DataError(f"{path} cannot be read: {error}") from error
 
 
-def _open_table(path: Path, format: str | None) -> tuple["ParquetFile", list[str]]:
-    """A parquet file, and the columns of it that are read."""
+def _parquet(path: Path) -> "ParquetFile":
     # Imported late: pyarrow takes longer than all the rest.
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
     try:
-        file = ParquetFile(path)
+        return ParquetFile(path)
     except (OSError, ArrowException) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
+
+
+def _open_table(path: Path, format: str | None) -> tuple["ParquetFile", list[str]]:
+    """A parquet file, and the columns of it that are read."""
+    file = _parquet(path)
     return file, choose_columns(file.schema_arrow.names, str(path), format)
 
 
 def _read_table(path: Path, format: str | None) -> Iterator[tuple[Any, str]]:
+    yield from _rows(*_open_table(path, format), str(path))
+
+
+def _rows(file: "ParquetFile", columns: list[str], path: str) -> Iterator[tuple[Any, str]]:
     from pyarrow import ArrowException
 
-    file, columns = _open_table(path, format)
     try:
         rows = file.read(columns).to_pylist(maps_as_pydicts="strict")
     except (OSError, ArrowException, KeyError, UnicodeDecodeError) as error:

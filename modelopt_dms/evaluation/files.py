@@ -1,35 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Perplexity on a user's own files, through the cache that `generate` uses."""
+"""A user's documents -> samples of one length, on which perplexity and fidelity are measured."""
 
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from modelopt_dms.data.documents import open_documents
-from modelopt_dms.data.inputs import Formatted
 from modelopt_dms.data.records import Tokens
-from modelopt_dms.evaluation.score import Row, perplexity
-
-
-def score_files(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    files: Sequence[Path] | Formatted,
-    lengths: Sequence[int],
-    count: int,
-) -> list[Row]:
-    """Rows {task: "data", length, metric: "perplexity", value, ...}, one for each length; `count` samples each.
-
-    Raises:
-        ValueError: unusable files, or none has a document of that many tokens.
-    """
-    documents = open_documents(files, tokenizer, model)
-    cut = {length: cut_documents(documents, length, count) for length in lengths}
-    return [
-        {"task": "data", "length": length, **perplexity(model, samples).row()}
-        for length, samples in cut.items()
-    ]
 
 
 def cut_documents(documents: Iterable[Tokens], length: int, count: int) -> list[list[int]]:

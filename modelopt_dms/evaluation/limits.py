@@ -46,12 +46,15 @@ class Limit:
         return None if found is None else float(found)
 
 
-def parse_limits(texts: Sequence[str], fidelity: bool) -> list[Limit]:
+def parse_limits(
+    texts: Sequence[str], fidelity: bool, measured: Sequence[str] | None = None
+) -> list[Limit]:
     """Limits such as "kl>0.05", "needle.accuracy<0.9", "prose.top1<0.97": a result fails if it holds.
 
     Args:
         texts: as given on the command line.
         fidelity: whether distances from the full cache will be measured.
+        measured: tasks and categories of text that will be; None if that is not known.
 
     Raises:
         ValueError: one cannot be read, or is about what will not be measured.
@@ -66,6 +69,10 @@ def parse_limits(texts: Sequence[str], fidelity: bool) -> list[Limit]:
             )
         if match[2] in DISTANCES and not fidelity:
             raise ValueError(f"--fail-if {text!r} is about what only --fidelity measures")
+        if measured is not None and match[1] not in (None, *measured):
+            raise ValueError(
+                f"--fail-if {text!r}: {match[1]} will not be measured, only {', '.join(measured)}"
+            )
         found.append(Limit(text, match[1], match[2], match[3], float(match[4])))
     return found
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """lm-evaluation-harness on a DMS model, and what the KV cache held meanwhile. Needs lm_eval.
 
-Importing this registers the model type "dms" there: its "hf", plus the numbers, plus `cr` to choose a ratio.
+Importing this registers the model type "dms" there: its "hf" and the numbers, `cr` to choose a ratio, and `resume`.
 
-    lm_eval.simple_evaluate(model="dms", model_args="pretrained=DIR,cr=4", tasks=[...])
+    lm_eval.simple_evaluate(model="dms", model_args="pretrained=DIR,cr=4,resume=answers.jsonl", tasks=[...])
 
 Tasks that generate run on the physical cache. Tasks that score a given continuation (multiple choice, perplexity) run
 one forward over it, under the mask of the same decisions, and keep no cache between requests.
@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,9 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
+from modelopt_dms.evaluation.answer_journal import AnswerJournal, Entry, Figures, answer_rest
 from modelopt_dms.evaluation.answer_lengths import AnswerLengths
+from modelopt_dms.evaluation.resume import identity
 from modelopt_dms.gates.gate import AlphaRecord, eviction_off, gates, record_alpha
 from modelopt_dms.gates.thresholds import set_compression
 from modelopt_dms.kernels.reference import shift_decisions
@@ -30,6 +33,7 @@ from modelopt_dms.modeling.convert import is_converted
 
 TESTED = "0.4.13"
 GENERATE, SCORE = "generate_until", "loglikelihood"
+IN_FULL = "generate_until by the full cache"
 
 
 @dataclass
@@ -45,30 +49,22 @@ class Held:
         kept: what of it was kept, in the same unit.
     """
 
-    kv_bytes: int | None
+    kv_bytes: float | None
     sequences: int = 0
     context: float = 0.0
     resident: float = 0.0
     dense: float = 0.0
     kept: float = 0.0
 
-    def add_cache(self, stats: KVStats) -> None:
-        """Count a cache when its batch was done."""
-        count = len(stats.layers[0].context)
-        self.sequences += count
-        self.context += stats.context_tokens * count
-        self.resident += stats.resident_tokens * count
-        self.kv_bytes = (self.kv_bytes or 0) + stats.kv_bytes
-        self.dense += stats.dense_bytes
-        self.kept += stats.dense_bytes / stats.compression_ratio
-
-    def add_sequence(self, length: int, resident: float) -> None:
-        """Count a sequence of `length` tokens that was run without a cache."""
+    def add(self, figures: dict[str, float]) -> None:
+        """Count one sequence; see `of_cache` and `of_forward`."""
         self.sequences += 1
-        self.context += length
-        self.resident += resident
-        self.dense += length
-        self.kept += resident
+        self.context += figures["context"]
+        self.resident += figures["resident"]
+        self.dense += figures["dense"]
+        self.kept += figures["kept"]
+        if "kv_bytes" in figures:
+            self.kv_bytes = (self.kv_bytes or 0) + figures["kv_bytes"]
 
     def row(self) -> dict[str, Any]:
         """Means over sequences, and the ratio of the sums, for a JSON file."""
@@ -82,6 +78,24 @@ class Held:
         }
 
 
+def of_cache(stats: KVStats) -> list[dict[str, float]]:
+    """Figures of the sequences of a cache when its batch was done: of each the mean, so that sums are the cache's."""
+    count = len(stats.layers[0].context)
+    mean = {
+        "context": stats.context_tokens,
+        "resident": stats.resident_tokens,
+        "kv_bytes": stats.kv_bytes / count,
+        "dense": stats.dense_bytes / count,
+        "kept": stats.dense_bytes / stats.compression_ratio / count,
+    }
+    return [mean] * count
+
+
+def of_forward(length: int, resident: float) -> dict[str, float]:
+    """Figures of a sequence of `length` tokens that was run without a cache."""
+    return {"context": length, "resident": resident, "dense": length, "kept": resident}
+
+
 @register_model("dms")
 class DMSLM(HFLM):
     """lm-eval's Hugging Face model, which also counts what a DMS model keeps. A plain model runs as under "hf".
@@ -91,7 +105,12 @@ class DMSLM(HFLM):
     """
 
     def __init__(
-        self, *args: Any, cr: float | None = None, answer_lengths: bool = False, **kwargs: Any
+        self,
+        *args: Any,
+        cr: float | None = None,
+        answer_lengths: bool = False,
+        resume: str | None = None,
+        **kwargs: Any,
     ) -> None:
         """Load a model, or take a live one.
 
@@ -99,16 +118,21 @@ class DMSLM(HFLM):
             *args: of HFLM: `pretrained`, a directory or a model (with `tokenizer`).
             cr: compression ratio to run at, on the curve that the model carries.
             answer_lengths: answer requests that generate a second time, with the full cache, and compare the lengths.
+            resume: file that keeps every answer as soon as it is there; with the same arguments again, a run that was
+                stopped goes on behind them. Not for whole texts (`loglikelihood_rolling`).
             **kwargs: of HFLM.
 
         Raises:
             ValueError: the model has no gates, or no curve that reaches `cr`.
+            OutputError: `resume` is of other arguments, or is something else.
         """
         super().__init__(*args, **kwargs)
+        self._counting = True
+        self._figures: list[dict[str, float]] = []  # of sequences whose answers follow
+        self.set_cache_hook(self.cache_hook)
         if not isinstance(answer_lengths, bool):
             raise ValueError(f"model_args answer_lengths={answer_lengths!r} must be True or False")
         self.lengths = AnswerLengths() if answer_lengths else None
-        self._counting = True
         self.held = {GENERATE: Held(kv_bytes=0), SCORE: Held(kv_bytes=None)}
         self.is_dms = is_converted(self.model)
         self._marks: Tensor | None = None
@@ -123,8 +147,23 @@ class DMSLM(HFLM):
                 "model_args answer_lengths=True must be left out: this model has no gates, so its answers are those of "
                 "the full cache"
             )
+        self.journal = None
+        if resume is not None:
+            settings: dict[str, Any] = {"pretrained": self._identity(), "cr": cr}
+            settings |= {"answer_lengths": answer_lengths, "dtype": str(self.model.dtype)}
+            part = f"{resume}.rank{self.rank}" if self.world_size > 1 else str(resume)
+            self.journal = AnswerJournal(Path(part), settings)
         if (made := _made.get()) is not None:
             made.append(self)
+
+    def _identity(self) -> dict[str, Any]:
+        if not isinstance(self.pretrained, str):
+            raise ValueError("resume needs a model by its name or directory, got a live one")
+        return identity(self.pretrained)
+
+    def set_cache_hook(self, cache_hook: Any) -> None:
+        """Be told of every answer, and pass it on to lm-eval's own cache of answers."""
+        self.cache_hook: Any = _Answers(self, cache_hook)
 
     def get_model_info(self) -> dict[str, Any]:
         """What lm-eval writes under "config" into its results, with our numbers as "modelopt_dms"."""
@@ -160,7 +199,8 @@ class DMSLM(HFLM):
     def generate_until(self, requests: Sequence[Any], *args: Any, **kwargs: Any) -> list[str]:
         """As HFLM's, counted."""
         before = self.held[GENERATE].sequences
-        found: list[str] = super().generate_until(requests, *args, **kwargs)
+        run: Any = super().generate_until
+        found: list[str] = self._answer(GENERATE, requests, lambda x: run(x, *args, **kwargs))
         self._check_counted(GENERATE, len(requests), before)
         if self.lengths is not None:
             self.lengths.add(*map(self._tokens, (found, self._answers_in_full(requests, *args))))
@@ -169,12 +209,35 @@ class DMSLM(HFLM):
     def _answers_in_full(self, requests: Sequence[Any], *args: Any) -> list[str]:
         """The answers of the full cache, which do not count."""
         self._counting = False
+        run: Any = super().generate_until
         try:
             with eviction_off(self.model):
-                found: list[str] = super().generate_until(requests, *args)
+                return self._answer(IN_FULL, requests, lambda x: run(x, *args))
         finally:
             self._counting = True
-        return found
+
+    def loglikelihood(self, requests: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+        """As HFLM's, resumed."""
+        run: Any = super().loglikelihood
+        found = self._answer(SCORE, requests, lambda x: run(x, *args, **kwargs))
+        return [tuple(x) for x in found]
+
+    def _answer(self, kind: str, requests: Sequence[Any], run: Any) -> list[Any]:
+        """Answers from the journal, whose figures count again, and of `run` for the others."""
+        if self.journal is None:
+            return list(run(requests))
+        known = self.journal.find(kind, [x.args for x in requests])
+        for entry in known:
+            if entry is not None and entry.figures is not None and self._counting:
+                self.held[kind].add(entry.figures)
+        return answer_rest(known, requests, run)
+
+    def answered(self, kind: str, request: Any, answer: Any) -> None:
+        """Keep one answer with the figures of its sequence; called by HFLM, in the order of a batch."""
+        figures: Figures = self._figures.pop(0) if self._figures else None
+        if self.journal is not None and kind in self.held:
+            kept = kind if self._counting else IN_FULL
+            self.journal.add(kept, request, Entry(answer, figures))
 
     def _tokens(self, answers: Sequence[str]) -> list[int]:
         """Tokens of every answer, as far as lm-eval looks at it."""
@@ -202,7 +265,9 @@ class DMSLM(HFLM):
         if plain := [x.layer_idx for x in gates(self.model) if not _ours(layers[x.layer_idx])]:
             raise RuntimeError(f"layers {plain} generated on a cache that cannot evict")
         if self._counting:
-            self.held[GENERATE].add_cache(kv_stats(cache))
+            self._figures = of_cache(kv_stats(cache))
+            for figures in self._figures:
+                self.held[GENERATE].add(figures)
         return out.sequences
 
     def _model_call(self, *args: Any, **kwargs: Any) -> Any:
@@ -228,10 +293,24 @@ class DMSLM(HFLM):
             if self._marks is not None:
                 left = max(0, inplen - gates(self.model)[0].window - 1)
                 gone = self._marks[self._row, :, :left].double().sum(-1).mean().item()
-            self.held[SCORE].add_sequence(inplen, inplen - gone)
+            self._figures = [of_forward(inplen, inplen - gone)]
+            self.held[SCORE].add(self._figures[0])
             self._row += 1
         selected: Tensor = super()._select_cont_toks(logits, contlen, inplen)
         return selected
+
+
+class _Answers:
+    """Takes the place of lm-eval's hook for its cache of answers, which gets all of them but the full cache's."""
+
+    def __init__(self, model: DMSLM, hook: Any) -> None:
+        self.model, self.hook = model, hook
+
+    def add_partial(self, kind: str, request: Any, answer: Any) -> None:
+        """Called by HFLM for every answer."""
+        if self.model._counting:
+            self.hook.add_partial(kind, request, answer)
+        self.model.answered(kind, request, answer)
 
 
 @contextmanager

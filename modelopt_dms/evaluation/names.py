@@ -9,8 +9,12 @@ TEXT = "text"
 # RULER's families: answers whose words are given one by one, and answers that are generated.
 RULER_EXACT = ("needle", "multikey", "multivalue")
 RULER_OPEN = ("multiquery", "vt", "cwe", "fwe", "qa_1", "qa_2")
+RULER = (*RULER_EXACT, *RULER_OPEN)
 # Conversations: `evaluation.conversations`.
 CHATS = ("system", "turns")
+
+# Categories of the package's own text, for fidelity.
+CATEGORIES = ("prose", "code")
 
 DEFAULT = (*RECORDS, TEXT)
 EVALUATIONS = (*DEFAULT, *RULER_EXACT, *RULER_OPEN, *CHATS)
@@ -29,3 +33,15 @@ def check_tasks(names: Sequence[str]) -> tuple[str, ...]:
     if len(set(found)) != len(found):
         raise ValueError(f"tasks {', '.join(found)} name one twice")
     return found
+
+
+def check_ruler(names: Sequence[str]) -> None:
+    """Refuse tasks that are not RULER's.
+
+    Raises:
+        ValueError: with those that are.
+    """
+    if others := [x for x in names if x not in RULER]:
+        raise ValueError(
+            f"--kvpress: tasks {', '.join(others)} are not of RULER; accepted: {', '.join(RULER)}"
+        )

@@ -3,14 +3,16 @@
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from modelopt_dms.config.in_use import in_use
 from modelopt_dms.config.output_dir import OutputError, write_json
 
 Row = dict[str, Any]
 # What a row is about; the rest of it was measured.
-KEY = ("task", "category", "length")
+KEY = ("task", "category", "length", "number")
 
 
 class RowStore:
@@ -24,9 +26,13 @@ class RowStore:
             settings: all that the rows depend on beside KEY; JSON.
 
         Raises:
-            OutputError: the partial file is of other settings, or is none.
+            OutputError: the partial file is of other settings, or is none; or another process writes it.
         """
         self.path = path
+        self._lock = ExitStack()
+        if path is not None:
+            # As long as there is a store: two runs would take the place of each other's rows.
+            self._lock.enter_context(in_use(path))
         self.settings = json.loads(json.dumps(settings))
         self.rows: dict[tuple[Any, ...], Row] = {}
         if self.partial is not None and self.partial.exists():
@@ -78,6 +84,18 @@ class RowStore:
         if self.path is not None and self.partial is not None:
             write_json(self.path, list(rows))
             self.partial.unlink(missing_ok=True)
+        self._lock.close()
+
+
+def identity(place: str | Path) -> Row:
+    """What tells one model or file from another without reading it: sizes and times of its files."""
+    path = Path(place)
+    files = sorted(path.glob("*")) if path.is_dir() else [path]
+    shown = [
+        x for x in files if x.suffix in (".json", ".safetensors", ".gguf") or not path.is_dir()
+    ]
+    stats = [x.stat() for x in shown if x.is_file()]
+    return {"name": str(place), "files": [[x.st_size, x.st_mtime_ns] for x in stats]}
 
 
 def _key(row: Row) -> tuple[Any, ...]:

@@ -2,7 +2,7 @@
 """What one call of `eval` measures, as rows that can be measured one by one."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modelopt_dms.data.documents import open_documents
 from modelopt_dms.data.inputs import Formatted
 from modelopt_dms.evaluation.fidelity import fidelity
-from modelopt_dms.evaluation.files import cut_documents, score_files
+from modelopt_dms.evaluation.files import cut_documents
+from modelopt_dms.evaluation.kvpress_prompts import TextPrompt, dataset_prompts, own_prompts
+from modelopt_dms.evaluation.kvpress_results import Prediction
 from modelopt_dms.evaluation.limits import FIDELITY
 from modelopt_dms.evaluation.memories import knows_records
 from modelopt_dms.evaluation.report_page.material import plain_texts
-from modelopt_dms.evaluation.score import measure
+from modelopt_dms.evaluation.score import (
+    Said,
+    answer_open,
+    material_of,
+    mean_score,
+    measure,
+    perplexity,
+)
 from modelopt_dms.evaluation.tasks import held_out_text
 
 Row = dict[str, Any]
@@ -54,7 +63,14 @@ class Asked:
 
 
 def task_units(asked: Asked, tasks: Sequence[str]) -> list[Unit]:
-    """Tasks at every length."""
+    """Tasks at every length.
+
+    Raises:
+        ValueError: a length has no room for a task: before any is measured.
+    """
+    for task in tasks:
+        for length in asked.lengths:
+            material_of(asked.tokenizer, task, length, 1, asked.seed)
 
     def unit(task: str, length: int) -> Unit:
         how = (asked.model, asked.tokenizer, task, length, asked.count, asked.seed)
@@ -63,12 +79,73 @@ def task_units(asked: Asked, tasks: Sequence[str]) -> list[Unit]:
     return [unit(task, length) for task in tasks for length in asked.lengths]
 
 
+def answer_units(asked: Asked, tasks: Sequence[str]) -> list[Unit]:
+    """RULER's families at every length, all answers generated; rows have them as "predictions".
+
+    Raises:
+        ValueError: a length has no room for a task: before any is measured.
+    """
+    for task in tasks:
+        for length in asked.lengths:
+            own_prompts(task, asked.tokenizer, length, 1, asked.seed)
+
+    def unit(task: str, length: int) -> Unit:
+        def run() -> Row:
+            where = (asked.tokenizer, length, asked.count, asked.seed)
+            return answered(asked, own_prompts(task, *where))
+
+        return Unit({"task": task, "length": length}, run)
+
+    return [unit(task, length) for task in tasks for length in asked.lengths]
+
+
+def dataset_units(asked: Asked, name: str, path: Path) -> list[Unit]:
+    """The tasks of a file with kvpress' columns, likewise; `name` is the category of their rows."""
+    tasks: dict[str, list[TextPrompt]] = {}
+    for x in dataset_prompts(path, asked.tokenizer):
+        tasks.setdefault(x.task, []).append(x)
+
+    def unit(task: str, prompts: list[TextPrompt]) -> Unit:
+        length = max(len(x.prompt.context_ids) + len(x.prompt.prompt_ids) for x in prompts)
+        key = {"task": task, "category": name, "length": length}
+        return Unit(key, lambda: answered(asked, prompts))
+
+    return [unit(task, prompts) for task, prompts in tasks.items()]
+
+
+def answered(asked: Asked, prompts: Sequence[TextPrompt]) -> Row:
+    """Generated answers to prompts, scored as RULER and kvpress do."""
+    said = answer_open(asked.model, asked.tokenizer, [x.prompt for x in prompts])
+    rows = [_prediction(x, y) for x, y in zip(prompts, said, strict=True)]
+    score = mean_score([x.score() for x in rows], said)
+    return {**score.row(), "predictions": [asdict(x) for x in rows]}
+
+
+def _prediction(prompt: TextPrompt, said: Said) -> Prediction:
+    return Prediction(
+        prompt.question,
+        prompt.answer_prefix,
+        prompt.prompt.wanted,
+        prompt.task,
+        prompt.prompt.tokens,
+        said.text,
+        1.0 - said.context.resident_tokens / said.context.context_tokens,
+    )
+
+
 def file_units(asked: Asked, files: Sequence[Path] | Formatted) -> list[Unit]:
-    """Perplexity of a user's files at every length."""
+    """Perplexity of a user's files at every length.
+
+    Raises:
+        ValueError: unusable files, or none has a document of so many tokens: before anything is measured.
+    """
+    documents = open_documents(files, asked.tokenizer, asked.model)
 
     def unit(length: int) -> Unit:
+        samples = cut_documents(documents, length, asked.count)
+
         def run() -> Row:
-            return score_files(asked.model, asked.tokenizer, files, [length], asked.count)[0]
+            return {**perplexity(asked.model, samples).row(), "samples": len(samples)}
 
         return Unit({"task": "data", "length": length}, run)
 
@@ -76,7 +153,11 @@ def file_units(asked: Asked, files: Sequence[Path] | Formatted) -> list[Unit]:
 
 
 def fidelity_units(asked: Asked, files: Sequence[Path], format: str | None) -> list[Unit]:
-    """Distance from the full cache at every length: each file is a category; without files, texts of the package."""
+    """Distance from the full cache at every length: each file is a category; without files, texts of the package.
+
+    Raises:
+        ValueError: unusable files, or no text has so many tokens: before anything is measured.
+    """
     categories = {path.stem: path for path in files}
     if len(categories) != len(files):
         raise ValueError(
@@ -85,18 +166,21 @@ def fidelity_units(asked: Asked, files: Sequence[Path], format: str | None) -> l
     names = [*categories] or _built_in(asked, 64, 1).keys()
 
     def unit(name: str, length: int) -> Unit:
-        def run() -> Row:
-            if categories:
-                source = (
-                    [categories[name]] if format is None else Formatted([categories[name]], format)
-                )
-                documents = open_documents(source, asked.tokenizer, asked.model)
-                samples = cut_documents(documents, length, asked.count)
-            else:
-                samples = _built_in(asked, length, asked.count)[name]
-            return distance(asked.model, samples)
-
-        return Unit({"task": FIDELITY, "category": name, "length": length}, run)
+        if categories:
+            paths = [categories[name]]
+            source = paths if format is None else Formatted(paths, format)
+            documents = open_documents(source, asked.tokenizer, asked.model)
+            samples = cut_documents(documents, length, asked.count)
+        else:
+            samples = _built_in(asked, length, asked.count)[name]
+        if not samples:
+            raise ValueError(
+                f"--fidelity: the package's {name} has fewer than {length} tokens; choose shorter lengths, or --data"
+            )
+        return Unit(
+            {"task": FIDELITY, "category": name, "length": length},
+            lambda: {**distance(asked.model, samples), "samples": len(samples)},
+        )
 
     return [unit(name, length) for name in names for length in asked.lengths]
 

@@ -219,18 +219,32 @@ def measure(
     batch_size: int = 8,
 ) -> Score:
     """One task at one length: accuracy of a task's questions, or perplexity if `task` is "text"; see `evaluate`."""
+    asked = material_of(tokenizer, task, length, count, seed)
+    if task == TEXT:
+        return perplexity(model, asked, batch_size)
+    if task in RULER_OPEN:
+        return score_open(model, tokenizer, asked)
+    return score_task(model, asked, batch_size)
+
+
+def material_of(
+    tokenizer: PreTrainedTokenizerBase, task: str, length: int, count: int, seed: int
+) -> Any:
+    """What a model is asked in a task: texts, prompts or episodes.
+
+    Raises:
+        ValueError: an unknown task, or a length that has no room for it.
+    """
     (task,) = check_tasks([task])
     where: Any = (tokenizer, length, count, seed)
     if task == TEXT:
-        return perplexity(model, held_out_text(*where), batch_size)
-    if task in RULER_OPEN:
-        return score_open(model, tokenizer, make_open_prompts(task, *where))
-    make: dict[str, Any] = dict.fromkeys(CHATS, make_conversations)
+        return held_out_text(*where)
+    make: dict[str, Any] = dict.fromkeys(RULER_OPEN, make_open_prompts)
+    make |= dict.fromkeys(CHATS, make_conversations)
     make |= dict.fromkeys(RULER_EXACT, make_prompts)
     if task in make:
-        return score_task(model, make[task](task, *where), batch_size)
-    episodes = make_episodes(_name(task), tokenizer, length, count, seed, QUESTIONS)
-    return score_task(model, episodes, batch_size)
+        return make[task](task, *where)
+    return make_episodes(_name(task), tokenizer, length, count, seed, QUESTIONS)
 
 
 def _name(task: str) -> Any:
@@ -270,22 +284,43 @@ def evaluate(
     return rows
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Said:
+    """A generated answer, and the cache when its context had been read, and at its end."""
+
+    text: str
+    context: Footprint
+    end: Footprint
+
+
+def answer_open(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[OpenPrompt]
+) -> list[Said]:
+    """What greedy generation says to each prompt, on its own cache that forgets."""
+    found = []
+    for prompt in prompts:
+        cache, _ = read_contexts(model, [Episode(prompt.task, prompt.context_ids, [])])
+        before = footprint(cache)
+        ids = write_on(model, cache, prompt.prompt_ids, prompt.tokens, stop_ids(model, tokenizer))
+        text = str(tokenizer.decode(ids, skip_special_tokens=True))
+        found.append(Said(text, before, footprint(cache)))
+    return found
+
+
+def mean_score(values: Sequence[float], answers: Sequence[Said]) -> Score:
+    """The mean of what answers scored, and of their caches."""
+    contexts, ends = [(1, x.context) for x in answers], [(1, x.end) for x in answers]
+    return Score("accuracy", sum(values) / len(values), len(values), _mean(contexts), _mean(ends))
+
+
 def score_open(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[OpenPrompt]
 ) -> Score:
     """Mean share of the wanted words that greedy generation says, each prompt on its own cache that forgets."""
     if not prompts:
         raise ValueError("no prompts to score")
-    shares, contexts, ends = [], [], []
-    for prompt in prompts:
-        episode = Episode(prompt.task, prompt.context_ids, [])
-        cache, _ = read_contexts(model, [episode])
-        contexts.append((1, footprint(cache)))
-        said = write_on(model, cache, prompt.prompt_ids, prompt.tokens, stop_ids(model, tokenizer))
-        ends.append((1, footprint(cache)))
-        shares.append(prompt.share(str(tokenizer.decode(said, skip_special_tokens=True))))
-    return Score("accuracy", sum(shares) / len(shares), len(shares), _mean(contexts), _mean(ends))
+    said = answer_open(model, tokenizer, prompts)
+    return mean_score([x.share(y.text) for x, y in zip(prompts, said, strict=True)], said)
 
 
 @torch.no_grad()

@@ -85,7 +85,7 @@ def tune(
     Raises:
         ValueError: no curve, a budget below 0, or data that are not usable.
     """
-    if max_loss < 0:
+    if not max_loss >= 0:  # nor is not a number
         raise ValueError(f"max_loss={max_loss:g} must be at least 0 (percent of perplexity)")
     curve = curve_of(model)
     length = curve.length if length is None else length

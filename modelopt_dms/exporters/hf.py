@@ -98,6 +98,8 @@ def mark_for_engines(place: Path) -> None:
     content = json.loads(path.read_text(encoding="utf-8"))
     if content.get("quantization_config", {}).get("quant_method") == QUANT_METHOD:
         del content["quantization_config"]
+    # Engines build models of a config, and put in the gates themselves.
+    content.pop("attn_implementation", None)
     content["fusion_config"] = {GUARD_OF_EXPORTS: True}
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

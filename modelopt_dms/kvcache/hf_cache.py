@@ -330,17 +330,7 @@ def adopt(
         cache.layers.append(cache.layer_class_to_replicate())
     layer = cache.layers[layer_idx]
     if isinstance(layer, DMSLayer):
-        held = getattr(layer.slots, "window", window)  # a graph that is exported has none
-        if held != window:
-            raise ValueError(
-                f"layer {layer_idx} of the cache has a delay window of {held} tokens, and the model's is {window}: "
-                "it is another model's cache; leave past_key_values unset, or pass one that this model returned"
-            )
-        if None not in (layer.depth, depth) and layer.depth != depth:
-            raise ValueError(
-                f"the cache is of a model with {layer.depth} layers, and this one has {depth}: it is another model's "
-                "cache; leave past_key_values unset, or pass one that this model returned"
-            )
+        _check_own(layer, layer_idx, window, shift, depth)
         return layer
     name = f"{type(cache).__name__} with {type(layer).__name__} at layer {layer_idx}"
     if type(layer) is not DynamicLayer or getattr(cache, "offloading", False):
@@ -361,6 +351,22 @@ def adopt(
         slots = HeadCaches(window, shift)
     cache.layers[layer_idx] = adopted = DMSLayer(slots, found, depth)
     return adopted
+
+
+def _check_own(layer: DMSLayer, index: int, window: int, shift: int, depth: int | None) -> None:
+    """Refuse a layer that another model's gates have made their decisions about, as far as it shows."""
+    held = getattr(layer.slots, "window", window)  # a graph that is exported has none
+    if held != window:
+        what = f"layer {index} of the cache has a delay window of {held} tokens, and the model's is {window}"
+    elif (given := getattr(layer.slots, "shift", shift)) != shift:
+        what = f"layer {index} of the cache has decision_shift={given}, and the model's is {shift}"
+    elif None not in (layer.depth, depth) and layer.depth != depth:
+        what = f"the cache is of a model with {layer.depth} layers, and this one has {depth}"
+    else:
+        return
+    raise ValueError(
+        f"{what}: it is another model's cache; leave past_key_values unset, or pass one that this model returned"
+    )
 
 
 def uses_pages(device: torch.device) -> bool:

@@ -18,6 +18,7 @@ from modelopt_dms.kernels.number_formats import BLOCK, Nvfp4
 from modelopt_dms.kvcache.kv_format import KVFormatError, kv_formats, row_format
 from modelopt_dms.modeling.config_marks import mark
 from modelopt_dms.modeling.convert import dms_modules
+from modelopt_dms.quantization.foreign import quantized_by_us
 from modelopt_dms.quantization.nvfp4_backend import NVFP4_BACKEND
 from modelopt_dms.quantization.ranges import round_scales
 
@@ -87,7 +88,7 @@ def insert(model: PreTrainedModel, config: QuantizationConfig, calibrate: Any = 
     """Put ModelOpt's quantizers of a complete config into a model; without `calibrate`, they have no ranges."""
     quant_cfg = [x.model_dump(exclude_unset=True) for x in config.quant_cfg]
     algorithm = None if calibrate is None else config.model_dump()["algorithm"]
-    with torch.no_grad():
+    with torch.no_grad(), quantized_by_us():
         mtq.quantize(model, {"quant_cfg": quant_cfg, "algorithm": algorithm}, calibrate)
     # Plain transformers keeps unknown config fields: what a later load needs survives in config.json, whose keys are
     # text.

@@ -18,6 +18,7 @@ import modelopt_dms as dms
 from modelopt_dms import cli
 from modelopt_dms.checkpoints.gguf import GgufError, gguf_file, load_model, read_header
 from modelopt_dms.exporters import export
+from modelopt_dms.serving.planner.model_shape import shape_of
 
 # 64 tokens: three special ones, single characters, and one that is merged.
 TOKENS = [
@@ -105,6 +106,17 @@ def make_model(tied=True):
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     return write(tmp_path_factory.mktemp("gguf") / "tiny.gguf", make_model())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_plan_reads_of_the_header_what_the_model_is(tmp_path, tied):
+    model = make_model(tied)
+    path = write(tmp_path / "tiny.gguf", model)
+    found = shape_of(str(path))
+    assert found.parameters == sum(x.numel() for x in load_model(path).parameters())
+    assert (found.layers, found.query_heads, found.kv_heads, found.head_dim) == (2, 4, 2, 8)
+    assert found.max_length == model.config.max_position_embeddings and found.tied == tied
+    assert found.name == "tiny" and found.itemsize == 2
 
 
 IDS = torch.tensor([[5, 9, 33, 12, 7, 40, 41, 22]])

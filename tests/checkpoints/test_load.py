@@ -66,8 +66,8 @@ def test_without_the_package_every_way_of_transformers_refuses_and_says_what_to_
 ) -> None:
     build_dms("llama").save_pretrained(tmp_path)
     code = """
-import sys, torch
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaModel
+import json, pathlib, sys, torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, LlamaModel
 for load, options in (
     (AutoModelForCausalLM, {}), (LlamaModel, {}),
     (LlamaForCausalLM, {"attn_implementation": "sdpa", "dtype": torch.bfloat16}),
@@ -76,10 +76,23 @@ for load, options in (
         load.from_pretrained(sys.argv[1], **options)
     except ValueError as error:
         print(error)
+try:
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(sys.argv[1]))
+except ValueError as error:
+    print(error)
+path = pathlib.Path(sys.argv[1], "config.json")
+config = json.loads(path.read_text())
+del config["quantization_config"], config["fusion_config"]
+path.write_text(json.dumps(config))
+try:
+    AutoModelForCausalLM.from_pretrained(sys.argv[1])
+except ValueError as error:
+    print(error)
 assert "modelopt_dms" not in sys.modules
 """
     found = run(code, tmp_path)
     assert found.stdout.count("import modelopt_dms before loading it") == 3, found
+    assert found.stdout.count("its gates are loaded by modelopt_dms.load(DIR)") == 2, found
 
 
 @pytest.mark.parametrize(
@@ -426,9 +439,13 @@ def _without(*fields: str) -> Any:
             ["quantization_config"],
             "if it is imported: config.json has lost its quantization_config",
         ),
-        (["quantization_config", "fusion_config"], "the model would be loaded without it"),
+        (["quantization_config", "fusion_config"], "its gates are loaded by modelopt_dms.load"),
         (
-            ["quantization_config", "fusion_config", "dms_config"],
+            ["quantization_config", "fusion_config", "attn_implementation"],
+            "the model would be loaded without it",
+        ),
+        (
+            ["quantization_config", "fusion_config", "attn_implementation", "dms_config"],
             "the model would be loaded without it",
         ),
     ],

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from modelopt_dms.checkpoints.load import load
 from modelopt_dms.checkpoints.tensor_names import StoredNames
-from modelopt_dms.gates.thresholds import CompressionError, set_compression
+from modelopt_dms.gates.curve import CompressionError
+from modelopt_dms.gates.thresholds import set_compression
 from modelopt_dms.kvcache.hf_cache import kv_stats
 from modelopt_dms.modeling.mode import CheckpointError
 

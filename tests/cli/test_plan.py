@@ -13,11 +13,13 @@ from command_line import run
 def test_plan_prints_a_table_and_writes_figures_and_a_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    figures, picture = tmp_path / "plan.json", tmp_path / "plan.svg"
+    figures, picture = tmp_path / "plan.json", tmp_path / "not" / "there" / "plan.svg"
     words = ("Qwen3-8B", "--gpu", "h200", "--context", "32k", "-r", "fp8_default-kv_fp8-dms_cr8")
     assert run(monkeypatch, "plan", *words, "--json", figures, "--picture", picture) == 0
     printed = capsys.readouterr().out
     assert "A model, not a measurement" in printed and "DMS 8x, FP8 *" in printed
+    asked = "asks for 8 at 32,768 tokens, which evicts 88.9% of all but the 517 tokens"
+    assert asked in printed
     found = json.loads(figures.read_text())
     assert found["kind"] == "model, not a measurement" and found["context"] == 32768
     assert {x["tp"] for x in found["rows"]} == {1, 2, 4, 8}
@@ -50,6 +52,9 @@ def test_plan_imports_neither_torch_nor_transformers() -> None:
         (["Qwen3-8B", "--memory-utilization", "1.5"], "--memory-utilization 1.5 must be"),
         (["Qwen3-8B", "-r", "dms_cr9"], "unknown recipe 'dms_cr9'"),
         (["Qwen3-8B", "--picture", "x.gif"], "must end in .svg or .png"),
+        (["Qwen3-8B", "--tp", "3"], "--tp 3: Qwen3-8B has 32 query heads and 8 KV heads"),
+        (["Qwen3-14B", "--tp", "1,16"], "--tp 16: Qwen3-14B has 40 query heads and 8 KV heads"),
+        (["smollm2"], "smollm2 is not here yet; run: modelopt-dms fetch smollm2"),
     ],
 )
 def test_mistakes_are_one_line(
@@ -57,7 +62,9 @@ def test_mistakes_are_one_line(
     message: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
+    monkeypatch.setenv("MODELOPT_DMS_CACHE", str(tmp_path))
     assert run(monkeypatch, "plan", *words) == 1
     printed = capsys.readouterr().err
     assert message in printed.replace("\n", "") and len(printed.strip().splitlines()) == 1

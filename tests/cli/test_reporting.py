@@ -29,6 +29,7 @@ def compressed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_compress_leaves_a_report_beside_the_model(compressed: Path) -> None:
     page = (compressed / "report.html").read_text(encoding="utf-8")
     assert "What toy-cr4 forgets" in page and "modelopt-dms report" in page
+    assert '<section id="capacity">' in page and "H200 SXM 141 GB" in page
     assert '<section id="answers">' in page and '<section id="growth">' not in page
     assert "calibrate, on held-out samples of 256 tokens" in page
 
@@ -52,11 +53,17 @@ def test_a_report_shows_the_users_own_text_and_the_peers_of_a_results_file(
         0,
         "--length",
         256,
+        "--gpu",
+        "b200",
     )
     assert run(monkeypatch, *given) == 0
     found = json.loads(figures.read_text())
     assert "".join(found["retention"]["tokens"]).count("fox red") >= 20
     assert found["retention"]["source"] == "mine.txt" and len(found["retention"]["tokens"]) == 256
+    assert found["capacity"]["gpu"].startswith("B200") and found["capacity"]["length"] == 256
+    assert found["capacity"]["rows"][0]["compression_ratio"][0] == 1.0
+    measured = found["cache"]["compression_ratio"]
+    assert found["capacity"]["ratio"] == pytest.approx(measured, abs=0.01)
     assert found["peers"] == [
         {"method": "kvpress SnapKV", "task": "needle", "length": 1024, "ratio": 4.0, "result": "3 of 20"}
     ]  # fmt: skip
@@ -72,6 +79,7 @@ def test_what_cannot_be_meant_is_one_line_before_anything_heavy_is_imported(tmp_
         "mine.html exists and is no report of ours": ["-o", "mine.html"],
         "no/page.html's folder": ["-o", "no/page.html"],
         "--ratios: '4,one' must be numbers above 1": ["--ratios", "4,one"],
+        "--gpu 'h9' is not known": ["--gpu", "h9"],
         "--text none.txt does not exist": ["--text", "none.txt"],
         "--text empty.txt is empty": ["--text", "empty.txt"],
         "--peers rows.json is no results file": ["--peers", "rows.json"],

@@ -13,6 +13,7 @@ from command_line import run
 
 from modelopt_dms import apply_dms
 from modelopt_dms.checkpoints.base import load_base
+from modelopt_dms.cli.opening import beyond_model
 from modelopt_dms.evaluation import run as evaluation_run
 from modelopt_dms.gates.gate import gates
 
@@ -80,6 +81,49 @@ def test_a_stopped_evaluation_goes_on_behind_the_rows_it_has(
     assert [x["task"] for x in json.loads(rows_file.read_text())] == ["recall", "text"]
 
 
+def test_a_length_without_room_is_an_error_before_anything_is_measured(
+    directory: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def measured(*_: Any) -> Any:
+        raise AssertionError("something was measured")
+
+    monkeypatch.setattr(evaluation_run, "measure", measured)
+    monkeypatch.setattr(evaluation_run, "distance", measured)
+    short = tmp_path / "short.txt"
+    short.write_text("keep fox red\n" * 30)
+    for words, message in (
+        (("--tasks", "recall,vt", "--lengths", 128), "length=128 has no room for a vt prompt"),
+        (("--fidelity", "--data", short, "--lengths", "64,4000"), "no document has 4000 tokens"),
+    ):
+        assert run(monkeypatch, "eval", directory, *words) == 1
+        assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_too_little_text_and_too_long_contexts_are_said(
+    directory: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text, rows = tmp_path / "short.txt", tmp_path / "rows.json"
+    text.write_text("keep fox red\nskip owl blue\n" * 40)
+    words = ("eval", directory, "--data", text, "--lengths", 128, "--count", 50, "--json", rows)
+    assert run(monkeypatch, *words) == 0
+    (row,) = json.loads(rows.read_text())
+    assert 1 <= row["samples"] < 50
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"data at 128 tokens: {row['samples']} samples, as there is no more text" in said
+    assert "was made for" not in said
+    config = json.loads((directory / "config.json").read_text())
+    longer = config["max_position_embeddings"] + 1
+    assert f"--lengths: {longer:,} tokens, and" in str(
+        beyond_model(str(directory), longer, "--lengths")
+    )
+
+
 def test_fidelity_of_a_model_without_gates_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -93,6 +137,12 @@ def test_wrong_tasks_and_limits_are_refused_before_anything_heavy_is_imported() 
         "name one twice": ["--tasks", "vt,vt"],
         "must be [TASK.]FIGURE": ["--fail-if", "kl=3"],
         "only --fidelity measures": ["--fail-if", "kl>3"],
+        "recal will not be measured, only recall": [
+            "--tasks",
+            "recall",
+            "--fail-if",
+            "recal.accuracy<1",
+        ],
     }
     code = (
         "import sys, json, modelopt_dms.cli as cli\n"
@@ -104,7 +154,7 @@ def test_wrong_tasks_and_limits_are_refused_before_anything_heavy_is_imported() 
     )
     words = [sys.executable, "-c", code, json.dumps([*cases.values()])]
     done = subprocess.run(words, capture_output=True, text=True)
-    assert done.stdout.split("\n")[:-1] == ["1"] * 4 + ["[]"]
+    assert done.stdout.split("\n")[:-1] == ["1"] * 5 + ["[]"]
     lines = [x for x in done.stderr.splitlines() if x.startswith("error:")]
     for message, line in zip(cases, lines, strict=True):
         assert message in line

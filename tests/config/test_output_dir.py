@@ -17,6 +17,7 @@ from modelopt_dms.config.output_dir import (
     atomic_dir,
     atomic_file,
     check_output,
+    check_results_file,
     own,
     remove,
 )
@@ -185,3 +186,13 @@ def test_a_hidden_file_beside_the_one_that_is_written_stays(tmp_path: Path) -> N
         temporary.write_text("[]")
     assert content(tmp_path) == {".rows.json": "mine", "rows.json": "[]"}
     assert (tmp_path / "rows.json").stat().st_mode == (tmp_path / ".rows.json").stat().st_mode
+
+
+def test_results_never_take_the_place_of_a_part_of_a_model(tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer.json", "model.safetensors.index.json"):
+        (tmp_path / name).write_text("{}")
+        with pytest.raises(OutputError, match=f"{name} is a part of a model"):
+            check_results_file(tmp_path / name)
+    (tmp_path / "rows.json").write_text("[]")
+    check_results_file(tmp_path / "rows.json")
+    check_results_file(tmp_path / "elsewhere" / "config.json")

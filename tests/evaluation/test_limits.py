@@ -2,6 +2,8 @@
 """Limits fail what they say, and an interrupted evaluation repeats nothing."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,15 @@ def test_a_limit_on_what_will_not_be_measured_is_refused() -> None:
         parse_limits(["top1<0.9"], fidelity=False)
 
 
+def test_a_limit_on_a_task_that_will_not_be_measured_is_refused() -> None:
+    measured = ("needle", "fidelity", "prose")
+    assert parse_limits(["prose.kl>1", "needle.accuracy<1", "kl>2"], True, measured)
+    with pytest.raises(
+        ValueError, match="nedle will not be measured, only needle, fidelity, prose"
+    ):
+        parse_limits(["nedle.accuracy<1"], True, measured)
+
+
 def test_rows_of_an_interrupted_run_are_not_measured_again(tmp_path: Path) -> None:
     path, ran = tmp_path / "rows.json", []
 
@@ -84,3 +95,20 @@ def test_rows_of_other_settings_are_not_taken(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="is not of an interrupted run"):
         RowStore(path, {"seed": 1, "cr": None})
     assert RowStore(None, {}).get({"task": "a", "length": 64}, lambda: {"value": 1})["value"] == 1
+
+
+def test_rows_that_another_run_writes_are_left_to_it(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    code = (
+        "import sys; from pathlib import Path; from modelopt_dms.config.in_use import in_use\n"
+        "with in_use(Path(sys.argv[1])): print('in', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"in\n"
+        with pytest.raises(OutputError, match=f"rows.json is in use by process {other.pid}"):
+            RowStore(path, {})
+        other.kill()
+    store = RowStore(path, {})
+    store.finish([])
+    assert json.loads(path.read_text()) == []

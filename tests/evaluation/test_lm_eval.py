@@ -21,6 +21,7 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 
 import modelopt_dms as dms  # noqa: E402
 from modelopt_dms.checkpoints.base import load_base  # noqa: E402
+from modelopt_dms.config.output_dir import OutputError  # noqa: E402
 from modelopt_dms.evaluation.answer_lengths import AnswerLengths  # noqa: E402
 from modelopt_dms.evaluation.lm_eval import DMSLM  # noqa: E402
 from modelopt_dms.gates.gate import gates  # noqa: E402
@@ -192,6 +193,71 @@ def test_lengths_of_answers_are_compared_request_by_request_with_the_full_cache(
     assert "times as long on average" in model.lines()[-1]
     with pytest.raises(ValueError, match="this model has no gates"):
         DMSLM(pretrained=plain, tokenizer=tokenizer, answer_lengths=True)
+
+
+class Killed(Exception):
+    """Takes the place of a kill."""
+
+
+def test_a_run_that_was_killed_goes_on_behind_its_answers_and_counts_them(
+    directory: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = {"pretrained": str(directory), "device": "cpu", "answer_lengths": True}
+    whole = DMSLM(**where)
+    expected = answers(whole, tasks)
+    file = tmp_path / "answers.jsonl"
+    run = DMSLM._model_generate
+    calls = 0
+
+    def killed(self: DMSLM, *args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 5:  # the second answer of the full cache: three evicting ones are there
+            raise Killed
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(DMSLM, "_model_generate", killed)
+    with pytest.raises(Killed):
+        answers(DMSLM(**where, resume=str(file)), tasks)
+    with file.open("a") as written:
+        written.write('["generate_until", "of a line that was be')
+    calls = 10
+    resumed = DMSLM(**where, resume=str(file))
+    assert answers(resumed, tasks) == expected
+    assert calls == 12  # the two that were left
+    assert resumed.summary() == whole.summary()
+    again = DMSLM(**where, resume=str(file))
+    assert answers(again, tasks) == expected and calls == 12
+    assert again.summary() == whole.summary()
+    with pytest.raises(OutputError, match="is of a run with another answer_lengths"):
+        DMSLM(pretrained=str(directory), device="cpu", resume=str(file))
+
+
+def test_what_is_no_file_of_answers_is_not_written_to(directory: Path, tmp_path: Path) -> None:
+    file = tmp_path / "notes.txt"
+    file.write_text("mine")
+    with pytest.raises(OutputError, match="holds no answers of ours"):
+        DMSLM(pretrained=str(directory), device="cpu", resume=str(file))
+    assert file.read_text() == "mine"
+    with pytest.raises(OutputError, match="its folder does not exist"):
+        DMSLM(pretrained=str(directory), device="cpu", resume=str(tmp_path / "no/answers.jsonl"))
+    with pytest.raises(ValueError, match="resume needs a model by its name or directory"):
+        DMSLM(pretrained=dms.load(directory), tokenizer=str(directory), resume=str(file))
+
+
+def test_lm_evals_own_cache_of_answers_gets_those_of_the_evicting_model_only(
+    directory: Path, tasks: Path
+) -> None:
+    kept: list[Any] = []
+
+    class Hook:
+        def add_partial(self, kind: str, request: Any, answer: Any) -> None:
+            kept.append(answer)
+
+    model = DMSLM(pretrained=str(directory), device="cpu", answer_lengths=True)
+    model.set_cache_hook(Hook())
+    found = answers(model, tasks)["local_generate"]
+    assert sorted(x for x in kept if isinstance(x, str)) == sorted(x for [[x]] in found)
 
 
 def test_longer_answers_are_counted_by_request() -> None:

@@ -61,6 +61,14 @@ def figures(model: Any, tokenizer: Any) -> dict[str, Any]:
     spent: list[float] = []
     before = thresholds_of(model)
     found = build(model, tokenizer, plan, Origin("toy", "a command"), spent.append)
+    found["capacity"] = {
+        "gpu": "a GPU", "source": "a sheet", "memory_utilization": 0.9, "ratio": 2.5, "length": LENGTH,
+        "note": "a model", "contexts": [LENGTH, 4096],
+        "rows": [
+            {"variant": x, "sequences": [40, 3], "kv_bytes": [10**6, 10**7], "compression_ratio": [1.0, 1.0]}
+            for x in ("full cache", "DMS", "DMS, FP8 rows")
+        ],
+    }  # fmt: skip
     assert thresholds_of(model) == before
     assert sum(spent) == pytest.approx(cost(plan, 2), rel=0.35)
     return found
@@ -159,8 +167,23 @@ def test_kl_of_a_peer_is_that_of_a_mask_over_what_it_evicted(model: Any, tokeniz
     assert points["dms"].kl is not None and points["dms"].kl > 1e-3
 
 
-def test_ratios_beyond_the_curve_are_left_out(model: Any) -> None:
-    assert reachable(model, (2.0, 3.0, 99.0), LENGTH) == [2.0, 3.0]
+def test_ratios_beyond_the_curve_are_left_out_and_named(
+    model: Any, figures: dict[str, Any]
+) -> None:
+    found, lines = reachable(model, (2.0, 3.0, 99.0), LENGTH)
+    assert found == [2.0, 3.0] and len(lines) == 1
+    assert lines[0].startswith("Ratio 99 is not shown: cr=99 must be at least 1 and, as")
+    assert lines[0] in figures["notes"] and lines[0] in render.page(figures)
+    curve = model.config.dms_curve
+    del model.config.dms_curve
+    try:
+        assert reachable(model, (2.0,), LENGTH)[0] == [None]
+        assert (
+            "Ratios 2 are not shown: the model carries no curve"
+            in reachable(model, (2.0,), LENGTH)[1][0]
+        )
+    finally:
+        model.config.dms_curve = curve
 
 
 def test_growth_ends_at_what_the_cache_holds_of_the_same_tokens(model: Any, tokenizer: Any) -> None:
@@ -181,7 +204,7 @@ def test_the_page_has_all_parts_and_asks_for_no_other_file(figures: dict[str, An
     assert len(text.encode()) < 5_000_000
     plain = re.sub(r'<script type="application/octet-stream".*?</script>', "", text, flags=re.S)
     assert not re.search(r'(src|href)="(?!#)', plain) and "http" not in plain.split('"data"')[0]
-    for part in ("text", "heads", "answers", "tradeoff", "growth", "made"):
+    for part in ("text", "heads", "answers", "tradeoff", "growth", "capacity", "made"):
         assert f'<section id="{part}">' in text
     assert text.count('data-n="') == LENGTH
 
@@ -239,7 +262,7 @@ def test_a_browser_draws_every_plot_at_both_widths_and_schemes(
     for x in seen:
         assert x["messages"] == [] and x["requests"] == []
         assert x["scroll_width"] <= x["width"]
-        assert len(x["plots"]) == 8 and all(count > 0 for count in x["plots"].values())
+        assert len(x["plots"]) == 10 and all(count > 0 for count in x["plots"].values())
         assert f"held by {figures['retention']['counts'][40]} of 8 heads" in x["hovered"]
         assert x["held_cells"] == figures["retention"]["counts"][40]
         assert "tokens" in x["heat_map_hover"]

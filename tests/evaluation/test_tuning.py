@@ -73,6 +73,7 @@ def test_tune_leaves_the_model_at_what_it_chose(model, text):
     assert thresholds_of(model) == before
 
 
-def test_tune_refuses_a_negative_budget(model, text):
-    with pytest.raises(ValueError, match="max_loss=-1"):
-        dms.tune(model, data=text, max_loss=-1)
+@pytest.mark.parametrize("budget", [-1, float("nan")])
+def test_tune_refuses_a_budget_that_no_setting_keeps(budget, model, text):
+    with pytest.raises(ValueError, match=f"max_loss={budget}"):
+        dms.tune(model, data=text, max_loss=budget)

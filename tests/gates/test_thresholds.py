@@ -11,10 +11,8 @@ from hypothesis import strategies as st
 import modelopt_dms as dms
 from modelopt_dms.config.compression_ratio import physical_cr
 from modelopt_dms.exporters.tuned import save_tuned
+from modelopt_dms.gates.curve import CompressionError, Curve, CurvePoint
 from modelopt_dms.gates.thresholds import (
-    CompressionError,
-    Curve,
-    CurvePoint,
     curve_of,
     expected_evicted_share,
     expected_ratios,

@@ -12,7 +12,8 @@ from typing import Any
 
 from playwright.sync_api import Browser, sync_playwright
 
-COUNT = "[...document.querySelectorAll('.plot')].map(x => [x.id, x.querySelectorAll('.trace, .hm image').length])"
+DRAWN = ".trace, .hm image"
+COUNT = f"[...document.querySelectorAll('.plot')].map(x => [x.id, x.querySelectorAll('{DRAWN}').length])"
 TOKEN = 40
 
 

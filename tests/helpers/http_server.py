@@ -66,7 +66,11 @@ def model_and_tokenizer() -> tuple[Any, Any]:
 
 @contextmanager
 def serving(
-    model: Any, tokenizer: Any, limits: Limits | None = None, api_key: str | None = None
+    model: Any,
+    tokenizer: Any,
+    limits: Limits | None = None,
+    api_key: str | None = None,
+    grace: int = 5,
 ) -> Iterator[Served]:
     """A server on a free port, until the block ends."""
     limits = limits or Limits()
@@ -74,7 +78,7 @@ def serving(
     manager.warm_up()
     listening = listen("127.0.0.1", 0)
     app = Gateway(build_app(NAME, manager), api_key)
-    server = _Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=5))
+    server = _Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=grace))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     url = f"http://127.0.0.1:{listening.getsockname()[1]}"

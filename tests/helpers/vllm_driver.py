@@ -6,12 +6,15 @@ Reads a JSON list of jobs from the file that it is called with, and writes a lis
     job     {"model": DIR, "settings": {...of vllm.LLM...}, "prompts": [[ids]], "tokens": n, "environment": {}}
     result  {"tokens": [[ids]], "peak_blocks", "dense_blocks" (at that step, by context), "share" (held / dense at the
             step with most context), "running" (most at a time), "preemptions", "forced" (requests), "free_at_end",
-            "pool", "steps", "error": text, if the engine did not start}
+            "pool", "steps", "drafted" and "accepted" (tokens), "error": text, if the engine did not start}
 """
 
 import json
 import os
+import subprocess
 import sys
+import tempfile
+import traceback
 from typing import Any
 
 # The scheduler in this process, where it can be looked at; workers are processes of their own.
@@ -35,6 +38,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     try:
         llm = LLM(job["model"], **settings)
     except Exception as error:
+        traceback.print_exc()
         return {"error": f"{type(error).__name__}: {error}"}
     try:
         return watch(llm, job)
@@ -54,6 +58,7 @@ def watch(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
     wanted = SamplingParams(temperature=0.0, max_tokens=job["tokens"], ignore_eos=True)
     for i, ids in enumerate(job["prompts"]):
         engine.add_request(str(i), {"prompt_token_ids": ids}, wanted)
+    count = Drafts(scheduler)
     tokens: dict[int, list[int]] = {}
     preemptions: dict[str, int] = {}
     peak = dense_then = running = steps = 0
@@ -84,7 +89,34 @@ def watch(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
         "free_at_end": pool.get_num_free_blocks(),
         "pool": usable,
         "steps": steps,
+        "drafted": count.drafted,
+        "accepted": count.accepted,
     }
+
+
+class Drafts:
+    """Counts what the scheduler hears of drafts."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.drafted = self.accepted = 0
+        self.told, scheduler.make_spec_decoding_stats = scheduler.make_spec_decoding_stats, self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.drafted += kwargs["num_draft_tokens"]
+        self.accepted += kwargs["num_accepted_tokens"]
+        return self.told(*args, **kwargs)
+
+
+def run_apart(job: dict[str, Any]) -> dict[str, Any]:
+    """In a process of its own: once vLLM has loaded numba for n-grams, no other engine starts (0.32.0)."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [os.path.join(folder, name) for name in ("jobs.json", "results.json")]
+        with open(paths[0], "w", encoding="utf-8") as file:
+            json.dump([job | {"apart": True}], file)
+        subprocess.run([sys.executable, __file__, *paths], check=True)
+        with open(paths[1], encoding="utf-8") as file:
+            (result,) = json.load(file)
+    return result
 
 
 if __name__ == "__main__":
@@ -92,6 +124,7 @@ if __name__ == "__main__":
         jobs = json.load(file)
     results = []
     for one in jobs:
-        results.append(run(one))
+        apart = "speculative_config" in one["settings"] and "apart" not in one
+        results.append(run_apart(one) if apart else run(one))
         with open(sys.argv[2], "w", encoding="utf-8") as file:
             json.dump(results, file)

@@ -351,6 +351,16 @@ def test_the_cache_of_a_model_with_another_window_is_refused() -> None:
         model(ids[:, 12:], past_key_values=cache)
 
 
+def test_the_cache_of_a_model_whose_decisions_are_shifted_is_refused(
+    llama: PreTrainedModel,
+) -> None:
+    cache = cache_from(
+        build_dms("llama", window=llama.config.dms_config["window"], decision_shift=1)
+    )
+    with pytest.raises(ValueError, match="has decision_shift=1, and the model's is 0"):
+        llama(tokens(1, 20)[:, 12:], past_key_values=cache)
+
+
 def cache_from(model: PreTrainedModel) -> Any:
     with torch.no_grad():
         return model(tokens(1, 12)).past_key_values

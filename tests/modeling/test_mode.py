@@ -143,7 +143,10 @@ def test_a_damaged_checkpoint_is_one_clear_error(damage: Any, message: str, save
 
 
 def test_a_model_made_of_a_compressed_ones_config_is_not_converted_anew(saved: Path) -> None:
-    plain = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(saved))
+    config = AutoConfig.from_pretrained(saved)
+    with pytest.raises(ValueError, match=r"its gates are loaded by modelopt_dms.load\(DIR\)"):
+        AutoModelForCausalLM.from_config(config)
+    plain = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     with pytest.raises(CheckpointError, match="loaded without its gates"):
         apply_dms(plain, {})
 
@@ -159,7 +162,22 @@ def test_quantizing_afterwards_still_reaches_the_kv_cache() -> None:
         "algorithm": "max",
     }
     ids = tokens(2, 30)
-    mtq.quantize(model, config, forward_loop=lambda m: m(ids))
+    with pytest.warns(UserWarning, match="save_pretrained does not keep its quantizers"):
+        mtq.quantize(model, config, forward_loop=lambda m: m(ids))
     for module in dms_modules(model).values():
         assert module.k_bmm_quantizer.is_enabled and module.v_bmm_quantizer.is_enabled
     assert model.generate(ids, max_new_tokens=5).shape == (2, 35)
+
+
+def test_a_preset_of_modelopt_alone_warns_at_once_and_its_directory_is_refused(
+    tmp_path: Path,
+) -> None:
+    model = build_dms("llama")
+    with pytest.warns(UserWarning, match="presets such as mtq.FP8_KV_CFG alone do not name"):
+        mtq.quantize(model, mtq.FP8_KV_CFG)
+    model.save_pretrained(tmp_path)
+    for read in (load, AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(
+            CheckpointError, match="was quantized by mtq.quantize, but nothing says"
+        ):
+            read(tmp_path)

@@ -3,6 +3,8 @@
 
 import importlib
 import json
+import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,10 @@ import pytest
 import torch
 from paths import ROOT
 
+import modelopt_dms as dms
+from modelopt_dms.checkpoints.base import load_base
 from modelopt_dms.evaluation.prose import reference_sentences
+from modelopt_dms.evaluation.tasks import held_out_text
 
 BENCHMARKS = ROOT / "benchmarks"
 
@@ -110,6 +115,108 @@ def test_votes_and_passes_of_parallel_chains_are_counted(load: Any) -> None:
     assert chains.pass_at(3, 8, 1) == pytest.approx(3 / 8)
     assert chains.pass_at(3, 8, 2) == pytest.approx(1 - (5 / 8) * (4 / 7))
     assert chains.pass_at(0, 8, 8) == 0.0 and chains.pass_at(1, 8, 8) == 1.0
+
+
+def test_a_running_sum_is_worked_out_step_by_step(load: Any) -> None:
+    sums = load("chain_problems")
+    rng = random.Random(0)
+    for _ in range(50):
+        text, steps, total = sums.running_sum(rng)
+        assert eval(text) == total >= 0
+        lines = [x.split(" = ") for x in steps.removesuffix(".").split(". ")]
+        assert len(lines) == sums.TERMS - 1
+        assert all(eval(a) == int(b) for a, b in lines) and int(lines[-1][1]) == total
+    assert sums.stated(" 7 + 5 = 12. The answer is 12.") is None
+    assert sums.stated(" The answer is 12.\n") == "12" and sums.stated("12\n") == ""
+    assert sums.number(" 482") is None and sums.number(" 48213.") == "48213"
+    assert sums.number(" lost\n") == "" and sums.last_word(" + ant 2 = 5\n") == "5"
+
+
+def test_chains_cost_more_reads_the_more_they_are_and_answers_count_by_question(load: Any) -> None:
+    chains = load("parallel_chains")
+    rows = [
+        {"right": "6", "said": ["6", "6", "5", ""], "reads": [10, 20, 30, 40], "bytes": [1, 1, 1, 1]},
+        {"right": "9", "said": ["8", "", "9", "7"], "reads": [10, 10, 10, 10], "bytes": [2, 2, 2, 2]},
+    ]  # fmt: skip
+    one, two, four = chains.curve(rows, 4)
+    assert (one["chains"], two["chains"], four["chains"]) == (1, 2, 4)
+    assert one["majority"] == one["pass_at"] == pytest.approx((2 / 4 + 1 / 4) / 2)
+    # Of the first question's pairs one is won; of the second's, "9" comes before "7".
+    assert two["majority"] == pytest.approx((1 / 2 + 1 / 2) / 2)
+    assert two["pass_at"] == pytest.approx((1 - 1 / 6 + 1 / 2) / 2)
+    assert four["pass_at"] == 1.0 and four["majority"] == 0.5
+    assert one["kv_reads"] == 17.5 and four["kv_reads"] == 70 and two["peak_bytes"] == 3
+    low, high = four["majority_interval"]
+    assert (low, high) == (0.0, 1.0) and chains.interval([1.0, 1.0]) == (1.0, 1.0)
+
+
+@pytest.mark.slow
+def test_chains_are_sampled_from_both_caches_and_resumed(
+    load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, tokenizer = load_base("embedded")
+    model = dms.apply_dms(plain, {"window": 16, "target_cr": 2.0})
+    how = {"samples": 2, "sample_length": 256, "batch_size": 2, "held_out": 1, "curve": [2, 4]}
+    texts = held_out_text(tokenizer, 256, 3, 0)
+    dms.calibrate(model, how, data=texts, progress=False)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    chains = load("parallel_chains")
+    output = tmp_path / "chains.json"
+    words = [str(tmp_path / "model"), "--tasks", "arithmetic", "--ratios", "2"]
+    words += ["--length", "256", "--count", "2"]
+    words += ["--chains", "2", "--output", str(output)]
+    row, calls = chains.Answering.row, []
+
+    def stopped(self: Any, problem: Any, number: int) -> Any:
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append(number)
+        return row(self, problem, number)
+
+    monkeypatch.setattr(chains.Answering, "row", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        chains.main(words)
+    monkeypatch.setattr(chains.Answering, "row", lambda *x: calls.append(x[2]) or row(*x))
+    chains.main(words)
+    assert calls == [0, 1, 0, 1]
+    full, evicting = json.loads(output.read_text())["summary"]
+    assert full["context_ratio"] == 1.0 and evicting["context_ratio"] > 1.2
+    assert evicting["curve"][1]["kv_reads"] < full["curve"][1]["kv_reads"]
+    assert evicting["curve"][1]["peak_bytes"] < full["curve"][1]["peak_bytes"]
+    assert output.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_a_command_is_killed_once_when_its_journal_has_enough_answers(
+    load: Any, tmp_path: Path
+) -> None:
+    harness = load("lm_harness")
+    journal, log = tmp_path / "answers.jsonl", tmp_path / "log"
+    code = (
+        "import sys, time, pathlib\n"
+        "p = pathlib.Path(sys.argv[1])\n"
+        "n = p.read_text().count('\\n') if p.exists() else 0\n"
+        "print('begins at', n, flush=True)\n"
+        "for i in range(n, 5):\n"
+        "    p.open('a').write(f'{i}\\n')\n"
+        "    time.sleep(60 if i == 3 and n == 0 else 0)\n"
+    )
+    done = harness.run([sys.executable, "-c", code, str(journal)], log, journal, 3)
+    assert done == {"answers_when_killed": [3]}
+    assert log.read_text() == "begins at 0\nbegins at 4\n"
+    assert journal.read_text() == "0\n1\n2\n3\n4\n"
+    with pytest.raises(SystemExit, match="failed; see"):
+        harness.run([sys.executable, "-c", "raise ValueError"], log, None, 3)
+
+
+def test_answers_of_two_runs_are_compared_by_text_and_by_log_likelihood(load: Any) -> None:
+    compare = load("lm_harness").compare
+    one = {"a": [[["x"]], [["y"]]], "b": [[[["-1.5", "True"]], [["-2.0", "False"]]]]}
+    other = {"a": [[["x"]], [["z"]]], "b": [[[["-1.5", "True"]], [["-2.25", "False"]]]]}
+    assert compare(one, other) == {
+        "a": {"answers": 2, "equal_texts": 1},
+        "b": {"answers": 2, "largest_distance_nats": 0.25},
+    }
 
 
 def test_intervals_are_wilsons(load: Any) -> None:

@@ -7,16 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from calibrations import calibrated
 from families import build, open_gates, tokens
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import modelopt_dms as dms
 from modelopt_dms.config.recipe import load_recipe
+from modelopt_dms.gates.thresholds import expected_evicted_share, expected_ratios
 from modelopt_dms.kernels.layout import PageTables
 from modelopt_dms.kernels.row_bytes import list_bytes
 from modelopt_dms.serving.planner.capacity import plan
 from modelopt_dms.serving.planner.hardware import gpu_of
-from modelopt_dms.serving.planner.limit import cache_bytes, decode_step, weight_bytes
+from modelopt_dms.serving.planner.limit import cache_bytes, can_split, decode_step, weight_bytes
 from modelopt_dms.serving.planner.model_shape import PlanError, shape_of, shipped_models
 from modelopt_dms.serving.planner.plan_recipe import (
     Retention,
@@ -167,6 +169,41 @@ def test_gpus_share_heads_and_weights_until_there_are_no_more_heads() -> None:
     assert four.kv_bytes == pytest.approx(one.kv_bytes / 4, rel=1e-6)
     assert eight.kv_bytes == four.kv_bytes  # 4 KV heads
     assert eight.weight_bytes == pytest.approx(one.weight_bytes / 8, rel=1e-6)
+
+
+def test_numbers_of_gpus_are_those_that_share_the_heads_evenly() -> None:
+    shape = shape_of("Qwen2.5-7B")  # 28 query heads, 4 KV heads
+    # vLLM: query heads are divided; KV heads are divided, or each is held by as many GPUs.
+    fits = [x for x in range(1, 29) if 28 % x == 0 and (4 % x == 0 or x % 4 == 0)]
+    assert [x for x in range(1, 29) if can_split(shape, x)] == fits == [1, 2, 4, 28]
+    assert {x.tp for x in plan("Qwen2.5-7B").rows} == {1, 2, 4}
+    with pytest.raises(PlanError, match="--tp 8: Qwen2.5-7B has 28 query heads and 4 KV heads"):
+        plan("Qwen2.5-7B", tp=(1, 8))
+
+
+def test_a_ratio_at_another_length_is_explained_by_the_share_that_the_recipe_evicts() -> None:
+    found = plan("Qwen3-8B", context=32768, recipe="calibrated_cr8", tp=(1,))
+    share = (1 - 1 / 8) * 8192 / (8192 - 517)
+    here = 32768 / (32768 - share * (32768 - 517))
+    assert found.rows[1].compression_ratio == pytest.approx(here, rel=1e-3)
+    assert (
+        f"asks for 8 at 8,192 tokens, which evicts {share:.1%} of all but the 517" in found.ratios
+    )
+    assert f"the same share of 32,768 tokens gives {here:.1f}" in found.ratios
+
+
+def test_a_compressed_directory_is_planned_at_the_ratio_that_it_is_set_to(tmp_path: Path) -> None:
+    """Not at its recipe's: thresholds move with set_compression, and tune."""
+    model, _ = calibrated(config={"curve": [2.0, 3.0, 4.0]})
+    for cr in (2.5, 4.0):
+        dms.set_compression(model, cr)
+        model.save_pretrained(tmp_path / str(cr))
+        found = plan(str(tmp_path / str(cr)), context=64, tp=(1,))
+        assert found.rows[1].variant == f"DMS {cr:g}x *"
+        assert found.rows[1].compression_ratio == pytest.approx(cr, rel=0.01)
+        assert found.evicted_share == pytest.approx(expected_evicted_share(model), abs=1e-6)
+        low, high = expected_ratios(model, 64) or (0.0, 0.0)
+        assert f"Expect {low:.1f} to {high:.1f} of other texts" in found.ratios
 
 
 def test_what_does_not_fit_has_no_speed() -> None:

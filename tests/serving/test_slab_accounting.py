@@ -3,8 +3,10 @@
 
 The scheduler is as vLLM's: first come, first served; prompts in chunks; a request without blocks preempts the newest,
 which starts over; reports come up to two steps late. Lists grow by random numbers: the ledger must hold for all gates.
+Answers may come with drafts, of which any number of tokens is rejected.
 """
 
+import copy
 import random
 from collections import deque
 from dataclasses import dataclass, field
@@ -28,22 +30,27 @@ class Request:
     prompt: int
     total: int
     keeps: float  # chance that a list keeps a token
+    alike: bool = False  # all lists keep the same tokens: whole chunks of a prompt, or single ones
     computed: int = 0
     in_flight: int = 0
     lists: dict[str, list[int]] = field(default_factory=dict)
     forced: int = 0
+    # After each token of a draft; the first entry is before it.
+    drafted: list[dict[str, list[int]]] = field(default_factory=list)
 
 
 class Serving:
     """A pool of blocks, a queue, and ranks."""
 
-    def __init__(self, blocks: int, limit: int | None, lag: int, seed: int) -> None:
-        self.free, self.blocks, self.lag = blocks, blocks, lag
+    def __init__(
+        self, blocks: int, limit: int | None, lag: int, seed: int, drafts: int = 0
+    ) -> None:
+        self.free, self.blocks, self.lag, self.drafts = blocks, blocks, lag, drafts
         self.ledger = Ledger(PAGE, min(blocks, limit or blocks), LEAST)
         self.random = random.Random(seed)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
-        self.reports: deque[list[tuple[Request, int, int, dict[str, Usage]]]] = deque()
+        self.reports: deque[list[tuple[Request, int, int, dict[str, Usage], int]]] = deque()
         self.finished: list[Request] = []
         self.steps = self.preempted = 0
 
@@ -94,8 +101,10 @@ class Serving:
         # The next token of an answer is known when the last step has been reported.
         if request.computed >= request.prompt and request.in_flight:
             return 0
-        wanted = request.prompt - request.computed if request.computed < request.prompt else 1
-        return min(wanted, budget)
+        if request.computed < request.prompt:
+            return min(request.prompt - request.computed, budget)
+        left = request.total - request.computed
+        return min(1 + self.random.randint(0, self.drafts), left, budget)
 
     def _give(self, request: Request, tokens: int) -> None:
         more = self.ledger.grow(request.name, request.computed + tokens)
@@ -106,32 +115,65 @@ class Serving:
 
     def _compute(self, request: Request, tokens: int) -> None:
         held, capped = self.ledger[request.name].held, self.ledger.is_capped(request.name)
+        before = request.computed - tokens
+        drafts = tokens - 1 if before >= request.prompt else 0
         for rank, lists in RANKS.items():
             live = request.lists.setdefault(rank, [0] * lists)
-            for i in range(lists):
-                live[i] += sum(self.random.random() < request.keeps for _ in range(tokens))
-            pages = [-(-x // PAGE) for x in live]
-            while sum(pages) > held * lists:
-                assert capped, "a slab was too small for lists that were not to be cut"
-                i = max(range(lists), key=lambda i: live[i])
-                target = PAGE * (pages[i] - 1)
-                assert target >= WINDOW + 1 + PROTECTED, "lists were to be cut below what must stay"
-                request.forced += live[i] - target
-                live[i], pages[i] = target, pages[i] - 1
+            if drafts:
+                self._cut(request, live, held, capped, growth=tokens)
+        self._append(request, tokens - drafts)
+        if not drafts:
+            for live in request.lists.values():
+                self._cut(request, live, held, capped, growth=0)
+        request.drafted = [copy.deepcopy(request.lists)]
+        for _ in range(drafts):
+            self._append(request, 1)
+            request.drafted.append(copy.deepcopy(request.lists))
+        for live in request.lists.values():
+            assert sum(-(-x // PAGE) for x in live) <= held * len(live), "a slab was too small"
 
-    def _report(self, request: Request) -> tuple[Request, int, int, dict[str, Usage]]:
-        usage = {rank: Usage.of(x, PAGE, request.forced) for rank, x in request.lists.items()}
-        return request, self.ledger[request.name].epoch, request.computed, usage
+    def _append(self, request: Request, tokens: int) -> None:
+        same = tokens * (self.random.random() < request.keeps)
+        for live in request.lists.values():
+            for i in range(len(live)):
+                each = sum(self.random.random() < request.keeps for _ in range(tokens))
+                live[i] += same if request.alike else each
+
+    def _cut(self, request: Request, live: list[int], held: int, capped: bool, growth: int) -> None:
+        """Let the longest lists be as short as they must be to grow by so much."""
+        if growth and not capped:
+            return  # the ledger says that it fits: whether it does is looked at afterwards
+        pages = [-(-(x + growth) // PAGE) for x in live]
+        while sum(pages) > held * len(live):
+            assert capped, "a slab was too small for lists that were not to be cut"
+            i = max(range(len(live)), key=lambda i: live[i])
+            target = PAGE * (pages[i] - 1) - growth
+            assert target >= WINDOW + 1 + PROTECTED, "lists were to be cut below what must stay"
+            request.forced += live[i] - target
+            live[i], pages[i] = target, pages[i] - 1
+
+    def _report(self, request: Request) -> tuple[Request, int, int, dict[str, Usage], int]:
+        drafts = len(request.drafted) - 1
+        before = request.drafted[0]
+        usage = {rank: Usage.of(x, PAGE, request.forced) for rank, x in before.items()}
+        epoch = self.ledger[request.name].epoch
+        return request, epoch, request.computed - drafts, usage, self.random.randint(0, drafts)
 
     def _deliver(self) -> None:
-        for request, epoch, tokens, usage in self.reports.popleft():
+        for request, epoch, tokens, usage, accepted in self.reports.popleft():
             surplus = self.ledger.settle(request.name, epoch, tokens, usage)
             if request.name not in self.ledger or self.ledger[request.name].epoch != epoch:
                 assert surplus == 0, "a report about an earlier life was heard"
                 continue
             self.free += surplus
+            held = self.ledger[request.name].held
+            for live in request.lists.values():
+                assert sum(-(-x // PAGE) for x in live) <= held * len(live), "drafts lost pages"
             request.in_flight -= 1
-            if tokens >= request.total:
+            if not request.in_flight and len(request.drafted) > 1:
+                request.lists = copy.deepcopy(request.drafted[accepted])
+                request.computed = tokens + accepted
+            if request.computed >= request.total and not request.in_flight:
                 self._stop(request)
                 self.finished.append(request)
 
@@ -139,7 +181,7 @@ class Serving:
         self.running.remove(request)
         self.free += self.ledger.close(request.name)
         request.computed = request.in_flight = 0
-        request.lists = {}
+        request.lists, request.drafted = {}, []
 
     def check(self) -> None:
         held = sum(self.ledger[x.name].held for x in self.running)
@@ -163,18 +205,22 @@ class ServingMachine(RuleBasedStateMachine):
         limit=st.none() | st.integers(LEAST, 12),
         lag=st.integers(0, 2),
         seed=st.integers(0, 1000),
+        drafts=st.sampled_from([0, 3, PAGE - 1]),
     )
-    def start(self, blocks: int, limit: int | None, lag: int, seed: int) -> None:
-        self.serving = Serving(blocks, limit, lag, seed)
+    def start(self, blocks: int, limit: int | None, lag: int, seed: int, drafts: int) -> None:
+        self.serving = Serving(blocks, limit, lag, seed, drafts)
         self.tokens = self.requests = 0
 
     @rule(
-        prompt=st.integers(1, 90), answer=st.integers(1, 60), keeps=st.sampled_from([0.0, 0.2, 1.0])
+        prompt=st.integers(1, 90),
+        answer=st.integers(1, 60),
+        keeps=st.sampled_from([0.0, 0.2, 0.5, 1.0]),
+        alike=st.booleans(),
     )
-    def arrive(self, prompt: int, answer: int, keeps: float) -> None:
+    def arrive(self, prompt: int, answer: int, keeps: float, alike: bool) -> None:
         self.requests += 1
         self.tokens += prompt + answer
-        request = Request(f"r{self.requests}", prompt, prompt + answer, keeps)
+        request = Request(f"r{self.requests}", prompt, prompt + answer, keeps, alike)
         self.serving.waiting.append(request)
 
     @rule(steps=st.integers(1, 20))

@@ -4,6 +4,7 @@
 vLLM has an interpreter of its own (`make test-vllm`): its transformers is not ours. The oracle runs here.
 """
 
+import copy
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ from paths import EMBEDDED, HELPERS
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from modelopt_dms.modeling.mode import apply_dms
+from modelopt_dms.quantization.apply import quantize
 
 PYTHON = "MODELOPT_DMS_VLLM_PYTHON"
 pytestmark = [
@@ -34,6 +36,12 @@ FAMILIES = {
     "layer": {"granularity": "layer"},
 }
 SMALL = {"max_model_len": 200, "max_num_batched_tokens": 64, "skip_tokenizer_init": True}
+NGRAM = {
+    "method": "ngram",
+    "num_speculative_tokens": 4,
+    "prompt_lookup_min": 1,
+    "prompt_lookup_max": 3,
+}
 SETTINGS: dict[str, dict[str, Any]] = {
     "chunked": {"max_num_batched_tokens": 128},
     "preempted": {
@@ -46,6 +54,30 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "tensor parallel": {"tensor_parallel_size": 2, "max_num_batched_tokens": 128},
     # vLLM makes what ranks hand on while it warms up, which it leaves out for eager models on CPUs.
     "pipeline parallel": {"pipeline_parallel_size": 2, "enforce_eager": False},
+    "drafts": {"max_num_batched_tokens": 128, "speculative_config": NGRAM},
+    "drafts, preempted": {
+        "max_num_batched_tokens": 128,
+        "num_gpu_blocks_override": 7,
+        "max_model_len": 512,
+        "scheduler_reserve_full_isl": False,
+        "speculative_config": NGRAM,
+    },
+    "drafts, tensor parallel": {"tensor_parallel_size": 2, "speculative_config": NGRAM},
+}
+# Another oracle: keys and values are rounded.
+IN_FP8 = {
+    "chunks": {"max_num_batched_tokens": 128},
+    "drafts": {"max_num_batched_tokens": 128, "speculative_config": NGRAM},
+}
+FP8_CAST = {
+    "quant_cfg": [
+        {"quantizer_name": "*", "enable": False},
+        {
+            "quantizer_name": "*[kv]_bmm_quantizer",
+            "cfg": {"num_bits": (4, 3), "use_constant_amax": True},
+        },
+    ],
+    "algorithm": "max",
 }
 CAPPED = {
     "capped": {"additional_config": {"modelopt_dms": {"max_request_blocks": 3}}},
@@ -54,12 +86,16 @@ CAPPED = {
         "max_model_len": 800,
         "max_num_batched_tokens": 64,
     },
+    "capped, drafts": {
+        "additional_config": {"modelopt_dms": {"max_request_blocks": 3}},
+        "speculative_config": NGRAM,
+    },
 }
 REFUSED = {
     "block_size=32": {"block_size": 32},
-    "kv_cache_dtype='fp8'": {"kv_cache_dtype": "fp8"},
-    "speculative decoding": {
-        "speculative_config": {"method": "ngram", "num_speculative_tokens": 2}
+    "kv_cache_dtype='fp8_e5m2'": {"kv_cache_dtype": "fp8_e5m2"},
+    "num_speculative_tokens=64 must be below 64": {
+        "speculative_config": {**NGRAM, "num_speculative_tokens": 64}
     },
     "max_request_blocks=0": {"additional_config": {"modelopt_dms": {"max_request_blocks": 0}}},
     "accepted: 'max_request_blocks'": {"additional_config": {"modelopt_dms": {"blocks": 3}}},
@@ -93,21 +129,30 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[PreTrain
     return {name: (model, str(place / name)) for name, model in made.items()}
 
 
+def all_jobs(places: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """By name, for models in these directories."""
+    jobs: dict[str, dict[str, Any]] = {}
+    for name, settings in SETTINGS.items():
+        jobs[name] = job(places["embedded"], settings, LONG)
+    for name, settings in IN_FP8.items():
+        kind = {**settings, "kv_cache_dtype": "fp8"}
+        jobs[f"fp8, {name}"] = job(places["embedded"], kind, LONG)
+    for name, settings in CAPPED.items():
+        jobs[name] = job(places["keeps"], settings, [300, 77], 350)
+    for name in FAMILIES:
+        jobs[name] = job(places[name], SMALL, [90, 40, 17])
+    # Last: an engine that fails to start leaves things behind in its process.
+    for name, settings in REFUSED.items():
+        jobs[name] = job(places["embedded"], settings, [5])
+    return jobs
+
+
 @pytest.fixture(scope="module")
 def results(
     models: dict[str, tuple[PreTrainedModel, str]], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, Any]]:
     """What vLLM made of all jobs: its start takes longer than a job."""
-    jobs: dict[str, dict[str, Any]] = {}
-    for name, settings in SETTINGS.items():
-        jobs[name] = job(models["embedded"][1], settings, LONG)
-    for name, settings in CAPPED.items():
-        jobs[name] = job(models["keeps"][1], settings, [300, 77], 350)
-    for name in FAMILIES:
-        jobs[name] = job(models[name][1], SMALL, [90, 40, 17])
-    # Last: an engine that fails to start leaves things behind in its process.
-    for name, settings in REFUSED.items():
-        jobs[name] = job(models["embedded"][1], settings, [5])
+    jobs = all_jobs({name: place for name, (_, place) in models.items()})
     place = tmp_path_factory.mktemp("jobs")
     (place / "jobs.json").write_text(json.dumps(list(jobs.values())), encoding="utf-8")
     driver, paths = HELPERS / "vllm_driver.py", (place / "jobs.json", place / "results.json")
@@ -152,6 +197,20 @@ def test_tokens_equal_those_of_a_full_recompute(
     assert results[name]["free_at_end"] == results[name]["pool"]
 
 
+@pytest.mark.parametrize("name", IN_FP8)
+def test_tokens_equal_those_of_a_full_recompute_with_keys_and_values_in_fp8(
+    models: dict[str, tuple[PreTrainedModel, str]],
+    results: dict[str, dict[str, Any]],
+    oracle: list[list[int]],
+    name: str,
+) -> None:
+    rounding = quantize(copy.deepcopy(models["embedded"][0]), FP8_CAST)
+    found = results[f"fp8, {name}"]
+    assert found.get("error") is None
+    wanted = expected(rounding, LONG)
+    assert found["tokens"] == wanted != oracle
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_other_architectures_and_gates_give_the_tokens_of_a_full_recompute(
     models: dict[str, tuple[PreTrainedModel, str]], results: dict[str, dict[str, Any]], name: str
@@ -160,16 +219,22 @@ def test_other_architectures_and_gates_give_the_tokens_of_a_full_recompute(
     assert results[name]["tokens"] == expected(models[name][0], [90, 40, 17])
 
 
+@pytest.mark.parametrize("name", [x for x in SETTINGS if "drafts" in x])
+def test_drafts_are_accepted_and_rejected(results: dict[str, dict[str, Any]], name: str) -> None:
+    assert 0 < results[name]["accepted"] < results[name]["drafted"]
+
+
 def test_blocks_held_are_less_than_half_of_a_dense_cache(
     results: dict[str, dict[str, Any]],
 ) -> None:
     assert results["chunked"]["share"] <= 0.45
 
 
+@pytest.mark.parametrize("name", ["preempted", "drafts, preempted"])
 def test_requests_are_preempted_in_a_pool_that_a_dense_cache_does_not_fit(
-    results: dict[str, dict[str, Any]],
+    results: dict[str, dict[str, Any]], name: str
 ) -> None:
-    found = results["preempted"]
+    found = results[name]
     assert found["preemptions"] > 0
     assert found["dense_blocks"] > found["pool"] >= found["peak_blocks"]
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 import modelopt_dms as dms
 from modelopt_dms.config.recipe import Recipe
+from modelopt_dms.gates.curve import CompressionError
 from modelopt_dms.gates.gate import gates
-from modelopt_dms.gates.thresholds import CompressionError, curve_of
+from modelopt_dms.gates.thresholds import curve_of
 from modelopt_dms.training.progress import drawn_cr
 from modelopt_dms.training.trainer import RetrofitTrainer
 

@@ -45,7 +45,7 @@ class ReportPlan:
         length: tokens of the text and of prompts.
         questions: about the text, answered by every cache.
         prompts: of a family, at every ratio.
-        ratios: compression ratios, those that the model's curve reaches.
+        ratios: compression ratios; those that the model's curve does not reach are named among the notes.
         new_tokens: written after the text, with and without eviction.
         minutes: when they are over, the prompts that are left are not asked.
         seed: of prompts and texts.
@@ -137,7 +137,7 @@ def build(
         advance: told what each step cost, of `cost` in all.
 
     Returns:
-        What `render.page` draws; JSON.
+        What `render.page` draws; JSON. Its "capacity" is None: who plans GPUs puts it in.
     """
     meter = Meter(plan.minutes, advance)
     asked = material(tokenizer, plan.length, plan.seed)
@@ -149,7 +149,7 @@ def build(
     found = start(model, origin, plan, kept, source)
     meter.step(1.0)
     found["answers"] = answers(model, twin, tokenizer, asked.told, plan.questions, meter)
-    found |= _tradeoff(model, twin, asked, plan, meter)
+    found |= _tradeoff(model, twin, asked, plan, meter, notes)
     if time.monotonic() > meter.end and plan.prompts:
         notes.append(
             f"Time was up after {plan.minutes:g} minutes: not all of the {plan.prompts} prompts of a task were asked."
@@ -180,6 +180,7 @@ def start(
         "accuracy": [],
         "kl": [],
         "growth": None,
+        "capacity": None,
         "peers": [],
         "notes": [],
     }
@@ -255,10 +256,12 @@ def _tradeoff(
     asked: Material,
     plan: ReportPlan,
     meter: Meter,
+    notes: list[str],
 ) -> dict[str, Any]:
     if not plan.prompts:
         return {"accuracy": [], "kl": []}
-    ratios = reachable(model, plan.ratios, plan.length)
+    ratios, left_out = reachable(model, plan.ratios, plan.length)
+    notes += left_out
     texts = asked.texts(plan.length, plan.seed)
     step = 1.5 + 1.5 * len(ratios)
     kl: list[Point] = measure_kl(model, twin, texts, ratios, lambda: meter.step(step))

@@ -72,7 +72,9 @@ function startTokens() {
   const resident = data.retention.resident, total = data.retention.tokens.length;
   const most = resident.indexOf(Math.max(...resident)), least = resident.indexOf(Math.min(...resident));
   const say = i => `head ${rows[i][1]} of layer ${rows[i][0]} holds ${resident[i].toLocaleString("en")}`;
-  document.getElementById("extremes").textContent = `Here ${say(most)} of ${total.toLocaleString("en")} tokens, and ${say(least)}.`;
+  const always = Math.min(total, data.model.window + 1 + data.model.protect_first), bare = resident.filter(x => x <= always).length;
+  const none = bare ? ` ${bare} of ${rows.length} heads hold nothing but the ${always} tokens that every head keeps, the first and the newest.` : "";
+  document.getElementById("extremes").textContent = `Here ${say(most)} of ${total.toLocaleString("en")} tokens, and ${say(least)}.${none}`;
 }
 
 // ---- plots
@@ -140,6 +142,25 @@ function drawHeads() {
   }));
 }
 
+// One bar a token; bands and the window's edge say what the text's boxes and its end are.
+function drawAlong() {
+  const {counts, spans, window: delay, tokens: words} = data.retention, heads = rows.length;
+  const x = counts.map((_, i) => i);
+  const trace = {
+    type: "bar", x, y: counts, marker: {color: css("--m-dms"), line: {width: 0}}, text: words.map(word => JSON.stringify(word)),
+    hovertemplate: `token %{x}, %{text}: %{y} of ${heads} heads<extra></extra>`, textposition: "none",
+  };
+  const box = css("--box"), edge = counts.length - delay - 1.5;
+  const bands = spans.map(([start, stop]) => ({
+    type: "rect", x0: start - .5, x1: stop - .5, yref: "paper", y0: 0, y1: 1, line: {color: box, width: 1, dash: "dot"}, fillcolor: box, opacity: .22, layer: "below",
+  }));
+  const line = {type: "line", x0: edge, x1: edge, yref: "paper", y0: 0, y1: 1, line: {color: css("--soft"), width: 1, dash: "dash"}};
+  plot("plot-along", [trace], layout("", "token", `of ${heads} heads`, {
+    height: 208, bargap: 0, margin: {l: 46, r: 10, t: 8, b: 40}, shapes: edge > 0 ? [...bands, line] : bands,
+    xaxis: {range: [-.5, counts.length - .5]}, yaxis: {range: [0, heads], tickvals: [0, Math.round(heads / 2), heads]},
+  }));
+}
+
 function drawAccuracy() {
   [...group(data.accuracy, "task")].forEach(([task, points], i) => {
     const full = points.find(x => x.method === "full");
@@ -203,7 +224,23 @@ function drawGrowth() {
   plot("plot-time", times, layout("Time of a new token", "tokens seen", "ms", {yaxis: {range: [0, most]}}));
 }
 
-function draw() { drawHeads(); drawAccuracy(); drawKl(); drawCurve(); drawGrowth(); }
+function drawCapacity() {
+  if (!data.capacity) return;
+  const {contexts, rows: variants} = data.capacity, top = Math.max(...variants.flatMap(x => x.sequences)), looks = ["full", "dms", "streaming"];
+  const traces = variants.map((row, i) => line(looks[i], contexts, row.sequences, {
+    name: row.variant, mode: "lines+markers+text", text: row.sequences.map(x => x.toLocaleString("en")), cliponaxis: false,
+    textposition: i ? "top right" : "bottom left", textfont: {size: 11, color: css("--ink")},
+    hovertemplate: "%{fullData.name}, %{x:,} tokens: %{y:,} at once<extra></extra>",
+  }));
+  const ends = [Math.log10(contexts[0] / 1.5), Math.log10(contexts[contexts.length - 1] * 1.6)];
+  const low = Math.min(...variants.flatMap(x => x.sequences).filter(x => x > 0));
+  plot("plot-capacity", traces, layout("Conversations at once", "tokens of each", "", {
+    xaxis: {type: "log", tickvals: contexts, ticktext: contexts.map(x => x.toLocaleString("en")), range: ends},
+    yaxis: {type: "log", dtick: 1, tickformat: ",", range: [Math.log10(low / 2.5), Math.log10(top * 2.5)]},
+  }));
+}
+
+function draw() { drawAlong(); drawHeads(); drawAccuracy(); drawKl(); drawCurve(); drawGrowth(); drawCapacity(); }
 
 async function unpack() {
   const packed = Uint8Array.from(atob(document.getElementById("plotly").textContent.trim()), x => x.charCodeAt(0));

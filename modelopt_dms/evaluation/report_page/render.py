@@ -121,7 +121,8 @@ def _tokens(kept: dict[str, Any]) -> list[dict[str, Any]]:
             "lines": text.count("\n"),
             "count": count,
             "shade": shade(count, heads),
-            "asked": i in asked,
+            "begins": i in asked and i - 1 not in asked,
+            "ends": i in asked and i + 1 not in asked,
         }
         for i, (text, count) in enumerate(zip(kept["tokens"], kept["counts"], strict=True))
     ]

@@ -17,8 +17,8 @@ from modelopt_dms.evaluation.fidelity import compare, full_hidden
 from modelopt_dms.evaluation.memories import read
 from modelopt_dms.evaluation.score import answer_on, footprint, read_contexts
 from modelopt_dms.evaluation.tasks import Episode
+from modelopt_dms.gates.curve import CompressionError
 from modelopt_dms.gates.thresholds import (
-    CompressionError,
     curve_of,
     move_thresholds,
     set_compression,
@@ -57,18 +57,25 @@ class Point:
     top1: float | None = None
 
 
-def reachable(model: PreTrainedModel, wanted: Sequence[float], length: int) -> list[float | None]:
-    """Those of the wanted ratios that the model's curve reaches; [None], as it is, without a curve."""
+def reachable(
+    model: PreTrainedModel, wanted: Sequence[float], length: int
+) -> tuple[list[float | None], list[str]]:
+    """Those of the wanted ratios that the model's curve reaches, and why others are left out, a line each.
+
+    Without any, [None]: the model as it is.
+    """
     if getattr(model.config, "dms_curve", None) is None:
-        return [None]
-    curve, found = curve_of(model), list[float | None]()
+        shown = ", ".join(f"{x:g}" for x in wanted)
+        return [None], [f"Ratios {shown} are not shown: the model carries no curve to set it by."]
+    curve, found, lines = curve_of(model), list[float | None](), []
     for ratio in wanted:
         try:
             curve.at(ratio, length)
-        except CompressionError:
-            continue
-        found.append(ratio)
-    return found or [None]
+        except CompressionError as error:
+            lines.append(f"Ratio {ratio:g} is not shown: {error}.")
+        else:
+            found.append(ratio)
+    return found or [None], lines
 
 
 @contextmanager

@@ -2,11 +2,14 @@
 """What every request passes first: the key, the size of its body, and the end of its work when the client leaves."""
 
 import asyncio
+import contextlib
 import hmac
 import json
 from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from contextvars import ContextVar
 from typing import Any
+
+from modelopt_dms.serving.http.refusals import error_body
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -69,26 +72,67 @@ class Gateway:
 
         ends: list[Callable[[], None]] = []
         _ENDS.set(ends)
-        work = asyncio.create_task(self.app(scope, replay, send))
+        answer = _Answer(send)
+        work = asyncio.create_task(self.app(scope, replay, answer.send))
         left = asyncio.create_task(_disconnected(receive))
         try:
             await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                work.cancel()
-                await asyncio.wait({work})
-                return
+            gone = left.done()
+        except asyncio.CancelledError:
+            # The server stops, and has waited as long as it may. uvicorn would log this as an error of ours.
+            gone = True
+            await answer.break_off()
         finally:
             left.cancel()
             work.cancel()
             for end in ends:
                 end()
-        work.result()
+        if not gone:
+            work.result()
+            return
+        # However the work ends now, nobody waits for it; an error that is not looked at would be logged.
+        await asyncio.wait({work})
+        with contextlib.suppress(asyncio.CancelledError):
+            work.exception()
 
     def _may_pass(self, scope: Any) -> bool:
         if self.api_key is None or scope["path"] in _OPEN:
             return True
         given = dict(scope["headers"]).get(b"authorization", b"")
         return hmac.compare_digest(given, f"Bearer {self.api_key}".encode())
+
+
+class _Answer:
+    """What is sent to a client, and how it is told that no more will come."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._started = self._streams = self._ended = False
+
+    async def send(self, message: Message) -> None:
+        """Pass a message on; nothing follows an answer that was broken off."""
+        if self._ended:
+            return
+        if message["type"] == "http.response.start":
+            self._started = True
+            self._streams = b"text/event-stream" in dict(message["headers"]).get(
+                b"content-type", b""
+            )
+        elif message["type"] == "http.response.body":
+            self._ended = not message.get("more_body", False)
+        await self._send(message)
+
+    async def break_off(self) -> None:
+        """Status 503, or an error as the last event of a stream."""
+        if self._ended:
+            return
+        self._ended = True
+        message = "the server is stopping, and this request was not done in time"
+        if not self._started:
+            await refuse(self._send, 503, message)
+        elif self._streams:
+            event = f"data: {json.dumps(error_body(503, message))}\n\n".encode()
+            await self._send({"type": "http.response.body", "body": event})
 
 
 async def _disconnected(receive: Receive) -> None:
@@ -105,9 +149,3 @@ async def refuse(send: Send, status: int, message: str) -> None:
     ]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": content})
-
-
-def error_body(status: int, message: str) -> dict[str, Any]:
-    """An error as OpenAI's server writes it."""
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    return {"error": {"message": message, "type": kind, "code": status}}

@@ -4,18 +4,18 @@
 import asyncio
 import json
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from fastapi import HTTPException
 from transformers import (
     GenerationConfig,
+    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
-    StopStringCriteria,
 )
 from transformers.cli.serving.utils import (
     BaseGenerateManager,
@@ -30,9 +30,11 @@ from modelopt_dms.kvcache.hf_cache import kv_stats
 from modelopt_dms.kvcache.page_pool import OnFull
 from modelopt_dms.modeling.convert import is_converted
 from modelopt_dms.modeling.generation import graphed
+from modelopt_dms.serving.http.decoding import Asked, CountPenalties, StopInAnswer
 from modelopt_dms.serving.http.gateway import when_gone
 from modelopt_dms.serving.http.listening import ServeError
 from modelopt_dms.serving.http.metrics import Metrics
+from modelopt_dms.serving.http.refusals import Refusal
 
 # Tokens between two looks at the cache for /metrics; on a GPU, a look waits for the device.
 _LOOK_EVERY = 32
@@ -72,21 +74,24 @@ class _Unread:
 
 
 class _Counted:
-    """Counts what passes on its way to a streamer."""
+    """Counts what passes on its way to a streamer, and says before the end what the last token was."""
 
-    def __init__(self, manager: "OneAtATime", streamer: Any) -> None:
-        self._manager, self._streamer = manager, streamer
+    def __init__(self, manager: "OneAtATime", streamer: Any, on_end: Callable[[int], None]) -> None:
+        self._manager, self._streamer, self._on_end = manager, streamer, on_end
         self._seen = -1  # the first call brings the prompt
+        self._last = -1
 
     def put(self, value: torch.Tensor) -> None:
         self._streamer.put(value)
         self._seen += 1
+        self._last = int(value.flatten()[-1])
         if self._seen:
             self._manager.metrics.generated_tokens.inc()
         if self._seen % _LOOK_EVERY == 1:
             self._manager.look()
 
     def end(self) -> None:
+        self._on_end(self._last)
         self._streamer.end()
 
 
@@ -131,7 +136,7 @@ class OneAtATime(BaseGenerateManager):
         ids = torch.tensor([[0]], device=self.model.device)
         config = GenerationConfig(max_new_tokens=2, do_sample=False, pad_token_id=0)
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        self._thread.submit(self._call, inputs, config, _Unread()).result()
+        self._thread.submit(self._call, inputs, config, _Unread(), Asked()).result()
 
     def generate_streaming(
         self,
@@ -173,12 +178,16 @@ class OneAtATime(BaseGenerateManager):
         self._admit(inputs, gen_config)
         streamer = _Unread()
         future = self._submit(streamer, self._generate, inputs, gen_config, streamer)
+        done = asyncio.wrap_future(future)
+        # Nobody may be left to look at an error, which would then be logged.
+        done.add_done_callback(lambda x: x.cancelled() or x.exception())
         try:
             # Not cancelled itself: the thread would fail to set its result, and end.
-            sequences = await asyncio.shield(asyncio.wrap_future(future))
+            await asyncio.wait({done})
         except asyncio.CancelledError:
             streamer.cancel()
             raise
+        sequences = done.result()
         length = inputs["input_ids"].shape[-1]
         tokens = sequences[0, length:]
         return self.tokenizer.decode(tokens, skip_special_tokens=True), length, tokens
@@ -212,19 +221,20 @@ class OneAtATime(BaseGenerateManager):
         asked, prompt = config.max_new_tokens, inputs["input_ids"].shape[-1]
         try:
             if prompt == 0:
-                raise HTTPException(400, "the prompt has no tokens")
+                raise Refusal(400, "the prompt has no tokens")
             if asked is not None and asked < 1:
-                raise HTTPException(400, f"max_tokens={asked} must be at least 1")
+                raise Refusal(400, f"max_tokens={asked} must be at least 1", "max_tokens")
             if self.max_length is not None and prompt >= self.max_length:
-                raise HTTPException(
+                raise Refusal(
                     400,
                     f"the prompt has {prompt} tokens, and this model reads and writes {self.max_length} in all",
+                    code="context_length_exceeded",
                 )
             if len(self._unfinished) > self.limits.max_waiting:
-                raise HTTPException(
+                raise Refusal(
                     429, f"{self.limits.max_waiting} requests wait already; try again later"
                 )
-        except HTTPException:
+        except Refusal:
             self.metrics.requests.labels("refused").inc()
             raise
         if self.max_length is not None and asked is not None:
@@ -246,11 +256,11 @@ class OneAtATime(BaseGenerateManager):
         try:
             if streamer._cancelled.is_set():
                 raise _GenerationCancelled()
-            seed = getattr(config, "request_seed", None)
-            if seed is not None:
-                torch.manual_seed(seed)
+            asked: Asked = config.asked
+            if asked.seed is not None:
+                torch.manual_seed(asked.seed)
             self.metrics.prompt_tokens.inc(inputs["input_ids"].shape[-1])
-            sequences = self._call(inputs, config, _Counted(self, streamer))
+            sequences = self._call(inputs, config, streamer, asked)
             outcome = "finished"
             self.look()
             return sequences
@@ -262,17 +272,31 @@ class OneAtATime(BaseGenerateManager):
             self.metrics.cleared()
             self.metrics.requests.labels(outcome).inc()
 
-    def _call(self, inputs: Any, config: GenerationConfig, streamer: Any) -> torch.Tensor:
-        limit = self.limits.max_cache_bytes
-        options: dict[str, Any] = {"streamer": streamer}
+    def _call(
+        self, inputs: Any, config: GenerationConfig, streamer: Any, asked: Asked
+    ) -> torch.Tensor:
+        limit, prompt = self.limits.max_cache_bytes, inputs["input_ids"].shape[-1]
+        stop = StopInAnswer(self.tokenizer, prompt, asked.stop) if asked.stop else None
+        ends = (
+            {config.eos_token_id}
+            if isinstance(config.eos_token_id, int)
+            else {*(config.eos_token_id or ())}
+        )
+
+        def on_end(last: int) -> None:
+            # transformers reports "length" of every answer of so many tokens, also of one that came to its end there.
+            if last in ends or (stop is not None and stop.hit):
+                config.max_new_tokens = None
+
+        counted = _Counted(self, streamer, on_end)
+        options: dict[str, Any] = {"streamer": counted}
         if self._converted and (limit is not None or self.model.device.type == "cuda"):
-            options = {"custom_generate": graphed, "stream_to": streamer}
+            options = {"custom_generate": graphed, "stream_to": counted}
             options |= {"max_cache_bytes": limit, "on_full": self.limits.on_full}
-        # `generate` would hand a tokenizer on to attention, and loops of our own do not get it.
-        stop, config.stop_strings = config.stop_strings, None
-        if stop:
-            criterion = StopStringCriteria(self.tokenizer, stop)
-            options["stopping_criteria"] = StoppingCriteriaList([criterion])
+        if stop is not None:
+            options["stopping_criteria"] = StoppingCriteriaList([stop])
+        if asked.presence_penalty or asked.frequency_penalty:
+            options["logits_processor"] = LogitsProcessorList([CountPenalties(prompt, asked)])
         sequences: torch.Tensor = self.model.generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],

@@ -10,18 +10,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi import FastAPI, Response
 from fastapi.responses import JSONResponse
-from starlette.exceptions import HTTPException as StarletteError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cli.serving.server import build_server
 from transformers.utils import logging
 
-from modelopt_dms.kernels.layout import OutOfPagesError
-from modelopt_dms.serving.http.gateway import Gateway, error_body
+from modelopt_dms.serving.http.gateway import Gateway
 from modelopt_dms.serving.http.generation import Limits, OneAtATime, OneModel
 from modelopt_dms.serving.http.handlers import Chats, Completions, ServedModel
 from modelopt_dms.serving.http.metrics import Metrics
+from modelopt_dms.serving.http.refusals import answer_errors
 
 # Of transformers' routes, those that are about a model that is here. Others load or drop models.
 _KEPT = ("/v1/chat/completions", "/v1/completions")
@@ -125,21 +124,5 @@ def build_app(name: str, manager: OneAtATime) -> FastAPI:
             manager.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8"
         )
 
-    _answer_errors(app)
+    answer_errors(app)
     return app
-
-
-def _answer_errors(app: FastAPI) -> None:
-    """Every error in the form that OpenAI's clients read."""
-
-    @app.exception_handler(StarletteError)
-    async def refused(request: Request, error: HTTPException) -> JSONResponse:
-        return JSONResponse(error_body(error.status_code, str(error.detail)), error.status_code)
-
-    @app.exception_handler(ValueError)
-    async def impossible(request: Request, error: ValueError) -> JSONResponse:
-        return JSONResponse(error_body(400, str(error)), 400)
-
-    @app.exception_handler(OutOfPagesError)
-    async def full(request: Request, error: OutOfPagesError) -> JSONResponse:
-        return JSONResponse(error_body(507, str(error)), 507)

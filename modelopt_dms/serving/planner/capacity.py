@@ -8,8 +8,9 @@ from typing import Any
 from modelopt_dms.serving.planner.hardware import Gpu, gpu_of
 from modelopt_dms.serving.planner.limit import (
     cache_bytes,
+    can_split,
+    check_split,
     decode_step,
-    evicted_share,
     weight_bytes,
 )
 from modelopt_dms.serving.planner.model_shape import ModelShape, PlanError, shape_of
@@ -28,6 +29,7 @@ NOTE = (
     "between GPUs, nothing else in the way (docs/capacity.md)."
 )
 LONGEST, MOST_GPUS = 2**24, 64
+USUAL_GPUS = (1, 2, 4, 8)
 _PLAIN = (Rows(), Rows())
 _FORMATS = {"FP8": (Rows("fp8"), Rows("fp8")), "NVFP4": (Rows("nvfp4"), Rows("nvfp4"))}
 
@@ -97,6 +99,7 @@ class Plan:
         recipe: what DMS and formats follow.
         parameters: of the model.
         evicted_share: of the evictable tokens.
+        ratios: where the compression ratios of the rows come from; empty without DMS.
         note: what this is not, and what to look out for.
         rows: by number of GPUs, then variant.
     """
@@ -109,6 +112,7 @@ class Plan:
     recipe: str
     parameters: int
     evicted_share: float
+    ratios: str
     note: str
     rows: tuple[PlanRow, ...]
 
@@ -123,24 +127,24 @@ def plan(
     context: int = 32768,
     recipe: str | None = None,
     *,
-    tp: Sequence[int] = (1, 2, 4, 8),
+    tp: Sequence[int] | None = None,
     batch: int | None = None,
     memory_utilization: float = 0.9,
 ) -> Plan:
     """Sequences that fit on GPUs and tokens per second at best, for a model dense and with DMS. Runs nothing.
 
     Args:
-        model: a config.json, a directory, a name of the shipped table ("Qwen3-8B"), or a hub id in the local cache. A
-            compressed model's own ratio and formats are taken.
+        model: a config.json, a directory, a .gguf file, a name of the shipped table ("Qwen3-8B"), a fetched model
+            ("smollm2"), or a hub id in the local cache. A compressed model's own ratio and formats are taken.
         gpu: "h200", "h100", "b200", "a100" or "l40s".
         context: tokens of every sequence, prompt and answer.
         recipe: name or file; "calibrated_cr8" unless the model is compressed already.
-        tp: numbers of GPUs that share the model.
+        tp: numbers of GPUs that share the model; by default those of 1, 2, 4, 8 that share its heads evenly.
         batch: sequences at a time; by default as many as fit.
         memory_utilization: share of a GPU's memory for weights and KV caches; the rest is for activations and CUDA.
 
     Raises:
-        PlanError: an unknown model or GPU, or numbers out of range.
+        PlanError: an unknown model or GPU, numbers out of range, or GPUs that cannot share the heads.
         RecipeError: an unknown recipe.
     """
     return plan_shape(
@@ -160,20 +164,39 @@ def plan_shape(
     context: int,
     recipe: str | None,
     *,
-    tp: Sequence[int],
+    tp: Sequence[int] | None,
     batch: int | None,
     memory_utilization: float,
 ) -> Plan:
     """As `plan`, for a shape and a GPU."""
+    if tp is None:
+        tp = [x for x in USUAL_GPUS if can_split(shape, x)]
     _check(context, tp, batch, memory_utilization)
-    planned = _planned(shape, recipe)
-    rows: list[PlanRow] = []
     for count in tp:
+        check_split(shape, count)
+    planned = _planned(shape, recipe)
+    how: Any = {"tp": tp, "batch": batch, "memory_utilization": memory_utilization}
+    return plan_as(shape, planned, gpu, context, **how)
+
+
+def plan_as(
+    shape: ModelShape,
+    planned: Planned,
+    gpu: Gpu,
+    context: int,
+    *,
+    tp: Sequence[int],
+    batch: int | None,
+    memory_utilization: float,
+) -> Plan:
+    """As `plan_shape`, for what is done to the model."""
+    rows: list[PlanRow] = []
+    for count in dict.fromkeys(tp):
         room = gpu.memory * 1e9 * memory_utilization
         found = [_row(shape, x, gpu, context, count, room, batch) for x in _variants(planned)]
         dense = next(x for x in found if x.variant == "dense").tokens_per_second
         rows += [_beside(x, dense) for x in found]
-    share = 0.0 if planned.retention is None else evicted_share(planned.retention)
+    kept = planned.retention
     return Plan(
         model=shape.name,
         gpu=gpu.title,
@@ -182,7 +205,8 @@ def plan_shape(
         memory_utilization=memory_utilization,
         recipe=planned.name,
         parameters=shape.parameters,
-        evicted_share=share,
+        evicted_share=0.0 if kept is None else kept.evicted_share(),
+        ratios="" if kept is None else kept.explain(context),
         note=_note(shape, context),
         rows=tuple(rows),
     )
@@ -200,7 +224,7 @@ def _planned(shape: ModelShape, recipe: str | None) -> Planned:
             raise PlanError(
                 f"{shape.name} is compressed already; leave --recipe out, or give the original model"
             )
-        return planned_by_config(f"{shape.name}'s own", shape.dms)
+        return planned_by_config(shape.name, shape.dms, shape.shift)
     return planned_by_recipe(recipe or "calibrated_cr8")
 
 
@@ -218,7 +242,7 @@ def _variants(planned: Planned) -> list[Variant]:
             if own == _PLAIN
             else [*found, Variant(f"dense, {_named(own)} KV", planned, None, own)]
         )
-    cr = f"DMS {planned.retention.target_cr:g}x"
+    cr = f"DMS {planned.retention.target_cr:.3g}x"
     formats: dict[str, tuple[Rows, Rows]] = {cr: _PLAIN}
     formats |= {f"{cr}, {name}": rows for name, rows in _FORMATS.items()}
     if own not in formats.values():

@@ -4,15 +4,11 @@
 import math
 from dataclasses import dataclass
 
-from modelopt_dms.config.compression_ratio import (
-    check_reachable,
-    evictable_tokens,
-    target_evicted_fraction,
-)
+from modelopt_dms.config.compression_ratio import evictable_tokens
 from modelopt_dms.kernels.row_bytes import PAGE, list_bytes, row_bytes
 from modelopt_dms.kvcache.reserve import pages_per_list
 from modelopt_dms.serving.planner.hardware import Gpu
-from modelopt_dms.serving.planner.model_shape import ModelShape
+from modelopt_dms.serving.planner.model_shape import ModelShape, PlanError
 from modelopt_dms.serving.planner.plan_recipe import (
     Planned,
     Retention,
@@ -50,19 +46,6 @@ class CacheBytes:
         return self.held + self.bookkeeping
 
 
-def evicted_share(retention: Retention) -> float:
-    """Share of the evictable tokens that is evicted, at every length.
-
-    Raises:
-        ValueError: target_cr cannot be reached at the length at which it is to be met.
-    """
-    cr, window, protected = retention.target_cr, retention.window, retention.protect_first
-    if retention.length is None:
-        return 1.0 - 1.0 / cr
-    check_reachable(cr, window, retention.length, protected)
-    return target_evicted_fraction(cr, retention.length, window, protected)
-
-
 def cache_bytes(
     shape: ModelShape,
     rows: tuple[Rows, Rows],
@@ -77,7 +60,7 @@ def cache_bytes(
         rows: how DMS layers store keys and values.
         retention: which tokens stay; None keeps all, without pages.
         tokens: T.
-        tp: GPUs that share the KV heads; with more GPUs than heads, several hold the same head.
+        tp: GPUs that share the KV heads, see `check_split`; with more GPUs than heads, several hold the same head.
     """
     heads = -(-shape.kv_heads // tp)
     plain = heads * 2 * row_bytes("plain", shape.head_dim, shape.itemsize)
@@ -88,7 +71,7 @@ def cache_bytes(
         whole = float(lists * tokens * row) + elsewhere
         return CacheBytes(float(tokens), whole, whole, whole, 0.0)
     window, protected = retention.window, retention.protect_first
-    share = evicted_share(retention)
+    share = retention.evicted_share()
     live = tokens - share * evictable_tokens(tokens, window, protected)
     most = math.ceil(tokens / PAGE)
     pages = min(live / PAGE + 0.5, most) if share else most
@@ -100,6 +83,29 @@ def cache_bytes(
         reserved=float(lists * reserved * PAGE * row) + elsewhere,
         bookkeeping=float(lists * list_bytes(window, most)),
     )
+
+
+def check_split(shape: ModelShape, tp: int) -> None:
+    """Refuse a number of GPUs that engines cannot share the heads of a model by.
+
+    As vLLM has it: every GPU computes as many query heads, and holds as many KV heads, or as many GPUs hold each of
+    these.
+
+    Raises:
+        PlanError: see above.
+    """
+    if not can_split(shape, tp):
+        accepted = [x for x in range(1, shape.query_heads + 1) if can_split(shape, x)]
+        raise PlanError(
+            f"--tp {tp}: {shape.name} has {shape.query_heads} query heads and {shape.kv_heads} KV heads, which so many "
+            f"GPUs cannot share evenly; accepted: {', '.join(map(str, accepted))}"
+        )
+
+
+def can_split(shape: ModelShape, tp: int) -> bool:
+    """Whether so many GPUs can share the heads of a model evenly."""
+    kv = shape.kv_heads
+    return shape.query_heads % tp == 0 and (kv % tp == 0 or tp % kv == 0)
 
 
 def weight_bytes(shape: ModelShape, planned: Planned | None) -> float:

@@ -2,13 +2,18 @@
 """A config.json -> the numbers that memory and speed depend on. Reads no weights, imports no torch."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from modelopt_dms.config.bundled import embedded_model_dir, suggestion
+from modelopt_dms.checkpoints.base import EMBEDDED, locate
+from modelopt_dms.checkpoints.fetch import KNOWN
+from modelopt_dms.checkpoints.gguf import gguf_file
+from modelopt_dms.config.bundled import suggestion
+from modelopt_dms.serving.planner.gguf_config import config_of_gguf
+from modelopt_dms.serving.planner.saved_shift import saved_shift
 
 # Decoders of this build: q, k, v, o, a gated MLP or experts of it, two norms a layer.
 _DENSE = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
@@ -43,6 +48,7 @@ class ModelShape:
         itemsize: bytes of a number in the model's own dtype.
         max_length: tokens that it was made for, if known.
         dms: the fields of config.json that a DMS model has: dms_config, dms_curve, dms_quantization.
+        shift: how far the gates of a DMS model are set from their curve's shift 0 (see `saved_shift`).
     """
 
     name: str
@@ -62,6 +68,7 @@ class ModelShape:
     itemsize: int
     max_length: int | None
     dms: dict[str, Any]
+    shift: float = 0.0
 
     @property
     def parameters(self) -> int:
@@ -81,26 +88,32 @@ def shape_of(model: str) -> ModelShape:
     """The shape of a model.
 
     Args:
-        model: a config.json, a directory that holds one, "embedded", a name of the table (`shipped_models`, with or
-            without its owner), or a hub id whose config is in the local cache.
+        model: a config.json, a directory that holds one, a .gguf file, "embedded", a fetched model ("smollm2"), a name
+            of the table (`shipped_models`, with or without its owner), or a hub id whose config is in the local cache.
 
     Raises:
         PlanError: none of these, or a build that the plan does not know.
+        ValueError: a known model that is not fetched yet, or a GGUF file that cannot be read.
     """
     name, config = _config(model)
     try:
-        return _shape(name, config)
+        found = _shape(name, config)
     except KeyError as error:
         raise PlanError(f"{model}: its config has no {error.args[0]}") from None
+    if found.dms.get("dms_curve") and Path(model).is_dir():
+        return replace(found, shift=saved_shift(Path(model), found.dms["dms_curve"]))
+    return found
 
 
 def _config(model: str) -> tuple[str, dict[str, Any]]:
-    path = embedded_model_dir() if model == "embedded" else Path(model)
+    path = Path(locate(model))
+    if (file := gguf_file(path)) is not None:
+        return (model if model in KNOWN else file.stem), config_of_gguf(file)
     if path.is_dir():
         path = path / "config.json"
         if not path.is_file():
             raise PlanError(
-                f"{model} has no config.json; expected a model's directory or its config"
+                f"{model} has no config.json; expected a model's directory, its config, or a .gguf file"
             )
     if path.is_file():
         return (path.parent.name if path.name == "config.json" else path.stem), _read(path)
@@ -112,8 +125,9 @@ def _config(model: str) -> tuple[str, dict[str, Any]]:
     if (cached := _hub_config(model)) is not None:
         return model, _read(cached)
     raise PlanError(
-        f"MODEL={model!r} is no config.json, no directory with one, and no hub id whose config is in the local cache"
-        f"{suggestion(model, list(table))}; shipped: {', '.join(table)}"
+        f"MODEL={model!r} is no config.json, no directory with one, no .gguf file, and no hub id whose config is in "
+        f"the local cache{suggestion(model, [*table, EMBEDDED, *KNOWN])}; shipped: {', '.join([*table, EMBEDDED])}; "
+        f"known to `fetch`: {', '.join(KNOWN)}"
     )
 
 

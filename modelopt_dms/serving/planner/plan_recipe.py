@@ -6,8 +6,14 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any
 
+from modelopt_dms.config.compression_ratio import (
+    check_reachable,
+    physical_cr,
+    target_evicted_fraction,
+)
 from modelopt_dms.config.dms import DMSConfig
 from modelopt_dms.config.recipe_file import check_recipe
+from modelopt_dms.gates.curve import Curve, read_curve
 from modelopt_dms.kernels.row_bytes import Number
 from modelopt_dms.serving.planner.model_shape import PlanError
 
@@ -34,12 +40,43 @@ class Retention:
         window: delay window W.
         protect_first: P.
         length: tokens at which target_cr is met; None: the evicted share is 1 - 1/target_cr at every length.
+        source: who says so, for a reader.
+        curve: of a compressed model that carries one.
+        shift: how far its thresholds are from the curve's shift 0.
     """
 
     target_cr: float
     window: int
     protect_first: int = 0
     length: int | None = None
+    source: str = ""
+    curve: Curve | None = None
+    shift: float = 0.0
+
+    def evicted_share(self) -> float:
+        """Share of the evictable tokens that is evicted, at every length.
+
+        Raises:
+            ValueError: target_cr cannot be reached at the length at which it is to be met.
+        """
+        if self.length is None:
+            return 1.0 - 1.0 / self.target_cr
+        check_reachable(self.target_cr, self.window, self.length, self.protect_first)
+        return target_evicted_fraction(self.target_cr, self.length, self.window, self.protect_first)
+
+    def explain(self, tokens: int) -> str:
+        """Why the ratio at this many tokens is another one than target_cr, in a line."""
+        share, always = self.evicted_share(), self.window + 1 + self.protect_first
+        here = physical_cr(share, tokens, self.window, self.protect_first)
+        where = "every length" if self.length is None else f"{self.length:,} tokens"
+        line = (
+            f"CR: {self.source} {self.target_cr:.3g} at {where}, which evicts {share:.1%} of all but the {always} "
+            f"tokens that a head always holds; the same share of {tokens:,} tokens gives {here:.1f}."
+        )
+        if self.curve is None:
+            return f"{line} Other texts get other ratios (docs/capacity.md)."
+        low, high = self.curve.expected(self.shift, tokens)
+        return f"{line} Expect {low:.1f} to {high:.1f} of other texts of this length."
 
 
 @dataclass(frozen=True)
@@ -72,23 +109,41 @@ def planned_by_recipe(name: str) -> Planned:
             length = sections.retrofit.sequence_length
         elif sections.calibrate is not None:
             length = sections.calibrate.sample_length
-        retention = Retention(dms.target_cr, dms.window, dms.protect_first, length)
+        retention = Retention(
+            dms.target_cr, dms.window, dms.protect_first, length, f"{name} asks for"
+        )
     cfg = None if quantize is None else quantize.quant_cfg
     return Planned(str(name), retention, tuple(cfg or ()))
 
 
-def planned_by_config(name: str, dms: Mapping[str, Any]) -> Planned:
-    """What a compressed model does, by the fields of its config.json."""
+def planned_by_config(name: str, dms: Mapping[str, Any], shift: float = 0.0) -> Planned:
+    """What a compressed model does.
+
+    Args:
+        name: of the model.
+        dms: the DMS fields of its config.json.
+        shift: how far its thresholds are from its curve's shift 0.
+
+    Raises:
+        CompressionError: its curve is damaged.
+    """
     config = dms.get("dms_config")
     retention = None
     if config and config.get("evict", True):
-        curve = dms.get("dms_curve") or {}
-        found = DMSConfig(**config)
-        retention = Retention(
-            found.target_cr, found.window, found.protect_first, curve.get("length")
-        )
+        retention = _retention(name, DMSConfig(**config), dms.get("dms_curve"), shift)
     quantization = dms.get("dms_quantization") or {}
-    return Planned(name, retention, tuple(quantization.get("quant_cfg") or ()))
+    return Planned(f"{name}'s own", retention, tuple(quantization.get("quant_cfg") or ()))
+
+
+def _retention(name: str, config: DMSConfig, stored: Any, shift: float) -> Retention:
+    """What a compressed model is set to, by its curve; without one, by its recipe."""
+    always = (config.window, config.protect_first)
+    if not stored:
+        return Retention(config.target_cr, *always, None, f"{name}'s recipe asks for")
+    curve = read_curve(stored)
+    cr = physical_cr(curve.evicted_share(shift), curve.length, *always)
+    source = f"{name} gives, by its curve,"
+    return Retention(cr, *always, curve.length, source, curve, shift)
 
 
 def kv_rows(planned: Planned) -> tuple[Rows, Rows]:

@@ -24,6 +24,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 from modelopt_dms.kernels.layout import PAGE
 from modelopt_dms.kernels.reference import Scoring
 from modelopt_dms.serving.vllm.config import ModelRules, options_of
+from modelopt_dms.serving.vllm.names import FP8_CACHES
 from modelopt_dms.serving.vllm.scheduling import DMSSpec
 from modelopt_dms.serving.vllm.slabs import NewTokens
 
@@ -119,17 +120,21 @@ class DMSImpl(AttentionImpl[DMSMetadata]):
         connector: Any = get_kv_transfer_group()
         slabs, layer = connector.slabs, connector.layers[layer_name]
         requests = connector.requests_of(metadata.first_blocks)
-        single: list[int] = []
-        for i, request in enumerate(requests):
-            start, end = metadata.starts[i : i + 2]
-            if end - start == 1:
-                single.append(i)
+        parts = [slice(*metadata.starts[i : i + 2]) for i in range(len(requests))]
+        drafted = [bool(slabs.held[x].draft.tokens) for x in requests]
+        short: list[int] = []
+        for i, part in enumerate(parts):
+            if drafted[i] or part.stop - part.start == 1:
+                short.append(i)
             else:
-                part = slice(start, end)
-                output[part] = slabs.chunk(layer, request, new[part], self.scoring)
-        if single:
-            at = torch.tensor([metadata.starts[i] for i in single], device=output.device)
-            names = [requests[i] for i in single]
+                output[part] = slabs.chunk(layer, requests[i], new[part], self.scoring)
+        names = [requests[i] for i in short]
+        if any(drafted):
+            found = slabs.verify(layer, names, [new[parts[i]] for i in short], self.scoring)
+            for i, out in zip(short, found, strict=True):
+                output[parts[i]] = out
+        elif short:
+            at = torch.tensor([parts[i].start for i in short], device=output.device)
             output[at] = slabs.decode(layer, names, new[at], self.scoring)
 
 
@@ -137,6 +142,7 @@ class DMSBackend(AttentionBackend):
     """Names the parts to vLLM."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", "float16", "bfloat16", *FP8_CACHES]
 
     @staticmethod
     def get_name() -> str:

@@ -11,7 +11,14 @@ from vllm.transformers_utils import config as vllm_parsers
 
 from modelopt_dms.kernels.layout import PAGE
 from modelopt_dms.modeling.config_marks import unmark
-from modelopt_dms.serving.vllm.names import ARCHITECTURES, CONNECTOR, DENSE, MIXTURE, OPTIONS
+from modelopt_dms.serving.vllm.names import (
+    ARCHITECTURES,
+    CONNECTOR,
+    DENSE,
+    FP8_CACHES,
+    MIXTURE,
+    OPTIONS,
+)
 
 logger = init_logger(__name__)
 
@@ -161,20 +168,26 @@ def _refuse(vllm_config: VllmConfig) -> None:
         )
     if cache.user_specified_block_size and cache.block_size != PAGE:
         raise ValueError(f"block_size={cache.block_size}: DMS models have blocks of {PAGE} tokens")
-    if cache.cache_dtype not in ("auto", "bfloat16", "float16", "float32"):
+    if cache.cache_dtype not in ("auto", "bfloat16", "float16", "float32", *FP8_CACHES):
         raise ValueError(
-            f"kv_cache_dtype={cache.cache_dtype!r}: the KV cache of a DMS model has the model's dtype here; accepted: "
-            "'auto'"
+            f"kv_cache_dtype={cache.cache_dtype!r}: the KV cache of a DMS model has the model's dtype here, or FP8 "
+            "(e4m3) without a scale; accepted: 'auto', 'fp8', 'fp8_e4m3'"
         )
     if vllm_config.kv_transfer_config is not None:
         raise ValueError(
             f"kv_transfer_config names {vllm_config.kv_transfer_config.kv_connector!r}: a DMS model needs the KV "
             "connector for itself, and its blocks mean nothing to another engine"
         )
-    if vllm_config.speculative_config is not None:
+    speculation = vllm_config.speculative_config
+    if speculation is not None and speculation.method != "ngram":
         raise ValueError(
-            f"speculative decoding ({vllm_config.speculative_config.method}) with a DMS model is not supported: what "
-            "a rejected draft evicted would be lost"
+            f"speculative_config.method={speculation.method!r} is not supported with a DMS model: a draft model would "
+            "need a KV cache of its own; accepted: 'ngram'"
+        )
+    if vllm_config.num_speculative_tokens >= PAGE:
+        raise ValueError(
+            f"speculative_config.num_speculative_tokens={vllm_config.num_speculative_tokens} must be below {PAGE} with "
+            "a DMS model, the tokens that even a request at its limit of blocks has room for"
         )
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
         raise ValueError(

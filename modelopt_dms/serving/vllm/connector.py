@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -21,8 +22,11 @@ from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import KVCacheConfig
 
 from modelopt_dms.kernels.layout import PAGE
+from modelopt_dms.kernels.number_formats import E4M3_MAX, Fp8
 from modelopt_dms.serving.vllm.accounting import Usage
 from modelopt_dms.serving.vllm.config import ModelRules
+from modelopt_dms.serving.vllm.drafts import Step
+from modelopt_dms.serving.vllm.names import FP8_CACHES
 from modelopt_dms.serving.vllm.scheduling import DMSManager
 from modelopt_dms.serving.vllm.slabs import Grant, Rules, Slabs, SlabShape
 
@@ -36,12 +40,12 @@ class ToWorkers(KVConnectorMetadata):
     Attributes:
         grants: slabs that changed.
         gone: requests that lost theirs.
-        scheduled: requests that get tokens.
+        steps: what the requests get that get tokens.
     """
 
     grants: dict[str, Grant]
     gone: set[str]
-    scheduled: list[str]
+    steps: dict[str, Step]
 
 
 @dataclass
@@ -96,7 +100,16 @@ class DMSConnector(KVConnectorBase_V1, SupportsHMA):
         """What changed since the last step."""
         assert self.manager is not None
         grants, gone = self.manager.take_grants()
-        return ToWorkers(grants, gone, list(scheduler_output.num_scheduled_tokens))
+        cached = scheduler_output.scheduled_cached_reqs
+        computed = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        for new in scheduler_output.scheduled_new_reqs:
+            computed[new.req_id] = new.num_computed_tokens
+        drafts = scheduler_output.scheduled_spec_decode_tokens
+        steps = {
+            request: Step(computed[request], len(drafts.get(request, ())))
+            for request in scheduler_output.num_scheduled_tokens
+        }
+        return ToWorkers(grants, gone, steps)
 
     def update_connector_output(self, connector_output: Any) -> None:
         """Take in the reports of all workers."""
@@ -178,19 +191,20 @@ class DMSConnector(KVConnectorBase_V1, SupportsHMA):
         self.layers = {name: i for i, name in enumerate(names)}
         keys, values = pages.split((layer.head_size, layer.head_size_v), dim=-1)
         shape = SlabShape(len(names), heads, self._vllm_config.scheduler_config.max_num_seqs)
-        self.slabs = Slabs(
-            keys, values, shape, Rules(rules.window, rules.shift, rules.protect_first)
-        )
+        form = None
+        if self._vllm_config.cache_config.cache_dtype in FP8_CACHES:
+            form = Fp8(torch.tensor([E4M3_MAX]))  # scale 1
+        kept = Rules(rules.window, rules.shift, rules.protect_first)
+        self.slabs = Slabs(keys, values, shape, kept, form)
 
     def bind_connector_metadata(self, connector_metadata: KVConnectorMetadata) -> None:
         """Before a step: take in what changed."""
         super().bind_connector_metadata(connector_metadata)
         assert isinstance(connector_metadata, ToWorkers) and self.slabs is not None
-        self.slabs.update(connector_metadata.grants, connector_metadata.gone)
-        self._scheduled = connector_metadata.scheduled
-        self._request_of = {
-            self.slabs.held[x].grant.blocks[0]: x for x in connector_metadata.scheduled
-        }
+        steps = connector_metadata.steps
+        self.slabs.update(connector_metadata.grants, connector_metadata.gone, steps)
+        self._scheduled = list(steps)
+        self._request_of = {self.slabs.held[x].grant.blocks[0]: x for x in steps}
 
     def requests_of(self, first_blocks: Sequence[int]) -> list[str]:
         """The requests of a step whose slabs start with these blocks."""

@@ -11,3 +11,5 @@ ATTENTION = "modelopt_dms_vllm"  # transformers' attention function
 CONNECTOR = "DMSConnector"
 # Key of vLLM's --additional-config, and what may stand below it.
 OPTIONS = "modelopt_dms"
+# Of vLLM's --kv-cache-dtype: e4m3 without a scale.
+FP8_CACHES = ("fp8", "fp8_e4m3")

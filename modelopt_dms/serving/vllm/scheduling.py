@@ -155,10 +155,17 @@ class DMSSpec(FullAttentionSpec):
         return False
 
     def blocks_expected(self, tokens: int) -> int:
-        """Blocks at the most while and after so many tokens are taken in, if the gates evict as promised."""
-        kept = pages_per_list(tokens, self.evicted_share, self.window, self.protect_first)
+        """Blocks at the most while and after so many tokens are taken in, if the gates evict as promised.
+
+        The most are reserved for the last chunk of a prompt, none of whose tokens may have been evicted yet.
+        """
+        last = min(self.chunk, tokens)
+        before, after = (
+            pages_per_list(x, self.evicted_share, self.window, self.protect_first)
+            for x in (tokens - last, tokens)
+        )
         dense = -(-tokens // PAGE)
-        return min(dense, kept + -(-min(self.chunk, tokens) // PAGE))
+        return min(dense, max(after, before + -(-last // PAGE)))
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """Of the longest request, if the gates evict as promised; with less, nothing would start."""

@@ -10,13 +10,18 @@ synchronizes with the host. Shapes: L layers, S requests at a time, K KV heads, 
 """
 
 import heapq
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from modelopt_dms.kernels.append_reference import plan_pack, update_metadata, wanted_pages
+from modelopt_dms.kernels.append_reference import (
+    plan_pack,
+    spanned_pages,
+    update_metadata,
+    wanted_pages,
+)
 from modelopt_dms.kernels.decode_reference import decode_attention
 from modelopt_dms.kernels.layout import (
     NO_PAGE,
@@ -26,9 +31,10 @@ from modelopt_dms.kernels.layout import (
     PageTables,
     RowLayout,
 )
+from modelopt_dms.kernels.number_formats import RowFormat
 from modelopt_dms.kernels.prefill_reference import Chunk, attend_chunk, expiry
 from modelopt_dms.kernels.reference import Scoring, assign_slots, shift_decisions
-from modelopt_dms.kernels.rollback import decide_previous
+from modelopt_dms.kernels.rollback import UndoLog, decide_previous, record
 from modelopt_dms.kernels.rows import write_rows
 from modelopt_dms.kvcache.forced_eviction import (
     LOOKAHEAD,
@@ -38,6 +44,7 @@ from modelopt_dms.kvcache.forced_eviction import (
     note_chunk,
 )
 from modelopt_dms.serving.vllm.accounting import Usage
+from modelopt_dms.serving.vllm.drafts import Draft, Step, of_requests, reject, rounds
 
 
 @dataclass(frozen=True)
@@ -105,6 +112,12 @@ class NewTokens:
         """Some of them."""
         return NewTokens(self.q[index], self.k[index], self.v[index], self.evict[index])
 
+    @staticmethod
+    def joined(parts: Sequence["NewTokens"]) -> "NewTokens":
+        """All of them."""
+        fields = ("q", "k", "v", "evict")
+        return NewTokens(*(torch.cat([getattr(x, name) for x in parts]) for name in fields))
+
 
 @dataclass
 class Held:
@@ -115,28 +128,38 @@ class Held:
         grant: its slab now.
         free: heap of indices of the slab's pages that no list owns; the first ones are taken first.
         forced: tokens evicted by force.
+        draft: tokens that may be taken back.
     """
 
     row: int
     grant: Grant
     free: list[int] = field(default_factory=list)
     forced: int = 0
+    draft: Draft = field(default_factory=Draft)
 
 
 class Slabs:
     """The lists of all requests that run on a rank."""
 
-    def __init__(self, keys: Tensor, values: Tensor, shape: SlabShape, rules: Rules) -> None:
+    def __init__(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        shape: SlabShape,
+        rules: Rules,
+        form: RowFormat | None = None,
+    ) -> None:
         """Start empty.
 
         Args:
-            keys: the pool's pages [pages, PAGE, Dk].
+            keys: the pool's pages [pages, PAGE, Dk], or their codes.
             values: likewise [pages, PAGE, Dv].
             shape: L, K and S.
             rules: of the model.
+            form: number format of the rows, eight bits with one scale; None: they are stored as they come.
         """
         layers, heads, requests = shape.layers, shape.heads, shape.requests
-        self.lists, self.rules = layers * heads, rules
+        self.lists, self.rules, self.form = layers * heads, rules, form
         device, ring = keys.device, rules.window + 1
 
         def ints(value: int, *shape: int) -> Tensor:
@@ -151,22 +174,31 @@ class Slabs:
         self.positions = ints(0, len(keys), PAGE)
         self._active = torch.ones(max(layers, requests), dtype=torch.bool, device=device)
         self._scales = torch.ones(4, heads, device=device)
-        key_rows, value_rows = (RowLayout("plain", x.shape[-1], x.dtype) for x in (keys, values))
+        key_rows, value_rows = (RowLayout.of(form, x.shape[-1], x.dtype) for x in (keys, values))
         # Nobody takes pages from it: a request's pages are in its slab.
         free, counters = ints(0, 1), ints(0, 2)
         self.pool = PagePool(key_rows, value_rows, keys, values, None, None, free, counters)
         self.held: dict[str, Held] = {}
         self._rows = list(range(requests))[::-1]
 
-    def update(self, grants: dict[str, Grant], gone: Iterable[str]) -> None:
+    def update(
+        self, grants: dict[str, Grant], gone: Iterable[str], steps: Mapping[str, Step]
+    ) -> None:
         """Take in what the scheduler has handed out and taken away, before anything is written.
 
         Args:
             grants: by request.
             gone: requests that have lost their slabs.
+            steps: what the requests get that take in tokens now.
+
+        Raises:
+            RuntimeError: the scheduler counts other tokens than the lists have seen.
         """
         for request in gone:
             self._drop(request)
+        for request, step in steps.items():
+            if request in self.held:
+                self._take_back(self.held[request], step.computed)
         for request, grant in grants.items():
             held = self.held.get(request)
             if held is not None and held.grant.epoch != grant.epoch:
@@ -180,15 +212,28 @@ class Slabs:
             held.grant = grant
             for index in range(before * self.lists, after * self.lists):
                 heapq.heappush(held.free, index)
+        for request, step in steps.items():
+            held = self.held[request]
+            held.draft = Draft(step.drafts)
+            if held.grant.capped and step.drafts:
+                # No list may be cut between two layers' drafts: what it lost could not be taken back.
+                self._make_room(held, None, 1 + step.drafts)
 
     def usage(self, request: str) -> tuple[int, int, Usage]:
-        """Epoch, tokens taken in, and what the lists hold."""
+        """Epoch, tokens taken in for good, and what the lists held then: a draft's tokens may go again."""
         held = self.held[request]
-        live = self.live[held.row].flatten().tolist()
-        return held.grant.epoch, int(self.seen[held.row, 0, 0]), Usage.of(live, PAGE, held.forced)
+        seen, draft = int(self.seen[held.row, 0, 0]), held.draft
+        live = draft.lengths_before(seen) if draft.tokens else self.live[held.row]
+        usage = Usage.of(live.flatten().tolist(), PAGE, held.forced)
+        return held.grant.epoch, seen - draft.tokens, usage
 
     def decode(
-        self, layer: int, requests: Sequence[str], new: NewTokens, scoring: Scoring
+        self,
+        layer: int,
+        requests: Sequence[str],
+        new: NewTokens,
+        scoring: Scoring,
+        log: UndoLog | None = None,
     ) -> Tensor:
         """Take in one token of each of n requests, and attend to what is resident: [n, H, Dv].
 
@@ -197,10 +242,12 @@ class Slabs:
             requests: n names.
             new: their tokens.
             scoring: scale, softcap, sinks.
+            log: where to keep what they overwrite, if they may be taken back.
         """
+        new = self._rounded(new)
         held = [self.held[x] for x in requests]
         for x in held:
-            if x.grant.capped:
+            if x.grant.capped and not x.draft.tokens:
                 self._make_room(x, layer, 1)
         rows = torch.tensor([x.row for x in held], device=new.q.device)
         live = self.live[rows, layer]  # [n, K]
@@ -214,6 +261,10 @@ class Slabs:
         expired = self.ring_slot[rows, layer, :, column]  # [n, K]
         slot, longer = assign_slots(expired, self.ring_evict[rows, layer, :, column], live)
         self._take_pages(layer, held, (slot == live) & (slot % PAGE == 0), slot // PAGE)
+        if log is not None:
+            shorter = replace(self._tables(self.table[rows, layer], live), seen=seen)
+            marked = self.ring_evict[rows, layer, :, column]
+            record(log, self.pool, shorter, slot, expired, marked)
         self.live[rows, layer] = longer.to(torch.int32)
         self.ring_slot[rows, layer, :, column] = slot.to(torch.int32)
         self.ring_evict[rows, layer, :, column] = evict
@@ -224,6 +275,37 @@ class Slabs:
         self.positions.view(-1)[where] = seen
         return decode_attention(new.q, self.pool, lists, scoring)
 
+    def verify(
+        self, layer: int, requests: Sequence[str], new: Sequence[NewTokens], scoring: Scoring
+    ) -> list[Tensor]:
+        """Take in one token or more of each of n requests, one after the other, so that drafts can be taken back.
+
+        Args:
+            layer: which.
+            requests: n names.
+            new: the tokens of each.
+            scoring: scale, softcap, sinks.
+
+        Returns:
+            Of each [T, H, Dv].
+        """
+        order = sorted(range(len(new)), key=lambda i: -len(new[i].q))
+        names, counts = [requests[i] for i in order], [len(new[i].q) for i in order]
+        shape = self._tables(self.table[: len(new), layer], self.live[: len(new), layer])
+        log = UndoLog.make(counts[0], self.pool, shape)
+        outs: list[list[Tensor]] = [[] for _ in new]
+        for j, n in enumerate(rounds(counts)):
+            tokens = NewTokens.joined([new[i][j : j + 1] for i in order[:n]])
+            part = of_requests(log, slice(n))
+            found = self.decode(layer, names[:n], tokens, scoring, part)
+            for place, i in enumerate(order[:n]):
+                outs[i].append(found[place : place + 1])
+        for place, name in enumerate(names):
+            draft = self.held[name].draft
+            if draft.tokens:
+                draft.logs[layer] = of_requests(log, slice(place, place + 1))
+        return [torch.cat(x) for x in outs]
+
     def chunk(self, layer: int, request: str, new: NewTokens, scoring: Scoring) -> Tensor:
         """Attend from T tokens of a request to what is resident and to each other, then take them in: [T, H, Dv].
 
@@ -233,7 +315,7 @@ class Slabs:
             new: its tokens.
             scoring: scale, softcap, sinks.
         """
-        held = self.held[request]
+        held, new = self.held[request], self._rounded(new)
         # Whether a chunk fits is known when it has been read. A page's worth can always be made to fit.
         step = PAGE if held.grant.capped else len(new.q)
         starts = range(0, len(new.q), step)
@@ -283,16 +365,47 @@ class Slabs:
         update_metadata(plan, lists)
         return out[0].transpose(0, 1)
 
-    def _make_room(self, held: Held, layer: int, tokens: int) -> None:
-        """Cut the longest lists of a capped request, until a layer can take in so many tokens (at most PAGE)."""
-        live = self.live[held.row, layer]
+    def _rounded(self, new: NewTokens) -> NewTokens:
+        """Tokens as they will be read: what is attended to must not depend on how a prompt is cut into chunks."""
+        if self.form is None:
+            return new
+        k, v = (self.form.decode(self.form.encode(x), x.shape[-1], x.dtype) for x in (new.k, new.v))
+        return replace(new, k=k, v=v)
+
+    def _take_back(self, held: Held, computed: int) -> None:
+        """Give up what was rejected of a draft, so that `computed` tokens are left."""
+        rejected = int(self.seen[held.row, 0, 0]) - computed
+        if not 0 <= rejected <= held.draft.tokens:
+            raise RuntimeError(
+                f"the scheduler counts {computed} tokens of a request whose lists have seen {computed + rejected}, "
+                f"{held.draft.tokens} of them a draft; please report this"
+            )
+        if rejected:
+            for layer, log in held.draft.logs.items():
+                lists = self._lists(layer, held.row)
+                reject(log, self.pool, lists, self.positions, rejected)
+                surplus = ~spanned_pages(lists, lists.live) & (lists.table != NO_PAGE)
+                self._give_back(held, lists.table[surplus].tolist())
+                lists.table.masked_fill_(surplus, NO_PAGE)
+        held.draft = Draft()
+
+    def _give_back(self, held: Held, pages: Iterable[int]) -> None:
+        """Let the request's other lists have these pages."""
+        block_at = {block: index for index, block in enumerate(held.grant.blocks)}
+        for page in pages:
+            block, i = divmod(page, self.lists)
+            heapq.heappush(held.free, block_at[block] * self.lists + i)
+
+    def _make_room(self, held: Held, layer: int | None, tokens: int) -> None:
+        """Cut the longest lists of a capped request until a layer, or all, can take in at most PAGE tokens."""
+        live = self.live[held.row] if layer is None else self.live[held.row, layer]
         pages = ((live + tokens + PAGE - 1) // PAGE - (live + PAGE - 1) // PAGE).sum()
         if int(pages) <= len(held.free):
             return
         lists = self._lists(None, held.row)
         growth = torch.zeros_like(lists.live)
-        if tokens == 1:
-            growth.fill_(LOOKAHEAD)
+        if layer is None or tokens == 1:
+            growth.fill_(max(LOOKAHEAD, tokens))
         else:
             growth[layer] = tokens
         least = kept_anyway(lists, self.rules.protect_first)
@@ -310,10 +423,7 @@ class Slabs:
         ids = torch.zeros(lists.table.numel() + 1, dtype=torch.int32, device=live.device)
         pool = replace(self.pool, free=ids, counters=torch.zeros_like(self.pool.counters))
         cut(lists, pool, self.positions, self.rules.protect_first, target)
-        block_at = {block: index for index, block in enumerate(held.grant.blocks)}
-        for page in ids[: int(pool.counters[0])].tolist():
-            block, i = divmod(page, self.lists)
-            heapq.heappush(held.free, block_at[block] * self.lists + i)
+        self._give_back(held, ids[: int(pool.counters[0])].tolist())
 
     def _take_pages(self, layer: int, held: Sequence[Held], wanted: Tensor, at: Tensor) -> None:
         """Give a page at place `at` [n, K] of their tables to those lists of n requests that want one [n, K]."""
@@ -392,6 +502,6 @@ class Slabs:
             ring_slot=none,
             ring_evict=none,
             active=self._active[: len(live)],
-            formats=(None, None),
+            formats=(self.form, self.form),
             scales=self._scales,
         )

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drafts in slabs: what is rejected leaves no trace, not even in what was evicted meanwhile."""
+
+import random
+
+import pytest
+import torch
+from slab_bench import BLOCKS, HEADS, LAYERS, Bench
+
+from modelopt_dms.kernels.layout import PAGE
+from modelopt_dms.serving.vllm.drafts import Step
+from modelopt_dms.serving.vllm.slabs import Rules
+
+
+def drafting(rules: Rules, evicted: float, limit: int, seed: int) -> tuple[Bench, Bench]:
+    """Three ragged requests that decode with drafts, and the same without."""
+    chance = random.Random(seed)
+    with_drafts, without = (Bench(rules, evicted, limit) for _ in range(2))
+    for bench in (with_drafts, without):
+        for i, name in enumerate("abc"):
+            bench.arrive(name, 700, i)
+        for sizes in ({"a": 200}, {"b": 90, "a": 1}, {"c": 1}):
+            bench.step(sizes)
+    for _ in range(90):
+        drafts = {}
+        for name in chance.sample("abc", chance.randint(1, 3)):
+            tokens = chance.randint(0, 7)
+            drafts[name] = (tokens, chance.randint(0, tokens))
+        with_drafts.step(dict.fromkeys(drafts, 1), drafts)
+    for name in "abc":
+        while without.seen[name] < with_drafts.seen[name]:
+            without.step({name: 1})
+    return with_drafts, without
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_rejected_drafts_leave_the_attention_of_the_whole_sequence(shift: int) -> None:
+    rules = Rules(window=20, shift=shift, protect_first=2)
+    with_drafts, without = drafting(rules, 0.8, BLOCKS, seed=shift)
+    assert min(with_drafts.seen.values()) > 150
+    assert max(with_drafts.error(x) for x in "abc") < 1e-5
+    with_drafts.step(dict.fromkeys("abc", 1))
+    without.step(dict.fromkeys("abc", 1))
+    for name in "abc":
+        ours, theirs = (x.slabs.held[name].row for x in (with_drafts, without))
+        assert torch.equal(with_drafts.slabs.live[ours], without.slabs.live[theirs])
+        assert positions(with_drafts, name) == positions(without, name)
+
+
+def positions(bench: Bench, name: str) -> list[list[int]]:
+    """Of the tokens that each list holds."""
+    slabs, row = bench.slabs, bench.slabs.held[name].row
+    found = []
+    for layer in range(LAYERS):
+        for head in range(HEADS):
+            slots = torch.arange(int(slabs.live[row, layer, head]))
+            pages = slabs.table[row, layer, head, slots // PAGE].long()
+            found.append(slabs.positions[pages, slots % PAGE].sort().values.tolist())
+    return found
+
+
+@pytest.mark.parametrize("limit", [3, 4])
+def test_capped_requests_take_in_drafts_and_keep_what_must_stay(limit: int) -> None:
+    rules = Rules(window=20, shift=0, protect_first=3)
+    bench, _ = drafting(rules, 0.1, limit, seed=limit)
+    assert max(len(x) for x in bench.blocks.values()) <= limit
+    assert bench.slabs.usage("a")[2].forced > 0
+    bench.step(dict.fromkeys("abc", 1))
+    bench.slabs.check_integrity()
+    for name in "abc":
+        seen = bench.seen[name]
+        for held in positions(bench, name):
+            assert {0, 1, 2, *range(seen - rules.window, seen)} <= set(held)
+            assert len(set(held)) == len(held) and max(held) == seen - 1
+
+
+def test_what_a_draft_may_take_is_reported_as_it_was_before_it() -> None:
+    bench = Bench(Rules(window=5, shift=0, protect_first=0), evicted=0.0)
+    bench.arrive("a", 300, seed=0)
+    bench.step({"a": 62})
+    bench.step({"a": 1}, {"a": (6, 0)})
+    _, seen, usage = bench.slabs.usage("a")
+    assert (seen, usage.pages) == (63, LAYERS * HEADS)
+    assert (
+        int(bench.slabs.live.max()) == 69
+    )  # the draft lies in pages of its own, which it gives back
+    assert len(bench.blocks["a"]) == 2
+    bench.step({"a": 1})
+    assert int(bench.slabs.live.max()) == 64
+    bench.slabs.check_integrity()
+
+
+def test_a_scheduler_that_takes_back_more_than_a_draft_is_an_error() -> None:
+    bench = Bench(Rules(window=5, shift=0, protect_first=0), evicted=0.0)
+    bench.arrive("a", 300, seed=0)
+    bench.step({"a": 62})
+    bench.step({"a": 1}, {"a": (2, 0)})
+    with pytest.raises(
+        RuntimeError, match="counts 62 tokens of a request whose lists have seen 65, 2"
+    ):
+        bench.slabs.update({}, [], {"a": Step(62)})
