@@ -19,12 +19,7 @@ def print_table(console: Console, table: Table) -> None:
 
     A pipe has no width, unless COLUMNS says one.
     """
-    for column in table.columns:
-        if column.no_wrap:
-            # Else rich takes the longest word for what is needed.
-            column.min_width = max(map(cell_len, _lines_of(column)))
-        else:
-            column.overflow = "fold"
+    _wrap_one(table)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         _print_at(console, table, max(console.width, _widest(console, table)))
         return
@@ -35,6 +30,22 @@ def print_table(console: Console, table: Table) -> None:
         return
     for paragraph in _paragraphs(table, console.width):
         console.print(paragraph, markup=False, highlight=False, soft_wrap=True)
+
+
+def _wrap_one(table: Table) -> None:
+    """Let no column be wrapped but the widest that may be: rich would fold words of all of them in turns."""
+    wrapped = [x for x in table.columns if not x.no_wrap]
+    widest = max(wrapped, key=_width, default=None)
+    for column in table.columns:
+        if column is widest:
+            column.overflow = "fold"
+        else:
+            # Without it, rich takes the longest word for what is needed.
+            column.no_wrap, column.min_width = True, _width(column)
+
+
+def _width(column: Column) -> int:
+    return max(map(cell_len, _lines_of(column)))
 
 
 def _needed(console: Console, table: Table) -> int:
