@@ -15,6 +15,7 @@ import json
 import os
 import tempfile
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -134,9 +135,22 @@ def fill(llm: Any, texts: list[list[int]], patience: int) -> dict[str, Any]:
         "steps": len(running),
         "running_by_step": running,
     }
-    if look is not None:
-        found["lives"] = {x: [asdict(y) for y in moments] for x, moments in look.lives.items()}
-    return found
+    return found | ({} if look is None else lives_of(look.lives))
+
+
+def lives_of(lives: dict[str, list[Moment]]) -> dict[str, Any]:
+    """What all requests hold in the end, together; and the first ones' moments, of decoding every 32nd step."""
+    last = [asdict(moments[-1]) for moments in lives.values()]
+    together = {name: round(sum(x[name] for x in last), 1) for name in last[0]}
+    first = {}
+    for request, moments in list(lives.items())[:4]:
+        steps = [b.context - a.context for a, b in pairwise([Moment(0, 0, 0, 0, 0, 0), *moments])]
+        shown = [
+            x for i, (x, n) in enumerate(zip(moments, steps, strict=True)) if n > 1 or not i % 32
+        ]
+        first[request.partition("-")[0]] = [asdict(x) for x in (*shown, moments[-1])]
+    most = max(x.reserved - x.kept for moments in lives.values() for x in moments)
+    return {"all_requests": together, "most_on_their_way": most, "first_requests": first}
 
 
 def main() -> None:
@@ -178,7 +192,9 @@ def main() -> None:
             content[name]["dms"] = ratio_of(model)
             llm.llm_engine.engine_core.shutdown()
             write(options.output, content)
-            print(name, {x: y for x, y in content[name].items() if x != "lives"}, flush=True)
+            print(
+                name, {x: y for x, y in content[name].items() if x != "first_requests"}, flush=True
+            )
 
 
 def ratio_of(model: Path) -> float | None:
