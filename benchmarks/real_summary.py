@@ -94,7 +94,7 @@ def draw(figure: Any, content: dict[str, Any]) -> None:
     """Needles and KL of prose over the ratio, a column for each length and dtype; draws as a band."""
     rows = [x for x in content["rows"] if "error" not in x and x["ratio"] > 1]
     places = sorted({(x["length"], x["dtype"]) for x in rows}) or [(0, "")]
-    figure.set_size_inches(max(6, 4 * len(places)), 8)
+    figure.set_size_inches(max(9, 4 * len(places)), 8)
     axes = figure.subplots(2, len(places), squeeze=False)
     groups = sorted({group_of(x["method"]) for x in rows})
     colors = {group: f"C{i}" for i, group in enumerate(groups)}
