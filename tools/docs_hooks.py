@@ -79,6 +79,8 @@ def _values(schema: dict[str, Any]) -> str:
         if key in schema
     ]
     kind = schema.get("type")
+    if isinstance(kind, list):
+        return " or ".join(names.get(x, str(x)) for x in kind)
     return " ".join([names.get(kind, str(kind)), ", ".join(bounds)]).strip()
 
 
