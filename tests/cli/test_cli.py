@@ -233,6 +233,7 @@ def test_the_embedded_model_is_an_ordinary_small_checkpoint() -> None:
     assert len(AutoTokenizer.from_pretrained(directory)) <= model.config.vocab_size
 
 
+@pytest.mark.slow
 def test_quantize_and_export_from_one_recipe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -126,6 +126,7 @@ def check(row: dict[str, Any], expected: list[KVStats]) -> None:
     assert row["resident_tokens"] == pytest.approx(sum(x.resident_tokens for x in expected) / n)
 
 
+@pytest.mark.slow
 def test_the_command_scores_a_directory_and_reports_the_cache_that_it_was_scored_on(
     directory: Path,
     tasks: Path,

@@ -173,9 +173,15 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
     return folder, names
 
 
-@pytest.mark.parametrize(
-    "page", [x for x in PAGES if any(y for y, _ in blocks(x, "python"))], ids=lambda x: x.stem
-)
+# README's recipe reads 64 samples.
+RUNNING = [
+    pytest.param(x, marks=pytest.mark.slow if x.stem == "README" else ())
+    for x in PAGES
+    if any(marked for marked, _ in blocks(x, "python"))
+]
+
+
+@pytest.mark.parametrize("page", RUNNING, ids=lambda x: x.stem)
 def test_python_blocks_that_are_marked_run(
     page: Path, given: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -41,6 +41,7 @@ def test_some_architectures_are_what_the_table_says() -> None:
             assert row.why and not row.differences
 
 
+@pytest.mark.slow
 def test_a_check_fails_when_a_path_is_wrong(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -237,3 +237,11 @@ def test_samples_are_as_long_as_asked_for_or_refused(load: Any) -> None:
         texts.samples(words, "ab " * 20, 30, 1, seed=0)
     with pytest.raises(ValueError, match="must be 'docstrings', 'code' or NAME=PATH"):
         texts.calibration_documents("poems", 0, {})
+
+
+def test_variants_are_compared_at_a_ratio_between_two_that_were_measured(load: Any) -> None:
+    at_ratio = load("ablations").at_ratio
+    rows = [{"compression_ratio": cr, "kl": kl} for cr, kl in ((6.0, 0.08), (3.0, 0.01))]
+    assert at_ratio(rows, 4.5) == pytest.approx((0.08 * 0.01) ** 0.5)
+    assert at_ratio(rows, 2.9) is None
+    assert at_ratio([*rows, {"error": "out of reach"}], 3.0) == pytest.approx(0.01)
