@@ -51,7 +51,8 @@ def fill(disk: Path, room: int) -> None:
 def refused(capsys: pytest.CaptureFixture[str]) -> str:
     """The one line that a command has said before it gave up."""
     said = " ".join(capsys.readouterr().err.split())
-    assert "Traceback" not in said and said.count("error:") == 1
+    # Once: what safetensors says of its own has an "I/O error:", too.
+    assert "Traceback" not in said and said.replace("I/O error:", "").count("error:") == 1
     assert "cannot be written" in said or "No space left" in said
     return said
 
