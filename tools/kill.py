@@ -294,6 +294,7 @@ def run(
 ) -> Ended:
     """Run a command in a fork, killed after some seconds or before a change of a file in `place`, if asked for."""
     said, counted = place / "said.txt", place / "counted.txt"
+    said.touch()  # a kill may come before the fork has opened it
     start = time.perf_counter()
     child = os.fork()
     if child == 0:
