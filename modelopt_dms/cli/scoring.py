@@ -127,10 +127,7 @@ def evaluate(
     check_ratio(place, cr)
     check_device(device)
     given = open_files(data or [], "--data", data_format)
-    if json_file is not None:
-        if json_file == STDOUT:
-            raise ValueError("--json -: rows are kept in a file while the run lasts; name one")
-        check_results_file(json_file)
+    _check_rows_file(json_file)
     from modelopt_dms.evaluation.resume import RowStore, identity
     from modelopt_dms.evaluation.run import Asked, fidelity_units, file_units, task_units
     from modelopt_dms.gates.gate import gates
@@ -164,14 +161,27 @@ def evaluate(
     if kvpress_board is not None:
         kvpress_board.write(asked, rows, cr)
     _show(network, rows, cr)
-    for row in rows:
-        if (samples := row.get("samples", count)) < count:
-            where = row.get("category") or row["task"]
-            warn(f"{where} at {row['length']} tokens: {samples} samples, as there is no more text")
+    _warn_of_few(rows, count)
     if lines := broken(limits, rows):
         for line in lines:
             err.print(f"[bold red]failed:[/bold red] {line}", highlight=False, soft_wrap=True)
         raise typer.Exit(FAILED)
+
+
+def _check_rows_file(path: Path | None) -> None:
+    """Refuse a place where rows cannot be kept while the run lasts."""
+    if path == STDOUT:
+        raise ValueError("--json -: rows are kept in a file while the run lasts; name one")
+    if path is not None:
+        check_results_file(path)
+
+
+def _warn_of_few(rows: list[dict[str, Any]], count: int) -> None:
+    """Say where there was too little text for the samples that were asked for."""
+    for row in rows:
+        if (samples := row.get("samples", count)) < count:
+            where = row.get("category") or row["task"]
+            warn(f"{where} at {row['length']} tokens: {samples} samples, as there is no more text")
 
 
 def _measured(tasks: "tuple[str, ...]", data: list[Path], fidelity: bool) -> tuple[str, ...]:
