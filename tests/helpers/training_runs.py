@@ -17,7 +17,7 @@ VOCABULARY = 40
 LENGTH = 32
 
 
-def make_model(**dms):
+def plain_model():
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -27,8 +27,12 @@ def make_model(**dms):
         num_attention_heads=4,
         num_key_value_heads=2,
     )
+    return LlamaForCausalLM(config)
+
+
+def make_model(**dms):
     dms = {"window": 3, "scale": 100.0, "offset": 2.0, "target_cr": 2.0, **dms}
-    return apply_dms(LlamaForCausalLM(config), DMSConfig(**dms))
+    return apply_dms(plain_model(), DMSConfig(**dms))
 
 
 def make_config(**options):

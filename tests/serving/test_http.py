@@ -8,14 +8,13 @@ import socket
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
 import pytest
 import torch
-from http_server import NAME, Served, model_and_tokenizer, serving
+from http_server import NAME, Served, serving
 
 from modelopt_dms.serving.http.gateway import Gateway
 from modelopt_dms.serving.http.generation import Limits, OneAtATime
@@ -26,17 +25,6 @@ from modelopt_dms.serving.http.server import Options, serve
 QUESTIONS = ["def add(a, b):", "x = [1, 2]\n" * 20, "import os", "class A:\n    pass\n" * 8]
 # Bytes of a page of every list: 4 layers of 2 KV heads, 64 keys and values of 32 numbers in float32.
 PAGE_OF_ALL = 4 * 2 * 64 * 2 * 32 * 4
-
-
-@pytest.fixture(scope="module")
-def parts() -> tuple[Any, Any]:
-    return model_and_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def served(parts: tuple[Any, Any]) -> Iterator[Served]:
-    with serving(*parts) as found:
-        yield found
 
 
 def chat(served: Served, text: str, tokens: int = 24, **fields: Any) -> Any:

@@ -6,29 +6,17 @@ import logging
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
 import pytest
 import torch
-from http_server import NAME, Served, model_and_tokenizer, serving
+from http_server import NAME, Served, serving
 
 from modelopt_dms.serving.http.decoding import StopCut, StopInAnswer
 
 PROMPT = "def add(a, b):\n    return"
-
-
-@pytest.fixture(scope="module")
-def parts() -> tuple[Any, Any]:
-    return model_and_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def served(parts: tuple[Any, Any]) -> Iterator[Served]:
-    with serving(*parts) as found:
-        yield found
 
 
 def complete(served: Served, tokens: int = 24, prompt: str = PROMPT, **fields: Any) -> Any:

@@ -3,7 +3,7 @@
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from training_runs import assert_same, make_config, make_data, make_model, run
+from training_runs import assert_same, make_config, make_data, make_model, plain_model, run
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
@@ -180,19 +180,3 @@ def test_compress_hands_callbacks_to_its_retrofit(tmp_path):
     calibrated = Recipe(dms=settings, calibrate={})
     with pytest.raises(ValueError, match="the recipe has none"):
         dms.compress(plain_model(), calibrated, data=make_data(), callbacks=[Watcher])
-
-
-def plain_model():
-    from training_runs import VOCABULARY
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-        )
-    )
