@@ -67,45 +67,64 @@ def output_change(
     K = k.shape[1]
     G = H // K
     importance = torch.zeros(B, K, T, dtype=torch.float32, device=q.device)
-    positions = torch.arange(T, device=q.device)
     rows = max(1, SCORES.get(q.device.type, SCORES_ELSEWHERE) // (G * T))
     for b in range(B):
         length = int(lengths[b])
         for head in range(K):
             group = slice(head * G, (head + 1) * G)
             sinks = None if scoring.sinks is None else scoring.sinks[group].float()
-            values = v[b, head, :length].float()
+            queries, keys, values = (
+                x[:, :length].float() for x in (q[b, group], k[b, head, None], v[b, head, None])
+            )
             gram = stream.gram[group]
-            projected = values @ gram  # [G, S, Dv]
-            squares = (projected * values).sum(-1)  # [G, S]
+            from_keys = _key_terms(values[0], gram).mT  # [G, Dv + 2, S]
             for start in range(window + 1, length, rows):  # earlier queries are within the window
                 end = min(start + rows, length)
-                weights = _weights(
-                    q[b, group, start:end], k[b, head, :end], positions[start:end], sinks, scoring
-                )
-                out = weights @ values[:end]  # [G, t, Dv]
-                own = ((out @ gram) * out).sum(-1, keepdim=True)  # [G, t, 1]
-                change = torch.baddbmm(
-                    squares[:, None, :end] + own, out, projected[:, :end].mT, alpha=-2
-                )
-                change = change.clamp_(min=0).div_(stream.squared_norm[b, start:end, None])
-                weights = weights.div_((1 - weights).clamp_(min=LEAST_REST))
+                weights = _weights(queries[:, start:end], keys[0, :end], start, sinks, scoring)
+                out = weights @ values[:, :end]  # [G, t, Dv]
+                from_queries = _query_terms(out, gram).div_(stream.squared_norm[b, start:end, None])
                 # Keys that no query of this block sees beyond the window.
                 seen = end - 1 - window
-                change = change[..., :seen].mul_(weights[..., :seen].square())
-                late = positions[start:end, None] - positions[:seen] > window
-                importance[b, head, :seen] += change.mul_(late).sum(dim=(0, 1))
-    return importance
+                change = from_queries @ from_keys[..., :seen]  # [G, t, S]
+                weights = weights[..., :seen]
+                weights.div_((1 - weights).clamp_(min=LEAST_REST))
+                _hide_recent(weights, start, window)
+                importance[b, head, :seen] += change.mul_(weights).mul_(weights).sum(dim=(0, 1))
+    return importance.clamp_(min=0)
 
 
-def _weights(q: Tensor, k: Tensor, at: Tensor, sinks: Tensor | None, scoring: Scoring) -> Tensor:
-    """Attention weights [G, t, S] in float32 of queries [G, t, D] at positions [t] on keys [S, D]."""
-    scores = (q @ k.T).float().mul_(scoring.scale)
+def _key_terms(values: Tensor, gram: Tensor) -> Tensor:
+    """Of values [S, Dv], what |P (v - o)|^2 = v'Mv - 2 o'Mv + o'Mo needs, M = P'P: [G, S, Dv + 2]."""
+    projected = values @ gram  # [G, S, Dv]
+    squares = (projected * values).sum(-1, keepdim=True)
+    return torch.cat([projected, squares, torch.ones_like(squares)], dim=-1)
+
+
+def _query_terms(out: Tensor, gram: Tensor) -> Tensor:
+    """Of outputs [G, t, Dv], what the product with `_key_terms` makes of it: [G, t, Dv + 2]."""
+    own = ((out @ gram) * out).sum(-1, keepdim=True)
+    return torch.cat([-2 * out, torch.ones_like(own), own], dim=-1)
+
+
+def _hide_recent(weights: Tensor, start: int, window: int) -> None:
+    """Set to 0 the weights [G, t, S] of queries from `start` on for keys within their window: the last ones at most."""
+    t, S = weights.shape[1:]
+    first = max(0, start - window)
+    query = torch.arange(start, start + t, device=weights.device)[:, None]
+    key = torch.arange(first, S, device=weights.device)
+    weights[..., first:].masked_fill_(query - key <= window, 0.0)
+
+
+def _weights(q: Tensor, k: Tensor, start: int, sinks: Tensor | None, scoring: Scoring) -> Tensor:
+    """Attention weights [G, t, S] of queries [G, t, D] at positions from `start` on, the last t of the keys [S, D]."""
+    G, t, _ = q.shape
+    # With beta 0 it only says the dtype: the scale costs no pass over the scores.
+    scores = torch.baddbmm(q.new_empty(1), q, k.T.expand(G, -1, -1), beta=0, alpha=scoring.scale)
     if scoring.softcap is not None:
         scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
-    future = torch.arange(len(k), device=k.device) > at[:, None]
-    scores = scores.masked_fill_(future, float("-inf"))
+    at = torch.arange(t, device=q.device)
+    scores[..., start:].masked_fill_(at > at[:, None], float("-inf"))
     if sinks is None:
         return scores.softmax(-1)
-    column = sinks[:, None, None].expand(-1, len(at), 1)
+    column = sinks[:, None, None].expand(-1, t, 1)
     return torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]
