@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+import modelopt_dms.data as documents_room
 from modelopt_dms.data import DataError
 from modelopt_dms.data.documents import open_documents
 
@@ -165,3 +166,9 @@ def test_damaged_files_are_named(tokenizer, model, tmp_path):
     for name in ("a.parquet", "b.txt"):
         with pytest.raises(DataError, match=f"{name} cannot be read"):
             ids_of(tmp_path / name, tokenizer, model)
+
+
+def test_the_package_hands_out_its_entry_and_no_other_name():
+    assert documents_room.open_documents is open_documents
+    with pytest.raises(AttributeError, match="has no attribute 'open_document'"):
+        documents_room.open_document  # noqa: B018
