@@ -192,7 +192,8 @@ def _ratios(sections: "Sections") -> str:
     asked = sorted({*how.curve, dms.target_cr} - {1.0})
     always = (dms.window, how.sample_length, dms.protect_first)
     missed = [f"{x:g}" for x in asked if not is_reachable(x, *always)]
-    found = f"{len(asked) - len(missed)} ratios"
+    count = len(asked) - len(missed)
+    found = f"{count} ratio{'s' if count != 1 else ''}"
     if not missed:
         return found
     held = dms.window + 1 + dms.protect_first

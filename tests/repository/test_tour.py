@@ -4,6 +4,8 @@
 import json
 from typing import Any
 
+import nbclient
+import nbformat
 import pytest
 from paths import ROOT
 
@@ -30,8 +32,6 @@ def test_the_notebook_is_small_and_was_run_in_order() -> None:
 
 @pytest.mark.slow
 def test_every_cell_of_the_notebook_runs() -> None:
-    nbformat = pytest.importorskip("nbformat", reason="pip install nbclient ipykernel")
-    nbclient = pytest.importorskip("nbclient", reason="pip install nbclient ipykernel")
     if not is_here("smollm2"):
         pytest.skip("modelopt-dms fetch smollm2")
     notebook = nbformat.read(TOUR, as_version=4)
