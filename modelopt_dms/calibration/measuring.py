@@ -40,11 +40,12 @@ def trace_curve(held_out: "HeldOut", ratios: Sequence[float], *, progress: bool 
     """Measure what a common shift of all thresholds does, at shifts that reach some compression ratios.
 
     What is evicted in one layer changes what gates of the next ones read, so that shifts found with nothing evicted are
-    only nearly right: each is measured, and corrected until the ratio is reached.
+    only nearly right. For the ratio that the model is made for (`target_cr`) and the highest one the shift is corrected
+    until it is reached; the others are measured once, near to where they were asked for, and lie within the curve.
 
     Args:
         held_out: samples and a model; the model's thresholds are the curve's shift 0, and stay.
-        ratios: wanted compression ratios; those out of reach at the length are left out, all others are on the curve.
+        ratios: wanted compression ratios; those out of reach at the length are left out.
         progress: show a progress bar.
     """
     model, dms, length = held_out.model, held_out.dms, held_out.length
@@ -55,6 +56,7 @@ def trace_curve(held_out: "HeldOut", ratios: Sequence[float], *, progress: bool 
     fractions = [
         target_evicted_fraction(x, length, dms.window, dms.protect_first) for x in reachable
     ]
+    reached_exactly = {dms.target_cr, *reachable[-1:]}
     points: list[CurvePoint] = []
     bar = tqdm(total=len(fractions), desc="curve", unit="ratio", disable=not progress)
     with bar, _in_eval(model):
@@ -70,9 +72,11 @@ def trace_curve(held_out: "HeldOut", ratios: Sequence[float], *, progress: bool 
                     points.append(held_out.point(shift))
                     beyond = points[-1].evicted_fraction - wanted
                     reached = beyond >= 0.0 or share >= 1.0
-                    if reached and (beyond <= near or attempt >= TRIES):
+                    done = reached and (beyond <= near or attempt >= TRIES)
+                    if not done:
+                        correction += max(near / 2 - beyond, near if not reached else -1.0)
+                    if done or ratio not in reached_exactly:
                         break
-                    correction += max(near / 2 - beyond, near if not reached else -1.0)
                 bar.update()
         finally:
             move_thresholds(model, base, 0.0)
