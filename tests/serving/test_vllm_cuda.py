@@ -1,24 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DMS models on vLLM for CUDA, as far as that goes without a GPU: what vLLM settles on, and what is refused by name.
+"""DMS models on vLLM for CUDA, as far as that goes without a GPU.
 
-vLLM's own code settles on it, for a double of an H100; see `vllm_cuda`.
+What vLLM's own code settles on for a double of an H100 (see `vllm_cuda`), what is refused by name, and the tokens that
+vLLM gives on a CPU where Triton interprets the kernels.
 """
 
 import json
 import os
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
+import triton
 from families import build_dms
 from paths import HELPERS
+from vllm_jobs import NGRAM, PYTHON, embedded_model, expected, job, rounding
 
-PYTHON = "MODELOPT_DMS_VLLM_PYTHON"
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.skipif(PYTHON not in os.environ, reason="needs vLLM: make test-vllm"),
 ]
-NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3}
 PIECES = {"cudagraph_mode": "PIECEWISE", "resolved": "PIECEWISE", "mode": "VLLM_COMPILE"}
 NONE = {"cudagraph_mode": "NONE", "resolved": "NONE"}
 SETTLED: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
@@ -104,3 +106,36 @@ def test_what_does_not_run_on_a_gpu_is_refused_by_name(
     results: dict[str, dict[str, Any]], message: str
 ) -> None:
     assert message in results[message]["error"]
+
+
+INTERPRETED: dict[str, dict[str, Any]] = {
+    "chunks": {},
+    "drafts": {"speculative_config": NGRAM},
+    "fp8": {"kv_cache_dtype": "fp8"},
+}
+LENGTHS, NEW = [70, 30, 17], 10
+
+
+@pytest.mark.parametrize("name", INTERPRETED)
+def test_interpreted_kernels_give_the_tokens_of_a_full_recompute(tmp_path: Path, name: str) -> None:
+    model = embedded_model(0.83, tmp_path / "model")
+    settings = {"max_num_batched_tokens": 64, **INTERPRETED[name]}
+    jobs = [job(str(tmp_path / "model"), settings, LENGTHS, NEW) | {"interpreted": True}]
+    (tmp_path / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
+    # vLLM's interpreter has no Triton, so that vLLM itself does not take it.
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / "triton").symlink_to(Path(triton.__file__).parent)
+    path = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(tmp_path / "packages")])
+    paths = [str(tmp_path / x) for x in ("jobs.json", "results.json")]
+    said = subprocess.run(
+        [os.environ[PYTHON], str(HELPERS / "vllm_driver.py"), *paths],
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert said.returncode == 0, said.stderr[-4000:]
+    (found,) = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert found.get("error") is None
+    oracle = rounding(model) if name == "fp8" else model
+    assert found["tokens"] == expected(oracle, LENGTHS, NEW)
+    assert found["free_at_end"] == found["pool"]

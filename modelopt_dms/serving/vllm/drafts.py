@@ -7,6 +7,7 @@ token among it, is kept until the request's next step says how many tokens of th
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ def rounds(rows: Sequence[int], counts: Sequence[int], width: int, like: Tensor)
         width: B.
         like: a tensor on the device.
     """
-    starts = [sum(counts[:i]) for i in range(len(counts))]
+    starts = [0, *accumulate(counts)]
     found = []
     for j in range(max(counts)):
         which = [i for i, count in enumerate(counts) if count > j]
