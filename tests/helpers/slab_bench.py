@@ -30,17 +30,19 @@ class Bench:
         impl: str = "reference",
         device: str = "cpu",
         dim: int = DIM,
+        value_dim: int | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         shape = SlabShape(LAYERS, HEADS, requests=4, drafts=DRAFTS)
         stored = dtype if form is None else torch.uint8
         pages = (BLOCKS + 1) * LAYERS * HEADS
-        keys, values = torch.zeros(2, pages, PAGE, dim, dtype=stored, device=device)
+        dims = (dim, value_dim or dim)
+        keys, values = (torch.zeros(pages, PAGE, x, dtype=stored, device=device) for x in dims)
         # What was there before is nobody's: rows behind a list's end are read and must not matter.
         for x in (keys, values):
             x.fill_(float("nan") if form is None else 0x7F)
         self.slabs = Slabs(keys, values, shape, rules, form, impl)
-        self.device, self.dim, self.dtype = device, dim, dtype
+        self.device, self.dims, self.dtype = device, dims, dtype
         self.scoring = Scoring(dim**-0.5)
         least = least_blocks(rules.window, rules.protect_first, PAGE)
         self.ledger = Ledger(PAGE, limit, least)
@@ -54,15 +56,15 @@ class Bench:
     def arrive(self, name: str, length: int, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
 
-        def rows(heads: int) -> Tensor:
+        def rows(heads: int, dim: int) -> Tensor:
             # As they are rounded, so that an oracle in float32 has the same numbers.
-            return torch.randn(length, heads, self.dim, generator=generator).to(self.dtype).float()
+            return torch.randn(length, heads, dim, generator=generator).to(self.dtype).float()
 
         self.tokens[name] = [
             NewTokens(
-                rows(HEADS * GROUP),
-                rows(HEADS),
-                rows(HEADS),
+                rows(HEADS * GROUP, self.dims[0]),
+                rows(HEADS, self.dims[0]),
+                rows(HEADS, self.dims[1]),
                 torch.rand(length, HEADS, generator=generator) < self.evicted,
             )
             for _ in range(LAYERS)

@@ -195,8 +195,8 @@ def test_a_pool_that_runs_out_says_so_and_harms_nobody(ops: ModuleType) -> None:
 @pytest.mark.parametrize("chunk", [1, 2])
 def test_sequences_with_free_pages_of_their_own_take_those(chunk: int, ops: ModuleType) -> None:
     shared, lists = made((None, None))
-    free = torch.tensor([[1, 5, 6, 7, 0], [9, 8, 0, 0, 0]], dtype=torch.int32)
-    counters = torch.tensor([[4, 4], [2, 2]], dtype=torch.int32)
+    free = torch.tensor([[5, 6, 7, 0, 0], [1, 10, 8, 9, 0]], dtype=torch.int32)
+    counters = torch.tensor([[3, 3], [4, 4]], dtype=torch.int32)
     pool = replace(shared, free=free, counters=counters)
     k = rows(0, B, K, PAGE + chunk, D)
     keep = torch.zeros(B, K, PAGE + chunk, dtype=torch.bool)
@@ -210,14 +210,14 @@ def test_sequences_with_free_pages_of_their_own_take_those(chunk: int, ops: Modu
     take_in(slice(0, PAGE))
     assert sorted(lists.table[0, :, 0].tolist()) == [6, 7]
     assert sorted(lists.table[1, :, 0].tolist()) == [8, 9]
-    assert counters.tolist() == [[2, 2], [0, 0]]
+    assert counters.tolist() == [[1, 1], [2, 2]]
     take_in(slice(PAGE, PAGE + chunk))
-    assert sorted(lists.table[0, :, 1].tolist()) == [1, 5]
-    assert lists.table[1, :, 1].tolist() == [0, 0]
-    # The second sequence lacks two pages, and the first one knows nothing of it.
-    assert counters.tolist() == [[0, 0], [-2, -2]]
-    assert torch.equal(stored_rows(pool, lists, 1)[0], k[0, 1])
-    assert torch.equal(stored_rows(pool, lists, 3)[0][:PAGE], k[1, 1, :PAGE])
+    # The first sequence lacks a page, and the second one knows nothing of it.
+    assert sorted(lists.table[0, :, 1].tolist()) == [0, 5]
+    assert sorted(lists.table[1, :, 1].tolist()) == [1, 10]
+    assert counters.tolist() == [[-1, -1], [0, 0]]
+    assert torch.equal(stored_rows(pool, lists, 1)[0][:PAGE], k[0, 1, :PAGE])
+    assert torch.equal(stored_rows(pool, lists, 3)[0], k[1, 1])
 
 
 @pytest.mark.parametrize("chunk", [1, 40])

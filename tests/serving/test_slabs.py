@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from modelopt_dms.kernels import dispatch
-from modelopt_dms.kernels.layout import PAGE, OutOfPagesError
+from modelopt_dms.kernels.layout import PAGE, OutOfPagesError, PageTables
 from modelopt_dms.kernels.number_formats import Fp8
+from modelopt_dms.serving.vllm.drafts import Step
+from modelopt_dms.serving.vllm.slab_pages import SlabPages
 from modelopt_dms.serving.vllm.slab_tables import Rules
 from modelopt_dms.serving.vllm.slabs import Grant
 
@@ -116,6 +118,67 @@ def test_a_slab_that_is_too_small_is_an_error_where_lists_must_not_be_cut() -> N
     bench.slabs.chunk(0, "a", bench.tokens["a"][0][slice(300)], bench.scoring)
     with pytest.raises(OutOfPagesError, match="the 1 blocks of a request are used up"):
         bench.slabs.usage(["a"])
+
+
+def test_values_may_be_wider_than_keys() -> None:
+    rules = Rules(window=20, shift=1, protect_first=2)
+    bench = Bench(rules, evicted=0.8, dim=8, value_dim=24)
+    bench.arrive("a", 200, seed=0)
+    for size in (90, 1, 20, 1):
+        bench.step({"a": size})
+    assert bench.error("a") < 1e-5
+
+
+def test_pages_are_taken_from_the_start_of_a_slab() -> None:
+    bench = Bench(Rules(window=20, shift=0, protect_first=2), evicted=0.0)
+    bench.arrive("a", 300, seed=0)
+    for size in (200, 1):
+        for _ in range(bench.ledger.grow("a", bench.seen["a"] + size + 200)):  # more than it needs
+            bench.blocks["a"].append(bench.free.pop())
+        grant = Grant(bench.ledger["a"].epoch, tuple(bench.blocks["a"]))
+        bench.slabs.update({"a": grant}, [], {"a": Step(bench.seen["a"])})
+        for layer in range(LAYERS):
+            bench.read(layer, {"a": size}, {})
+        bench.seen["a"] += size
+        bench.slabs.usage(["a"])
+        table = bench.slabs.tables.table[:, 0]
+        owned = table[table > 0].tolist()
+        slab = [b * LAYERS * HEADS + i for b in grant.blocks for i in range(LAYERS * HEADS)]
+        assert sorted(owned) == sorted(slab[: len(owned)])
+
+
+def test_what_lies_in_blocks_that_leave_moves_into_the_first_ones() -> None:
+    pages = SlabPages(lists=2, requests=2, device=torch.device("cpu"))
+    pages.assign({1: [3, 5, 2]})
+    assert pages.ids[1, :6].tolist() == [6, 7, 10, 11, 4, 5]
+    table = torch.tensor([[[[0, 0], [0, 0]], [[6, 0], [11, 4]]]], dtype=torch.int32)  # [L, S, K, P]
+    pages.restack([1], table, pages=12)
+    assert pages.free[1, :3].tolist() == [5, 10, 7]  # the last one is given out first
+    assert pages.counters.tolist() == [[0, 0], [3, 3]]
+    rows = torch.arange(12)
+    with pytest.raises(OutOfPagesError, match="keep 1 of its 3 blocks"):
+        pages.compact(1, 3, 1, table[:, 1], [rows])
+    pages.compact(1, 3, 2, table[:, 1], [rows])
+    assert table[0, 1].tolist() == [[6, 0], [11, 7]]
+    assert rows.tolist() == [0, 1, 2, 3, 4, 5, 6, 4, 8, 9, 10, 11]
+
+
+def test_requests_without_a_token_are_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    attend, read = dispatch.decode_attention, []
+
+    def noting(q: Tensor, pool: Any, lists: PageTables, *args: Any, **given: Any) -> Tensor:
+        read.append(lists.live.sum(1).tolist())
+        return attend(q, pool, lists, *args, **given)
+
+    bench = Bench(Rules(window=20, shift=0, protect_first=2), evicted=0.0)
+    for seed, name in enumerate("abc"):
+        bench.arrive(name, 100, seed)
+        bench.step({name: 10 * (seed + 1)})
+    monkeypatch.setattr(dispatch, "decode_attention", noting)
+    bench.step({"b": 1})
+    assert read == [[0, 21 * HEADS]] * LAYERS
+    bench.step({"a": 1, "c": 1})
+    assert read[LAYERS:] == [[11 * HEADS, 0, 31 * HEADS]] * LAYERS
 
 
 def test_a_list_that_outgrows_its_table_makes_it_wider() -> None:

@@ -302,7 +302,11 @@ class Slabs:
             count = int(self.pages.counters[held.row, 0])
             free = self.pages.free[held.row, :count].tolist()
             slab = {b * self.lists + i for b in held.grant.blocks for i in range(self.lists)}
+            filled = -(-self.tables.live[:, held.row] // PAGE)
             assert len(set(owned)) == len(owned), f"{name}: two lists share a page"
+            assert len(owned) == int(filled.sum()), (
+                f"{name}: a list has a page too many, or too few"
+            )
             assert sorted(owned + free) == sorted(slab), f"{name}: pages are lost, or not its own"
             assert not blocks & set(held.grant.blocks), f"{name}: a block belongs to two requests"
             blocks |= set(held.grant.blocks)
