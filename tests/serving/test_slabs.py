@@ -120,6 +120,20 @@ def test_a_slab_that_is_too_small_is_an_error_where_lists_must_not_be_cut() -> N
         bench.slabs.usage(["a"])
 
 
+def test_steps_may_run_in_inference_mode() -> None:
+    """As vLLM runs them on CUDA, and on CPUs not; tables grow meanwhile."""
+    bench = Bench(Rules(window=20, shift=1, protect_first=2), evicted=0.3)
+    for seed, name in enumerate("ab"):
+        bench.arrive(name, 1_000, seed)
+    with torch.inference_mode():
+        for sizes in ({"a": 30}, {"a": 1, "b": 900}, {"a": 1, "b": 1}):
+            bench.step(sizes)
+        bench.step({"a": 1}, {"a": (3, 1)})
+        bench.step({"a": 1, "b": 1})
+    assert bench.slabs.tables.table.shape[-1] > 8
+    assert max(bench.error(x) for x in "ab") < 1e-5
+
+
 def test_values_may_be_wider_than_keys() -> None:
     rules = Rules(window=20, shift=1, protect_first=2)
     bench = Bench(rules, evicted=0.8, dim=8, value_dim=24)
