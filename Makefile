@@ -19,7 +19,7 @@ INPUTS := pyproject.toml constraints.txt
 # Compiling every file of every package would take a minute; most are never imported.
 PIP := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 
-.PHONY: help demo models test test-all test-gpu test-tensorrt test-browser test-vllm lint docs bench clean
+.PHONY: help demo models test test-all test-gpu test-tensorrt test-browser test-vllm test-vllm-gpu lint docs bench clean
 
 help:
 	@echo "make demo   compress SmolLM2-135M, ask it and its peers about a text, write demo_output/ (downloads 93 MB)"
@@ -29,6 +29,7 @@ help:
 	@echo "make test-tensorrt  the tests that need TensorRT's packages, and neither its libraries nor a GPU"
 	@echo "make test-browser  the test that looks at a report in headless Chromium, which must be installed"
 	@echo "make test-vllm  DMS models on vLLM (third-party CPU build, 3 GB, in a virtual environment of its own)"
+	@echo "make test-vllm-gpu VLLM_PYTHON=/path/to/python  the same on vLLM for CUDA, which is there with modelopt_dms beside it"
 	@echo "make lint   ruff and mypy"
 	@echo "make docs   the documentation as a site, site/index.html; warnings are errors"
 	@echo "make models  try every architecture of transformers on a tiny model: docs/models.md (15 minutes)"
@@ -58,6 +59,10 @@ test-browser: $(VENV)/.dev $(BROWSER_VENV)/.ready
 
 test-vllm: $(VENV)/.dev $(VLLM_VENV)/.ready
 	MODELOPT_DMS_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python $(BIN)/python -m pytest -m vllm -x
+
+test-vllm-gpu: $(VENV)/.dev
+	@test -n "$(VLLM_PYTHON)" || { echo "VLLM_PYTHON must name the interpreter of vLLM for CUDA"; exit 2; }
+	TRITON_INTERPRET=0 MODELOPT_DMS_VLLM_PYTHON=$(VLLM_PYTHON) $(BIN)/python -m pytest tests/serving/test_vllm_serving.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -89,6 +89,7 @@ def _append_kernel(
     active_ptr,
     scales_ptr,
     free_ptr,
+    free_stride,
     pages,
     keys_ptr,
     values_ptr,
@@ -129,6 +130,8 @@ def _append_kernel(
     PROTECT: tl.constexpr,
 ):
     """One program per (sequence, KV head). C = 0: decided already. LOGGED: tokens of the undo log, 0 for none.
+
+    free_stride: places of a sequence's own stack of free pages; 0 where all take from one.
 
     Without a free list and its counters, a list that lacks a page takes none: its row goes to page 0, which nobody
     reads.
@@ -173,7 +176,9 @@ def _append_kernel(
 
     if free_ptr is not None:  # noqa: SIM102 (decided when compiled, the next when run)
         if (page == 0) & (slot % PAGE == 0):
-            page = _take_page(free_ptr, counters_ptr, entry, page, fits)
+            own = sequence.to(tl.int64) * free_stride
+            own_counters = counters_ptr + tl.where(free_stride > 0, 2 * sequence, 0)
+            page = _take_page(free_ptr + own, own_counters, entry, page, fits)
     row = one + page.to(tl.int64) * PAGE + slot % PAGE
     if LOGGED > 0:
         logged = (seen % LOGGED).to(tl.int64) * lists + index
@@ -300,6 +305,7 @@ def append_token(
         lists.active.view(torch.uint8),
         lists.scales,
         pool.free,
+        0 if pool.shared else pool.free.stride(0),
         lists.table.shape[2],
         pool.keys,
         pool.values,
@@ -469,7 +475,7 @@ def append_variant(
     else:
         types["evict_ptr"] = "*u8"
     if takes_pages:
-        types |= {"free_ptr": "*i32", "counters_ptr": "*i32"}
+        types |= {"free_ptr": "*i32", "counters_ptr": "*i32", "free_stride": "i32"}
     types |= {"pages": "i32"} | stored_types(layouts)
     types |= {f"{x}_ptr": "*i32" for x in ("table", "live", "seen", "ring_slot")}
     types["ring_evict_ptr"] = "*u8"

@@ -203,10 +203,12 @@ def update_metadata(plan: Plan, lists: PageTables) -> None:
 def _allocate_for(pool: PagePool, lists: PageTables, live: Tensor) -> None:
     """Take what lists of this length [B, K] lack."""
     wanted = wanted_pages(lists, live)
-    pages = pool.take(wanted.flatten()).view_as(wanted)
+    too_long = live > lists.table.shape[2] * PAGE
+    first = 0 if pool.shared else 1
+    pages = pool.take(wanted.flatten(first)).view_as(wanted)
     lists.table.copy_(torch.where(wanted, pages, lists.table))
-    too_long = (live > lists.table.shape[2] * PAGE).any()
-    pool.counters[1].clamp_(max=torch.where(too_long, -1, pool.counters[1]))
+    fewest = pool.counters[..., 1]
+    fewest.clamp_(max=torch.where(too_long.flatten(first).any(-1), -1, fewest))
 
 
 def _shorten(

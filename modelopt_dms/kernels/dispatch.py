@@ -29,7 +29,7 @@ from modelopt_dms.kernels.rollback import UndoLog
 
 # Per thread: the mask that `starts_of` was asked about last, and what it said.
 _LAST = threading.local()
-_NEEDED = "a GPU of compute capability 9.0 to 11.x (Hopper, data center Blackwell)"
+NEEDED_GPU = "a GPU of compute capability 9.0 to 11.x (Hopper, data center Blackwell)"
 
 
 def choose(impl: str, device: torch.device) -> Literal["triton", "reference"]:
@@ -47,7 +47,7 @@ def choose(impl: str, device: torch.device) -> Literal["triton", "reference"]:
             _say_what_computes(device)
             return "reference"
         raise ValueError(
-            f"impl='triton' needs {_NEEDED}, and {torch.cuda.get_device_name(device)} has "
+            f"impl='triton' needs {NEEDED_GPU}, and {torch.cuda.get_device_name(device)} has "
             f"{'.'.join(map(str, _capability(device)))}; accepted here: 'auto', 'reference'"
         )
     if torch.compiler.is_compiling():  # what cannot run was refused when the cache was made
@@ -72,6 +72,22 @@ def kernels_fit(capability: tuple[int, int]) -> bool:
     return (9, 0) <= capability < (12, 0)
 
 
+def rows_fit(dim: int, group: int, dtype: torch.dtype) -> bool:
+    """Whether tiles of a cache in pages fit in the 227 KB of shared memory that the kernels count on.
+
+    As compiled for sm_90a, `decode` takes at dim 256 in bfloat16 202 KB for up to 16 query heads of a KV head, 212 for
+    32 and 232 for 64; in float32 140 KB at dim 128, and 276 at 256.
+
+    Args:
+        dim: numbers of a key or value row.
+        group: query heads of a KV head.
+        dtype: of the model.
+    """
+    if dim % 8 or dim > 256:
+        return False
+    return dim <= 128 or (dtype != torch.float32 and group <= 32)
+
+
 @torch.compiler.assume_constant_result
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
@@ -80,7 +96,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 @torch.compiler.assume_constant_result
 def _say_what_computes(device: torch.device) -> None:
     warnings.warn(
-        f"the kernels need {_NEEDED}, and {torch.cuda.get_device_name(device)} has "
+        f"the kernels need {NEEDED_GPU}, and {torch.cuda.get_device_name(device)} has "
         f"{'.'.join(map(str, _capability(device)))}: plain PyTorch computes instead, slower",
         stacklevel=3,
     )

@@ -111,8 +111,8 @@ class PagePool:
         values: codes [N, PAGE, value_layout.codes].
         key_scales: [N, PAGE, S], or None.
         value_scales: likewise.
-        free: [N] int32; the first `counters[0]` are the ids of the free pages.
-        counters: [2] int32: free pages now, and the fewest there ever were; negative: the pool ran out.
+        free: [N] int32; the first `counters[0]` are the ids of the free pages. Or [B, F]: each sequence has its own.
+        counters: [2] int32: free pages now, and the fewest there ever were; negative: the pool ran out. Or [B, 2].
     """
 
     key_layout: RowLayout
@@ -156,20 +156,29 @@ class PagePool:
         """Bytes of one page, keys, values and scales."""
         return PAGE * (self.key_layout.row_bytes + self.value_layout.row_bytes)
 
+    @property
+    def shared(self) -> bool:
+        """Whether all sequences take from one stack of free pages."""
+        return self.free.ndim == 1
+
     def take(self, wanted: Tensor) -> Tensor:
-        """Pages [n] int32 for those places of `wanted` [n] bool that want one, else NO_PAGE; on the device.
+        """Pages int32 for those places of `wanted` bool that want one, else NO_PAGE; on the device.
 
         Where the pool runs out, NO_PAGE too, and the counters say so.
+
+        Args:
+            wanted: [n], or [B, n] where each sequence takes from its own stack.
         """
-        index = self.counters[0] - wanted.cumsum(0).to(torch.int32)  # [n]
+        left = self.counters[..., :1]  # [1] or [B, 1]
+        index = left - wanted.cumsum(-1).to(torch.int32)
         given = wanted & (index >= 0)
-        pages = torch.where(given, self.free[index.clamp(min=0).long()], NO_PAGE)
-        self.counters[0] -= wanted.sum().to(torch.int32)
-        self.counters[1].clamp_(max=self.counters[0])
+        pages = torch.where(given, self.free.gather(-1, index.clamp(min=0).long()), NO_PAGE)
+        left -= wanted.sum(-1, keepdim=True).to(torch.int32)
+        self.counters[..., 1:].clamp_(max=left)
         return pages
 
     def give_back(self, pages: Tensor) -> None:
-        """Take back pages [n] int32, NO_PAGE among them ignored; on the device."""
+        """Take back pages [n] int32, NO_PAGE among them ignored; on the device. Of a shared stack only."""
         real = pages != NO_PAGE
         self.counters[0].clamp_(min=0)  # what nobody got is not owed
         at = self.counters[0] + real.cumsum(0) - 1  # [n]

@@ -122,9 +122,9 @@ def _cut_some(
     lists.live.view(-1)[which] = new[:, 0]
 
 
-def note_token(positions: Tensor, lists: PageTables) -> None:
-    """Note where the newest token of every list lies; on the device."""
-    last = (lists.seen - 1)[..., None]
+def note_token(positions: Tensor, lists: PageTables, back: int = 0) -> None:
+    """Note where the newest token of every list lies, or the one so many before it; on the device."""
+    last = (lists.seen - 1 - back)[..., None]
     _note(positions, lists, lists.ring_slot.gather(2, (last % lists.ring).long()), last)
 
 

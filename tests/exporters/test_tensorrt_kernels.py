@@ -392,7 +392,7 @@ def _append_without_free_list(
     layouts = (pool.key_layout, pool.value_layout)
     append._append_kernel[(lists.batch * lists.heads,)](
         k, v, evict.view(torch.uint8), None, None, None, None, lists.active.view(torch.uint8),
-        lists.scales, None, lists.table.shape[2], pool.keys, pool.values, None, None, lists.table,
+        lists.scales, None, None, lists.table.shape[2], pool.keys, pool.values, None, None, lists.table,
         lists.live, lists.seen, lists.ring_slot, lists.ring_evict.view(torch.uint8), None,
         *[None] * 7,
         **append._append_constants(layouts, lists.heads, lists.window, lists.shift, 0),

@@ -11,22 +11,39 @@ from modelopt_dms.kernels.number_formats import RowFormat
 from modelopt_dms.kernels.reference import Scoring
 from modelopt_dms.serving.vllm.accounting import Ledger, least_blocks
 from modelopt_dms.serving.vllm.drafts import Step
-from modelopt_dms.serving.vllm.slabs import Grant, NewTokens, Rules, Slabs, SlabShape
+from modelopt_dms.serving.vllm.slab_tables import Rules, SlabShape
+from modelopt_dms.serving.vllm.slabs import Grant, NewTokens, Slabs
 
-LAYERS, HEADS, GROUP, DIM, BLOCKS = 2, 2, 2, 8, 60
-SCORING = Scoring(DIM**-0.5)
+LAYERS, HEADS, GROUP, DIM, BLOCKS, DRAFTS = 2, 2, 2, 8, 60, 7
+FIELDS = ("q", "k", "v", "evict")
 
 
 class Bench:
     """Requests of random tokens, a pool, and slabs that follow a ledger."""
 
     def __init__(
-        self, rules: Rules, evicted: float, limit: int = BLOCKS, form: RowFormat | None = None
+        self,
+        rules: Rules,
+        evicted: float,
+        limit: int = BLOCKS,
+        form: RowFormat | None = None,
+        impl: str = "reference",
+        device: str = "cpu",
+        dim: int = DIM,
+        value_dim: int | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        shape = SlabShape(LAYERS, HEADS, requests=4)
-        dtype = torch.float32 if form is None else torch.uint8
-        pages = torch.zeros((BLOCKS + 1) * LAYERS * HEADS, PAGE, 2 * DIM, dtype=dtype)
-        self.slabs = Slabs(*pages.split(DIM, dim=-1), shape, rules, form)
+        shape = SlabShape(LAYERS, HEADS, requests=4, drafts=DRAFTS)
+        stored = dtype if form is None else torch.uint8
+        pages = (BLOCKS + 1) * LAYERS * HEADS
+        dims = (dim, value_dim or dim)
+        keys, values = (torch.zeros(pages, PAGE, x, dtype=stored, device=device) for x in dims)
+        # What was there before is nobody's: rows behind a list's end are read and must not matter.
+        for x in (keys, values):
+            x.fill_(float("nan") if form is None else 0x7F)
+        self.slabs = Slabs(keys, values, shape, rules, form, impl)
+        self.device, self.dims, self.dtype = device, dims, dtype
+        self.scoring = Scoring(dim**-0.5)
         least = least_blocks(rules.window, rules.protect_first, PAGE)
         self.ledger = Ledger(PAGE, limit, least)
         self.rules, self.evicted = rules, evicted
@@ -39,14 +56,15 @@ class Bench:
     def arrive(self, name: str, length: int, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
 
-        def rows(heads: int) -> Tensor:
-            return torch.randn(length, heads, DIM, generator=generator)
+        def rows(heads: int, dim: int) -> Tensor:
+            # As they are rounded, so that an oracle in float32 has the same numbers.
+            return torch.randn(length, heads, dim, generator=generator).to(self.dtype).float()
 
         self.tokens[name] = [
             NewTokens(
-                rows(HEADS * GROUP),
-                rows(HEADS),
-                rows(HEADS),
+                rows(HEADS * GROUP, self.dims[0]),
+                rows(HEADS, self.dims[0]),
+                rows(HEADS, self.dims[1]),
                 torch.rand(length, HEADS, generator=generator) < self.evicted,
             )
             for _ in range(LAYERS)
@@ -69,51 +87,48 @@ class Bench:
         steps = {x: Step(self.seen[x], drafts.get(x, (0, 0))[0]) for x in sizes}
         self.slabs.update(grants, [], steps)
         self.slabs.check_integrity()
-        if drafts:
-            self.verify(sizes, drafts)
-        else:
-            self.read(sizes)
+        for layer in range(LAYERS):
+            self.read(layer, sizes, drafts)
+        reports = self.slabs.usage(list(sizes))
+        self.slabs.check_integrity()
         for name, size in sizes.items():
-            tokens, right = drafts.get(name, (0, 0))
+            right = drafts.get(name, (0, 0))[1]
             self.seen[name] += size
-            epoch, seen, usage = self.slabs.usage(name)
+            epoch, seen, usage = reports[name]
             assert seen == self.seen[name]
             for _ in range(self.ledger.settle(name, epoch, seen, {"0": usage})):
                 self.free.append(self.blocks[name].pop())
             self.seen[name] += right
 
-    def read(self, sizes: dict[str, int]) -> None:
-        single = [x for x, size in sizes.items() if size == 1]
-        for layer in range(LAYERS):
-            for name in sizes.keys() - set(single):
-                part = slice(self.seen[name], self.seen[name] + sizes[name])
-                new = self.tokens[name][layer][part]
-                self.outs[name][layer].append(self.slabs.chunk(layer, name, new, SCORING))
-            if single:
-                each = [
-                    self.tokens[x][layer][slice(self.seen[x], self.seen[x] + 1)] for x in single
-                ]
-                out = self.slabs.decode(layer, single, NewTokens.joined(each), SCORING)
-                for i, name in enumerate(single):
-                    self.outs[name][layer].append(out[i : i + 1])
+    def read(self, layer: int, sizes: dict[str, int], drafts: dict[str, tuple[int, int]]) -> None:
+        singles = [x for x, size in sizes.items() if size == 1 or x in drafts]
+        for name in sizes.keys() - set(singles):
+            part = torch.arange(self.seen[name], self.seen[name] + sizes[name])
+            out = self.slabs.chunk(layer, name, self.given(name, layer, part), self.scoring)
+            self.outs[name][layer].append(out.float().cpu())
+        if not singles:
+            return
+        parts = [self.indices(x, sizes[x], *drafts.get(x, (0, 0))) for x in singles]
+        each = [self.given(x, layer, part) for x, part in zip(singles, parts, strict=True)]
+        joined = NewTokens(*(torch.cat([getattr(x, y) for x in each]) for y in FIELDS))
+        counts = [len(x) for x in parts]
+        out = self.slabs.decode(layer, singles, counts, joined, self.scoring)
+        outs = out.float().cpu().split(counts)
+        for name, out in zip(singles, outs, strict=True):
+            right = drafts.get(name, (0, 0))[1]
+            self.outs[name][layer].append(out[: sizes[name] + right])
 
-    def verify(self, sizes: dict[str, int], drafts: dict[str, tuple[int, int]]) -> None:
-        for layer in range(LAYERS):
-            parts = []
-            for name, size in sizes.items():
-                tokens, right = drafts.get(name, (0, 0))
-                assert size == 1 or not tokens
-                start, end = self.seen[name], self.seen[name] + size + right
-                # What was drafted wrongly: tokens from the end of the text.
-                wrong = slice(-1, -1 - tokens + right, -1)
-                index = torch.tensor(
-                    [*range(start, end), *range(len(self.tokens[name][layer].q))[wrong]]
-                )
-                parts.append(self.tokens[name][layer][index])
-            outs = self.slabs.verify(layer, list(sizes), parts, SCORING)
-            for (name, size), out in zip(sizes.items(), outs, strict=True):
-                right = drafts.get(name, (0, 0))[1]
-                self.outs[name][layer].append(out[: size + right])
+    def indices(self, name: str, size: int, tokens: int, right: int) -> Tensor:
+        """Which of a request's tokens come: next ones and, drafted wrongly, some from the end of its text."""
+        assert size == 1 or not tokens
+        start, end = self.seen[name], self.seen[name] + size + right
+        wrong = range(len(self.tokens[name][0].q))[-1 : -1 - tokens + right : -1]
+        return torch.tensor([*range(start, end), *wrong])
+
+    def given(self, name: str, layer: int, index: Tensor) -> NewTokens:
+        some = self.tokens[name][layer][index]
+        rows = [x.to(self.device, self.dtype) for x in (some.q, some.k, some.v)]
+        return NewTokens(*rows, some.evict.to(self.device))
 
     def error(self, name: str) -> float:
         """Largest difference of outputs from attention under the mask of the whole sequence."""
@@ -129,8 +144,19 @@ class Bench:
             age = at[:, None] - at
             for h in range(HEADS * GROUP):
                 kv = h // GROUP
-                scores = new.q[:T, h] @ new.k[:T, kv].T * SCORING.scale
+                scores = new.q[:T, h] @ new.k[:T, kv].T * self.scoring.scale
                 gone = (age < 0) | ((age > self.rules.window) & evict[None, :, kv])
                 wanted = scores.masked_fill(gone, float("-inf")).softmax(-1) @ new.v[:T, kv]
                 worst = max(worst, (out[:, h] - wanted).abs().max().item())
         return worst
+
+    def positions(self, name: str) -> list[list[int]]:
+        """Of the tokens that each list holds."""
+        slabs, row = self.slabs, self.slabs.held[name].row
+        found = []
+        for layer in range(LAYERS):
+            for head in range(HEADS):
+                slots = torch.arange(int(slabs.tables.live[layer, row, head]), device=self.device)
+                pages = slabs.tables.table[layer, row, head, slots // PAGE].long()
+                found.append(slabs.positions[pages, slots % PAGE].sort().values.tolist())
+        return found

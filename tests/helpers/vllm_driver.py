@@ -3,7 +3,8 @@
 
 Reads a JSON list of jobs from the file that it is called with, and writes a list of results to the second:
 
-    job     {"model": DIR, "settings": {...of vllm.LLM...}, "prompts": [[ids]], "tokens": n, "environment": {}}
+    job     {"model": DIR, "settings": {...of vllm.LLM...}, "prompts": [[ids]], "tokens": n, "environment": {},
+            "interpreted": whether Triton's interpreter computes attention (it must be there, and TRITON_INTERPRET=1)}
     result  {"tokens": [[ids]], "peak_blocks", "dense_blocks" (at that step, by context), "share" (held / dense at the
             step with most context), "running" (most at a time), "preemptions", "forced" (requests), "free_at_end",
             "pool", "steps", "drafted" and "accepted" (tokens), "error": text, if the engine did not start}
@@ -35,6 +36,11 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     os.environ.update(job.get("environment", {}))
     settings = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": 8, **job["settings"]}
     settings.setdefault("max_model_len", 1024)
+    settings.setdefault(
+        "kv_cache_memory_bytes", 1 << 30
+    )  # on a GPU too: one engine follows the other
+    if job.get("interpreted"):
+        interpret()
     try:
         llm = LLM(job["model"], **settings)
     except Exception as error:
@@ -46,6 +52,14 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         llm.llm_engine.engine_core.shutdown()
         for name in job.get("environment", {}):
             os.environ[name] = DEFAULTS[name]
+
+
+def interpret() -> None:
+    """Let kernels run on the CPU, where they would be left to PyTorch."""
+    from modelopt_dms.kernels import dispatch, library
+
+    assert library.has_triton() and library.interpreting()
+    dispatch.choose = lambda impl, device: "triton"
 
 
 def watch(llm: Any, job: dict[str, Any]) -> dict[str, Any]:

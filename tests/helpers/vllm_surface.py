@@ -45,6 +45,7 @@ def overriding(ours: type, names: list[str]) -> list[str]:
 
 
 def report() -> list[str]:
+    from vllm.config import CompilationConfig, VllmConfig
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
     from vllm.transformers_utils import config as parsers
     from vllm.v1.core.block_pool import BlockPool
@@ -79,6 +80,7 @@ def report() -> list[str]:
             "register_kv_caches",
             "bind_connector_metadata",
             "build_connector_worker_meta",
+            "requires_piecewise_for_cudagraph",
         ],
         scheduling.DMSManager: [
             "get_num_blocks_to_allocate",
@@ -98,6 +100,9 @@ def report() -> list[str]:
         "layout BLHNC": hasattr(KVCacheLayout, "BLHNC"),
         "BlockPool.get_new_blocks": hasattr(BlockPool, "get_new_blocks"),
         "BlockPool.free_blocks": hasattr(BlockPool, "free_blocks"),
+        "ops that graphs are cut at": "vllm::unified_attention_with_output"
+        in CompilationConfig._attention_ops,
+        "VllmConfig.use_v2_model_runner": hasattr(VllmConfig, "use_v2_model_runner"),
         "managers of a coordinator": "single_type_managers"
         in inspect.getsource(KVCacheCoordinator.__init__),
     }

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Taking tokens into paged lists: kernels (interpreted) and their meaning in PyTorch, one op at a time."""
 
+from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -189,6 +190,34 @@ def test_a_pool_that_runs_out_says_so_and_harms_nobody(ops: ModuleType) -> None:
         pool.check("turn the knob")
     owned = lists.table[lists.table > 0].tolist()
     assert sorted(owned) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_sequences_with_free_pages_of_their_own_take_those(chunk: int, ops: ModuleType) -> None:
+    shared, lists = made((None, None))
+    free = torch.tensor([[5, 6, 7, 0, 0], [1, 10, 8, 9, 0]], dtype=torch.int32)
+    counters = torch.tensor([[3, 3], [4, 4]], dtype=torch.int32)
+    pool = replace(shared, free=free, counters=counters)
+    k = rows(0, B, K, PAGE + chunk, D)
+    keep = torch.zeros(B, K, PAGE + chunk, dtype=torch.bool)
+
+    def take_in(part: slice) -> None:
+        if chunk == 1 and part.start:
+            ops.append_token(k[:, :, -1], k[:, :, -1], Decided(keep[..., -1]), pool, lists)
+        else:
+            ops.pack(k[:, :, part], k[:, :, part], keep[..., part], None, pool, lists)
+
+    take_in(slice(0, PAGE))
+    assert sorted(lists.table[0, :, 0].tolist()) == [6, 7]
+    assert sorted(lists.table[1, :, 0].tolist()) == [8, 9]
+    assert counters.tolist() == [[1, 1], [2, 2]]
+    take_in(slice(PAGE, PAGE + chunk))
+    # The first sequence lacks a page, and the second one knows nothing of it.
+    assert sorted(lists.table[0, :, 1].tolist()) == [0, 5]
+    assert sorted(lists.table[1, :, 1].tolist()) == [1, 10]
+    assert counters.tolist() == [[-1, -1], [0, 0]]
+    assert torch.equal(stored_rows(pool, lists, 1)[0][:PAGE], k[0, 1, :PAGE])
+    assert torch.equal(stored_rows(pool, lists, 3)[0], k[1, 1])
 
 
 @pytest.mark.parametrize("chunk", [1, 40])

@@ -7,9 +7,8 @@ import pytest
 import torch
 from slab_bench import BLOCKS, HEADS, LAYERS, Bench
 
-from modelopt_dms.kernels.layout import PAGE
 from modelopt_dms.serving.vllm.drafts import Step
-from modelopt_dms.serving.vllm.slabs import Rules
+from modelopt_dms.serving.vllm.slab_tables import Rules
 
 
 def begun(rules: Rules, evicted: float, limit: int) -> Bench:
@@ -46,20 +45,11 @@ def test_rejected_drafts_leave_the_attention_of_the_whole_sequence(shift: int) -
     without.step(dict.fromkeys("abc", 1))
     for name in "abc":
         ours, theirs = (x.slabs.held[name].row for x in (with_drafts, without))
-        assert torch.equal(with_drafts.slabs.live[ours], without.slabs.live[theirs])
-        assert positions(with_drafts, name) == positions(without, name)
-
-
-def positions(bench: Bench, name: str) -> list[list[int]]:
-    """Of the tokens that each list holds."""
-    slabs, row = bench.slabs, bench.slabs.held[name].row
-    found = []
-    for layer in range(LAYERS):
-        for head in range(HEADS):
-            slots = torch.arange(int(slabs.live[row, layer, head]))
-            pages = slabs.table[row, layer, head, slots // PAGE].long()
-            found.append(slabs.positions[pages, slots % PAGE].sort().values.tolist())
-    return found
+        lengths = [
+            x.slabs.tables.live[:, row] for x, row in ((with_drafts, ours), (without, theirs))
+        ]
+        assert torch.equal(*lengths)
+        assert with_drafts.positions(name) == without.positions(name)
 
 
 @pytest.mark.parametrize("limit", [3, 4])
@@ -68,14 +58,43 @@ def test_capped_requests_take_in_drafts_and_keep_what_must_stay(limit: int) -> N
     bench = begun(rules, 0.1, limit)
     decode_with_drafts(bench, seed=limit)
     assert max(len(x) for x in bench.blocks.values()) <= limit
-    assert bench.slabs.usage("a")[2].forced > 0
+    assert bench.slabs.usage(["a"])["a"][2].forced > 0
     bench.step(dict.fromkeys("abc", 1))
     bench.slabs.check_integrity()
     for name in "abc":
         seen = bench.seen[name]
-        for held in positions(bench, name):
+        for held in bench.positions(name):
             assert {0, 1, 2, *range(seen - rules.window, seen)} <= set(held)
             assert len(set(held)) == len(held) and max(held) == seen - 1
+
+
+@pytest.mark.parametrize("shift", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_kernels_take_in_drafts_and_leave_no_trace_of_what_is_rejected(shift: int) -> None:
+    bench = Bench(Rules(window=4, shift=shift, protect_first=2), evicted=0.7, impl="triton")
+    for i, name in enumerate("ab"):
+        bench.arrive(name, 200, i)
+    bench.step({"a": 61, "b": 8})
+    for drafts in ({"a": (3, 1), "b": (0, 0)}, {"b": (2, 2)}):
+        bench.step(dict.fromkeys(drafts, 1), drafts)
+    bench.step({"a": 1, "b": 1})
+    assert max(bench.error(x) for x in "ab") < 1e-5
+    for name in "ab":
+        newest = range(bench.seen[name] - 5, bench.seen[name])
+        assert all({0, 1, *newest} <= set(held) for held in bench.positions(name))
+
+
+def test_a_draft_outlives_steps_that_its_request_gets_no_token_in() -> None:
+    bench = Bench(Rules(window=4, shift=1, protect_first=0), evicted=0.7)
+    for i, name in enumerate("abc"):
+        bench.arrive(name, 200, i)
+    bench.step({"a": 30})
+    bench.step({"a": 1, "b": 61}, {"a": (6, 2)})
+    bench.step({"b": 1}, {"b": (4, 1)})  # logs of more rows than before
+    bench.step({"c": 9, "b": 1})
+    bench.step({"c": 1}, {"c": (7, 0)})
+    bench.step(dict.fromkeys("abc", 1), {"a": (3, 3)})
+    bench.step(dict.fromkeys("abc", 1))
+    assert max(bench.error(x) for x in "abc") < 1e-5
 
 
 def test_what_a_draft_may_take_is_reported_as_it_was_before_it() -> None:
@@ -83,14 +102,14 @@ def test_what_a_draft_may_take_is_reported_as_it_was_before_it() -> None:
     bench.arrive("a", 300, seed=0)
     bench.step({"a": 62})
     bench.step({"a": 1}, {"a": (6, 0)})
-    _, seen, usage = bench.slabs.usage("a")
+    _, seen, usage = bench.slabs.usage(["a"])["a"]
     assert (seen, usage.pages) == (63, LAYERS * HEADS)
     assert (
-        int(bench.slabs.live.max()) == 69
+        int(bench.slabs.tables.live.max()) == 69
     )  # the draft lies in pages of its own, which it gives back
     assert len(bench.blocks["a"]) == 2
     bench.step({"a": 1})
-    assert int(bench.slabs.live.max()) == 64
+    assert int(bench.slabs.tables.live.max()) == 64
     bench.slabs.check_integrity()
 
 

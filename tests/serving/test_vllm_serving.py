@@ -4,23 +4,17 @@
 vLLM has an interpreter of its own (`make test-vllm`): its transformers is not ours. The oracle runs here.
 """
 
-import copy
 import json
 import os
 import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from families import build_dms, greedy_without_cache, open_gates, tokens
-from paths import EMBEDDED, HELPERS
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from families import build_dms
+from paths import HELPERS
+from transformers import PreTrainedModel
+from vllm_jobs import NGRAM, PYTHON, embedded_model, expected, job, rounding
 
-from modelopt_dms.modeling.mode import apply_dms
-from modelopt_dms.quantization.apply import quantize
-
-PYTHON = "MODELOPT_DMS_VLLM_PYTHON"
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.skipif(PYTHON not in os.environ, reason="needs vLLM: make test-vllm"),
@@ -36,12 +30,6 @@ FAMILIES = {
     "layer": {"granularity": "layer"},
 }
 SMALL = {"max_model_len": 200, "max_num_batched_tokens": 64, "skip_tokenizer_init": True}
-NGRAM = {
-    "method": "ngram",
-    "num_speculative_tokens": 4,
-    "prompt_lookup_min": 1,
-    "prompt_lookup_max": 3,
-}
 SETTINGS: dict[str, dict[str, Any]] = {
     "chunked": {"max_num_batched_tokens": 128},
     "preempted": {
@@ -69,16 +57,6 @@ IN_FP8 = {
     "chunks": {"max_num_batched_tokens": 128},
     "drafts": {"max_num_batched_tokens": 128, "speculative_config": NGRAM},
 }
-FP8_CAST = {
-    "quant_cfg": [
-        {"quantizer_name": "*", "enable": False},
-        {
-            "quantizer_name": "*[kv]_bmm_quantizer",
-            "cfg": {"num_bits": (4, 3), "use_constant_amax": True},
-        },
-    ],
-    "algorithm": "max",
-}
 CAPPED = {
     "capped": {"additional_config": {"modelopt_dms": {"max_request_blocks": 3}}},
     "outgrows the pool": {
@@ -104,19 +82,6 @@ REFUSED = {
 LONG = [300, 77, 150, 290, 33, 200]
 
 
-def embedded_model(fraction: float, place: Path) -> PreTrainedModel:
-    """The model of this repository with gates that mark this fraction of random tokens, saved."""
-    model = AutoModelForCausalLM.from_pretrained(EMBEDDED)
-    apply_dms(model, {"window": 16, "target_cr": 4.0, "protect_first": 2})
-    open_gates(model, fraction=fraction)
-    model.save_pretrained(place)
-    return model
-
-
-def prompts(lengths: list[int]) -> list[list[int]]:
-    return [tokens(1, n, seed=n)[0].tolist() for n in lengths]
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[PreTrainedModel, str]]:
     place = tmp_path_factory.mktemp("models")
@@ -133,17 +98,17 @@ def all_jobs(places: dict[str, str]) -> dict[str, dict[str, Any]]:
     """By name, for models in these directories."""
     jobs: dict[str, dict[str, Any]] = {}
     for name, settings in SETTINGS.items():
-        jobs[name] = job(places["embedded"], settings, LONG)
+        jobs[name] = job(places["embedded"], settings, LONG, NEW)
     for name, settings in IN_FP8.items():
         kind = {**settings, "kv_cache_dtype": "fp8"}
-        jobs[f"fp8, {name}"] = job(places["embedded"], kind, LONG)
+        jobs[f"fp8, {name}"] = job(places["embedded"], kind, LONG, NEW)
     for name, settings in CAPPED.items():
         jobs[name] = job(places["keeps"], settings, [300, 77], 350)
     for name in FAMILIES:
-        jobs[name] = job(places[name], SMALL, [90, 40, 17])
+        jobs[name] = job(places[name], SMALL, [90, 40, 17], NEW)
     # Last: an engine that fails to start leaves things behind in its process.
     for name, settings in REFUSED.items():
-        jobs[name] = job(places["embedded"], settings, [5])
+        jobs[name] = job(places["embedded"], settings, [5], NEW)
     return jobs
 
 
@@ -163,28 +128,9 @@ def results(
     return dict(zip(jobs, found, strict=True))
 
 
-def job(model: str, settings: dict[str, Any], lengths: list[int], new: int = NEW) -> dict[str, Any]:
-    ranks = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if "parallel" in str(settings) else {}
-    return {
-        "model": model,
-        "settings": settings,
-        "prompts": prompts(lengths),
-        "tokens": new,
-        "environment": ranks,
-    }
-
-
-def expected(model: PreTrainedModel, lengths: list[int]) -> list[list[int]]:
-    with torch.no_grad():
-        return [
-            greedy_without_cache(model, torch.tensor([ids]), NEW)[0, len(ids) :].tolist()
-            for ids in prompts(lengths)
-        ]
-
-
 @pytest.fixture(scope="module")
 def oracle(models: dict[str, tuple[PreTrainedModel, str]]) -> list[list[int]]:
-    return expected(models["embedded"][0], LONG)
+    return expected(models["embedded"][0], LONG, NEW)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -204,10 +150,9 @@ def test_tokens_equal_those_of_a_full_recompute_with_keys_and_values_in_fp8(
     oracle: list[list[int]],
     name: str,
 ) -> None:
-    rounding = quantize(copy.deepcopy(models["embedded"][0]), FP8_CAST)
     found = results[f"fp8, {name}"]
     assert found.get("error") is None
-    wanted = expected(rounding, LONG)
+    wanted = expected(rounding(models["embedded"][0]), LONG, NEW)
     assert found["tokens"] == wanted != oracle
 
 
@@ -216,7 +161,7 @@ def test_other_architectures_and_gates_give_the_tokens_of_a_full_recompute(
     models: dict[str, tuple[PreTrainedModel, str]], results: dict[str, dict[str, Any]], name: str
 ) -> None:
     assert results[name].get("error") is None
-    assert results[name]["tokens"] == expected(models[name][0], [90, 40, 17])
+    assert results[name]["tokens"] == expected(models[name][0], [90, 40, 17], NEW)
 
 
 @pytest.mark.parametrize("name", [x for x in SETTINGS if "drafts" in x])

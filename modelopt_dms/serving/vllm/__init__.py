@@ -4,9 +4,13 @@
 vLLM calls `register` in each of its processes. What belongs to what:
 
     config.py       a DMS directory -> vLLM's settings, or an error by name
+    platform.py     likewise, for the device
     model.py        vLLM's Transformers backend with a gate in every attention layer
     attention.py    the attention backend, and the custom op that carries the decisions
-    slabs.py        the KV rows on a worker (no vLLM)
+    slabs.py        the KV rows on a worker (no vLLM, as the next three)
+    slab_tables.py  which slots the lists of all requests have
+    slab_pages.py   which pages each request may use
+    drafts.py       tokens that may be taken back
     scheduling.py   spec and manager: what the scheduler reserves
     accounting.py   how many blocks that is (numbers only)
     connector.py    the control channel between the two

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's attention layer with decisions: the layer, its backend, and the op that torch.compile does not look into."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -35,11 +36,47 @@ class DMSMetadata(AttentionMetadata):
 
     Attributes:
         starts: of each request's tokens [requests + 1].
-        first_blocks: of the requests' slabs, by which they are known.
+        first_blocks: of the requests' slabs, by which they are known; 0 where vLLM only warms up.
+        work: the same by request, once the first layer has asked.
     """
 
     starts: list[int]
     first_blocks: list[int]
+    work: "Work | None" = None
+
+
+@dataclass(frozen=True)
+class Work:
+    """What layers do with the tokens of a step.
+
+    Attributes:
+        chunks: requests with several tokens, and which these are.
+        singles: requests with one token, or one and a draft.
+        counts: of their tokens.
+        tokens: which these are [sum of counts] int64.
+    """
+
+    chunks: list[tuple[str, slice]]
+    singles: list[str]
+    counts: list[int]
+    tokens: Tensor
+
+    @staticmethod
+    def of(
+        requests: Sequence[str], starts: Sequence[int], drafted: Sequence[bool], like: Tensor
+    ) -> "Work":
+        """From the requests of a step, their tokens, whether they bring drafts, and a tensor on the device."""
+        chunks, singles, counts = [], [], []
+        tokens: list[int] = []
+        for i, request in enumerate(requests):
+            start, end = starts[i : i + 2]
+            if drafted[i] or end - start == 1:
+                singles.append(request)
+                counts.append(end - start)
+                tokens += range(start, end)
+            else:
+                chunks.append((request, slice(start, end)))
+        return Work(chunks, singles, counts, torch.tensor(tokens, device=like.device))
 
 
 class DMSMetadataBuilder(AttentionMetadataBuilder[DMSMetadata]):
@@ -117,25 +154,21 @@ class DMSImpl(AttentionImpl[DMSMetadata]):
             metadata: whose tokens they are.
             output: [T, H, Dv], is written.
         """
+        if not any(metadata.first_blocks):
+            output.zero_()  # vLLM warms up, with requests that hold nothing
+            return
         connector: Any = get_kv_transfer_group()
         slabs, layer = connector.slabs, connector.layers[layer_name]
-        requests = connector.requests_of(metadata.first_blocks)
-        parts = [slice(*metadata.starts[i : i + 2]) for i in range(len(requests))]
-        drafted = [bool(slabs.held[x].draft.tokens) for x in requests]
-        short: list[int] = []
-        for i, part in enumerate(parts):
-            if drafted[i] or part.stop - part.start == 1:
-                short.append(i)
-            else:
-                output[part] = slabs.chunk(layer, requests[i], new[part], self.scoring)
-        names = [requests[i] for i in short]
-        if any(drafted):
-            found = slabs.verify(layer, names, [new[parts[i]] for i in short], self.scoring)
-            for i, out in zip(short, found, strict=True):
-                output[parts[i]] = out
-        elif short:
-            at = torch.tensor([parts[i].start for i in short], device=output.device)
-            output[at] = slabs.decode(layer, names, new[at], self.scoring)
+        if metadata.work is None:
+            requests = connector.requests_of(metadata.first_blocks)
+            drafted = [bool(slabs.held[x].draft) for x in requests]
+            metadata.work = Work.of(requests, metadata.starts, drafted, output)
+        work = metadata.work
+        for request, part in work.chunks:
+            output[part] = slabs.chunk(layer, request, new[part], self.scoring)
+        if work.singles:
+            some = new[work.tokens]
+            output[work.tokens] = slabs.decode(layer, work.singles, work.counts, some, self.scoring)
 
 
 class DMSBackend(AttentionBackend):

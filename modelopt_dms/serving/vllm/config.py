@@ -16,11 +16,13 @@ from modelopt_dms.serving.vllm.names import (
     CONNECTOR,
     DENSE,
     FP8_CACHES,
+    LOG,
     MIXTURE,
     OPTIONS,
 )
+from modelopt_dms.serving.vllm.platform import settle_platform
 
-logger = init_logger(__name__)
+logger = init_logger(LOG)
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,7 @@ class DMSSettings(VerifyAndUpdateConfig):
             ValueError: a setting that does not work, with the ones that do.
         """
         rules = ModelRules.of(vllm_config.model_config.hf_config)
+        settle_platform(vllm_config)
         _refuse(vllm_config)
         options_of(vllm_config)
         cache = vllm_config.cache_config
@@ -123,7 +126,6 @@ class DMSSettings(VerifyAndUpdateConfig):
             )
             cache.enable_prefix_caching = False
         cache.block_size, cache.user_specified_block_size = PAGE, True
-        vllm_config.scheduler_config.async_scheduling = False
         vllm_config.kv_transfer_config = KVTransferConfig(
             kv_connector=CONNECTOR,
             kv_connector_module_path="modelopt_dms.serving.vllm.connector",
@@ -158,14 +160,7 @@ def options_of(vllm_config: VllmConfig) -> dict[str, int]:
 
 def _refuse(vllm_config: VllmConfig) -> None:
     """Raise ValueError where something is asked for that would compute something else, or break."""
-    from vllm.platforms import current_platform
-
     cache, parallel = vllm_config.cache_config, vllm_config.parallel_config
-    if not current_platform.is_cpu():
-        raise ValueError(
-            f"DMS models are served by vLLM on CPUs only so far, not on {current_platform.device_type}: the attention "
-            "backend for CUDA has not been written; use modelopt_dms.load and generate there"
-        )
     if cache.user_specified_block_size and cache.block_size != PAGE:
         raise ValueError(f"block_size={cache.block_size}: DMS models have blocks of {PAGE} tokens")
     if cache.cache_dtype not in ("auto", "bfloat16", "float16", "float32", *FP8_CACHES):
@@ -177,6 +172,15 @@ def _refuse(vllm_config: VllmConfig) -> None:
         raise ValueError(
             f"kv_transfer_config names {vllm_config.kv_transfer_config.kv_connector!r}: a DMS model needs the KV "
             "connector for itself, and its blocks mean nothing to another engine"
+        )
+    if cache.kv_offloading_size is not None:
+        raise ValueError(
+            f"kv_offloading_size={cache.kv_offloading_size} is not supported for DMS models, whose blocks mean nothing "
+            "without their slabs; leave it out"
+        )
+    if parallel.use_ubatching:
+        raise ValueError(
+            "dual batch overlap (enable_dbo, ubatch_size) is not supported for DMS models; leave it out"
         )
     speculation = vllm_config.speculative_config
     if speculation is not None and speculation.method != "ngram":

@@ -26,11 +26,12 @@ from modelopt_dms.kernels.number_formats import E4M3_MAX, Fp8
 from modelopt_dms.serving.vllm.accounting import Usage
 from modelopt_dms.serving.vllm.config import ModelRules
 from modelopt_dms.serving.vllm.drafts import Step
-from modelopt_dms.serving.vllm.names import FP8_CACHES
+from modelopt_dms.serving.vllm.names import FP8_CACHES, LOG
 from modelopt_dms.serving.vllm.scheduling import DMSManager
-from modelopt_dms.serving.vllm.slabs import Grant, Rules, Slabs, SlabShape
+from modelopt_dms.serving.vllm.slab_tables import Rules, SlabShape
+from modelopt_dms.serving.vllm.slabs import Grant, Slabs
 
-logger = init_logger(__name__)
+logger = init_logger(LOG)
 
 
 @dataclass
@@ -87,6 +88,11 @@ class DMSConnector(KVConnectorBase_V1, SupportsHMA):
     def requires_kv_delivery(self) -> bool:
         """Nothing is handed on."""
         return False
+
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """Always: what attention does depends on numbers of the step, which a captured graph would keep."""
+        return True
 
     # The scheduler's end.
 
@@ -157,7 +163,9 @@ class DMSConnector(KVConnectorBase_V1, SupportsHMA):
     # The workers' end.
 
     def register_kv_caches(self, kv_caches: dict[str, Tensor]) -> None:
-        """Take vLLM's buffer as one pool of single-head pages.
+        """Take vLLM's buffer as one pool of single-head pages: all key pages first, then all value pages.
+
+        Nobody else reads it, and kernels want keys and values each in one piece.
 
         Args:
             kv_caches: by layer [blocks, K, PAGE, Dk + Dv], interleaved so that a block's layers and heads adjoin.
@@ -181,7 +189,6 @@ class DMSConnector(KVConnectorBase_V1, SupportsHMA):
                 f"vLLM's KV cache lies otherwise than expected: {len(names)} layers {tuple(first.shape)}, strides "
                 f"{first.stride()}; VLLM_KV_CACHE_LAYOUT must be unset or BLHNC"
             )
-        pages = first.as_strided((blocks * lists, page, width), (page * width, width, 1))
         rules = ModelRules.of(self._vllm_config.model_config.hf_config)
         layer = self._vllm_config.compilation_config.static_forward_context[names[0]]
         if layer.kv_cache.data_ptr() != first.data_ptr():
@@ -189,11 +196,23 @@ class DMSConnector(KVConnectorBase_V1, SupportsHMA):
                 "an engine that failed to start has left its KV connector in this process; start the process anew"
             )
         self.layers = {name: i for i, name in enumerate(names)}
-        keys, values = pages.split((layer.head_size, layer.head_size_v), dim=-1)
-        shape = SlabShape(len(names), heads, self._vllm_config.scheduler_config.max_num_seqs)
+        rows = blocks * lists * page
+        buffer = first.as_strided((rows * width,), (1,))
+        shape = SlabShape(
+            len(names),
+            heads,
+            self._vllm_config.scheduler_config.max_num_seqs,
+            self._vllm_config.num_speculative_tokens,
+        )
         form = None
         if self._vllm_config.cache_config.cache_dtype in FP8_CACHES:
-            form = Fp8(torch.tensor([E4M3_MAX]))  # scale 1
+            form = Fp8(torch.tensor([E4M3_MAX], device=buffer.device))  # scale 1
+            buffer = buffer.view(torch.uint8)
+        dims = (layer.head_size, layer.head_size_v)
+        keys, values = (
+            x.view(-1, page, dim)
+            for x, dim in zip(buffer.split([rows * x for x in dims]), dims, strict=True)
+        )
         kept = Rules(rules.window, rules.shift, rules.protect_first)
         self.slabs = Slabs(keys, values, shape, kept, form)
 
@@ -215,11 +234,8 @@ class DMSConnector(KVConnectorBase_V1, SupportsHMA):
         if self.slabs is None or not self._scheduled:
             return None
         rank = str(self._vllm_config.parallel_config.rank)
-        found = {}
-        for request in self._scheduled:
-            epoch, tokens, usage = self.slabs.usage(request)
-            found[request] = (epoch, tokens, {rank: usage})
-        return FromWorkers(found)
+        found = self.slabs.usage(self._scheduled)
+        return FromWorkers({x: (epoch, n, {rank: usage}) for x, (epoch, n, usage) in found.items()})
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """Nothing is loaded."""

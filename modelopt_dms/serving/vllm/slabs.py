@@ -1,80 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
 """The KV rows of requests on one rank, in pages of their own slabs. Tensors only; knows no engine.
 
-A slab is a list of blocks of a pool that somebody else hands out (`serving.vllm.accounting`). Block b holds the pages
-b * lists .. (b + 1) * lists - 1 of the pool, one for each (layer, KV head) list of the rank, and any list of the
-request may use any of them. Block 0 is never handed out: page 0 is where nobody looks (`kernels.layout.NO_PAGE`).
+What lists do with their slots is what `kernels.append_reference` says, and `kernels.dispatch` picks who does it: plain
+PyTorch on a CPU, Triton on a GPU. A step asks the device nothing within its layers, but for chunks of capped requests:
+the host knows from the last report (`usage`) how long lists are, and what has come since.
 
-What lists do with their slots is what `kernels.append_reference` says: this is a reference, in plain PyTorch, that
-synchronizes with the host. Shapes: L layers, S requests at a time, K KV heads, R = W + 1, P pages a list can own.
+Shapes: L layers, S requests at a time, K KV heads, R = W + 1, P pages a list can own; B rows of requests.
 """
 
 import heapq
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from modelopt_dms.kernels.append_reference import (
-    plan_pack,
-    spanned_pages,
-    update_metadata,
-    wanted_pages,
-)
-from modelopt_dms.kernels.decode_reference import decode_attention
-from modelopt_dms.kernels.layout import (
-    NO_PAGE,
-    PAGE,
-    OutOfPagesError,
-    PagePool,
-    PageTables,
-    RowLayout,
-)
+from modelopt_dms.kernels import dispatch
+from modelopt_dms.kernels.append_reference import plan_pack
+from modelopt_dms.kernels.gating import Decided
+from modelopt_dms.kernels.layout import PAGE, OutOfPagesError, PagePool, RowLayout
 from modelopt_dms.kernels.number_formats import RowFormat
-from modelopt_dms.kernels.prefill_reference import Chunk, attend_chunk, expiry
-from modelopt_dms.kernels.reference import Scoring, assign_slots, shift_decisions
-from modelopt_dms.kernels.rollback import UndoLog, decide_previous, record
-from modelopt_dms.kernels.rows import write_rows
+from modelopt_dms.kernels.prefill_reference import Chunk, expiry
+from modelopt_dms.kernels.reference import Scoring, shift_decisions
+from modelopt_dms.kernels.rollback import decide_previous
 from modelopt_dms.kvcache.forced_eviction import (
     LOOKAHEAD,
     cut,
     kept_anyway,
     lengths_that_fit,
     note_chunk,
+    note_token,
 )
 from modelopt_dms.serving.vllm.accounting import Usage
-from modelopt_dms.serving.vllm.drafts import Draft, Step, of_requests, reject, rounds
-
-
-@dataclass(frozen=True)
-class Rules:
-    """What a model's gates were trained for.
-
-    Attributes:
-        window: W, tokens a marked token stays readable.
-        shift: 1 if a token's decision governs the token before it, else 0.
-        protect_first: tokens at the start that are never evicted.
-    """
-
-    window: int
-    shift: int
-    protect_first: int
-
-
-@dataclass(frozen=True)
-class SlabShape:
-    """How many lists there can be.
-
-    Attributes:
-        layers: L, of the rank.
-        heads: K, of the rank.
-        requests: S.
-    """
-
-    layers: int
-    heads: int
-    requests: int
+from modelopt_dms.serving.vllm.drafts import DraftLogs, Round, Step, rounds
+from modelopt_dms.serving.vllm.slab_pages import SlabPages
+from modelopt_dms.serving.vllm.slab_tables import Rules, SlabShape, SlabTables, only_active
 
 
 @dataclass(frozen=True)
@@ -112,12 +72,6 @@ class NewTokens:
         """Some of them."""
         return NewTokens(self.q[index], self.k[index], self.v[index], self.evict[index])
 
-    @staticmethod
-    def joined(parts: Sequence["NewTokens"]) -> "NewTokens":
-        """All of them."""
-        fields = ("q", "k", "v", "evict")
-        return NewTokens(*(torch.cat([getattr(x, name) for x in parts]) for name in fields))
-
 
 @dataclass
 class Held:
@@ -126,20 +80,50 @@ class Held:
     Attributes:
         row: of the tables.
         grant: its slab now.
-        free: heap of indices of the slab's pages that no list owns; the first ones are taken first.
+        usage: what its lists held at the last report, a draft's tokens among them; they may hold less now.
+        longest: of them, tokens.
+        seen: tokens taken in, a draft's among them.
         forced: tokens evicted by force.
-        draft: tokens that may be taken back.
+        draft: of the tokens, the last ones, how many may be taken back.
     """
 
     row: int
     grant: Grant
-    free: list[int] = field(default_factory=list)
+    usage: Usage
+    longest: int = 0
+    seen: int = 0
     forced: int = 0
-    draft: Draft = field(default_factory=Draft)
+    draft: int = 0
+
+
+@dataclass(frozen=True)
+class Singles:
+    """The requests of a step that get a token, or one and a draft: the same in all layers.
+
+    Attributes:
+        requests: their names.
+        counts: their tokens.
+        rounds: of one token each.
+        logged: whether tokens may be taken back.
+        pages: places of the tables that lists can come to fill.
+    """
+
+    requests: Sequence[str]
+    counts: Sequence[int]
+    rounds: list[Round]
+    logged: bool
+    pages: int
 
 
 class Slabs:
-    """The lists of all requests that run on a rank."""
+    """The lists of all requests that run on a rank.
+
+    Attributes:
+        held: requests with slabs, by name.
+        tables: their lists.
+        pages: their slabs.
+        positions: of the tokens in all slots of the pool [pages, PAGE] int32, up to the last report.
+    """
 
     def __init__(
         self,
@@ -148,6 +132,7 @@ class Slabs:
         shape: SlabShape,
         rules: Rules,
         form: RowFormat | None = None,
+        impl: str = "auto",
     ) -> None:
         """Start empty.
 
@@ -156,33 +141,33 @@ class Slabs:
             values: likewise [pages, PAGE, Dv].
             shape: L, K and S.
             rules: of the model.
-            form: number format of the rows, eight bits with one scale; None: they are stored as they come.
+            form: number format of the rows, eight bits with one scale of 1; None: they are stored as they come.
+            impl: who computes; see `kernels.dispatch`.
+
+        Raises:
+            ValueError: it cannot, on the device of the pages.
         """
-        layers, heads, requests = shape.layers, shape.heads, shape.requests
-        self.lists, self.rules, self.form = layers * heads, rules, form
-        device, ring = keys.device, rules.window + 1
-
-        def ints(value: int, *shape: int) -> Tensor:
-            return torch.full(shape, value, dtype=torch.int32, device=device)
-
-        dims = (requests, layers, heads)
-        self.table = ints(NO_PAGE, *dims, 8)
-        self.live = ints(0, *dims)
-        self.seen = ints(0, *dims)
-        self.ring_slot = ints(-1, *dims, ring)
-        self.ring_evict = torch.zeros(*dims, ring, dtype=torch.bool, device=device)
-        self.positions = ints(0, len(keys), PAGE)
-        self._active = torch.ones(max(layers, requests), dtype=torch.bool, device=device)
-        self._scales = torch.ones(4, heads, device=device)
+        self.impl = dispatch.choose(impl, keys.device)
+        self.rules, self.form = rules, form
+        self.tables = SlabTables(shape, rules, form, keys.device)
+        self.pages = SlabPages(shape.layers * shape.heads, shape.requests, keys.device)
+        self.positions = torch.zeros(len(keys), PAGE, dtype=torch.int32, device=keys.device)
         key_rows, value_rows = (RowLayout.of(form, x.shape[-1], x.dtype) for x in (keys, values))
-        # Nobody takes pages from it: a request's pages are in its slab.
-        free, counters = ints(0, 1), ints(0, 2)
-        self.pool = PagePool(key_rows, value_rows, keys, values, None, None, free, counters)
+        free, counters = self.pages.free, self.pages.counters
+        self._pool = PagePool(key_rows, value_rows, keys, values, None, None, free, counters)
+        self._logs = DraftLogs(self.tables, self._pool, shape.drafts + 1)
         self.held: dict[str, Held] = {}
-        self._rows = list(range(requests))[::-1]
+        self._rows = list(range(shape.requests))  # a heap: the first rows are taken first
+        self._singles: Singles | None = None
+        self._unnoted = 0  # of the newest tokens of all rows, those whose positions are not noted
+
+    @property
+    def lists(self) -> int:
+        """L * K: pages of a block."""
+        return self.pages.lists
 
     def update(
-        self, grants: dict[str, Grant], gone: Iterable[str], steps: Mapping[str, Step]
+        self, grants: Mapping[str, Grant], gone: Iterable[str], steps: Mapping[str, Step]
     ) -> None:
         """Take in what the scheduler has handed out and taken away, before anything is written.
 
@@ -194,158 +179,188 @@ class Slabs:
         Raises:
             RuntimeError: the scheduler counts other tokens than the lists have seen.
         """
+        self._note_tokens()
+        self._singles = None
         for request in gone:
             self._drop(request)
-        for request, step in steps.items():
-            if request in self.held:
-                self._take_back(self.held[request], step.computed)
+        changed = self._take_back(steps)
+        slabs: dict[int, Sequence[int]] = {}
         for request, grant in grants.items():
             held = self.held.get(request)
             if held is not None and held.grant.epoch != grant.epoch:
                 self._drop(request)
                 held = None
             if held is None:
-                held = self.held[request] = Held(self._rows.pop(), Grant(grant.epoch, ()))
-            before, after = len(held.grant.blocks), len(grant.blocks)
-            if after < before:
-                self._shrink(held, after)
+                nothing = Usage.of([0] * self.lists, PAGE)
+                row = heapq.heappop(self._rows)
+                held = self.held[request] = Held(row, Grant(grant.epoch, ()), nothing)
+            if grant.blocks != held.grant.blocks:
+                self._shrink(held, len(grant.blocks))
+                slabs[held.row] = grant.blocks
             held.grant = grant
-            for index in range(before * self.lists, after * self.lists):
-                heapq.heappush(held.free, index)
+        if slabs:
+            self.pages.assign(slabs)
+        self._restack({*changed, *slabs})
         for request, step in steps.items():
             held = self.held[request]
-            held.draft = Draft(step.drafts)
-            if held.grant.capped and step.drafts:
-                # No list may be cut between two layers' drafts: what it lost could not be taken back.
+            held.draft = step.drafts
+            if held.grant.capped:
+                # No list may be cut between two layers' tokens: what it lost could not be taken back.
                 self._make_room(held, None, 1 + step.drafts)
 
-    def usage(self, request: str) -> tuple[int, int, Usage]:
-        """Epoch, tokens taken in for good, and what the lists held then: a draft's tokens may go again."""
-        held = self.held[request]
-        seen, draft = int(self.seen[held.row, 0, 0]), held.draft
-        live = draft.lengths_before(seen) if draft.tokens else self.live[held.row]
-        usage = Usage.of(live.flatten().tolist(), PAGE, held.forced)
-        return held.grant.epoch, seen - draft.tokens, usage
+    def usage(self, requests: Sequence[str]) -> dict[str, tuple[int, int, Usage]]:
+        """Of requests: epoch, tokens taken in for good, and what the lists held then: a draft's tokens may go again.
+
+        Waits for the device, once.
+
+        Raises:
+            OutOfPagesError: a slab was too small, and rows are lost.
+        """
+        self._note_tokens()
+        held = [self.held[x] for x in requests]
+        rows = torch.tensor([x.row for x in held], device=self.positions.device)
+        live = self.tables.live[:, rows]
+        counted = [live.amax((0, 2))[:, None], self.pages.counters[rows, 1:], _counts(live)]
+        drafted = [(i, x.row, x.seen - x.draft) for i, x in enumerate(held) if x.draft]
+        if drafted:
+            at, some, settled = torch.tensor(drafted, device=rows.device).unbind(1)
+            before = self._logs.lengths_before(some, settled)
+            counted.append(_counts(live.index_copy(1, at, before)))
+        else:
+            counted.append(counted[-1])
+        found = {}
+        for name, x, numbers in zip(requests, held, torch.cat(counted, 1).tolist(), strict=True):
+            x.longest, fewest, *counts = numbers
+            if fewest < 0:
+                raise OutOfPagesError(
+                    f"the {len(x.grant.blocks)} blocks of a request are used up, and it was not to be cut: the "
+                    "scheduler reserved too few; please report this"
+                )
+            x.usage, report = (
+                _usage(part, x.forced) for part in (counts[: PAGE + 1], counts[PAGE + 1 :])
+            )
+            found[name] = (x.grant.epoch, x.seen - x.draft, report)
+        return found
 
     def decode(
         self,
         layer: int,
         requests: Sequence[str],
+        counts: Sequence[int],
         new: NewTokens,
         scoring: Scoring,
-        log: UndoLog | None = None,
     ) -> Tensor:
-        """Take in one token of each of n requests, and attend to what is resident: [n, H, Dv].
+        """Take in one token or more of each of n requests, one after the other, and attend from each: [T, H, Dv].
 
         Args:
-            layer: which.
-            requests: n names.
-            new: their tokens.
+            layer: which; a step's first is 0.
+            requests: n names, the same in all layers of a step.
+            counts: of their tokens.
+            new: their T tokens, request by request.
             scoring: scale, softcap, sinks.
-            log: where to keep what they overwrite, if they may be taken back.
         """
         new = self._rounded(new)
-        held = [self.held[x] for x in requests]
-        for x in held:
-            if x.grant.capped and not x.draft.tokens:
-                self._make_room(x, layer, 1)
-        rows = torch.tensor([x.row for x in held], device=new.q.device)
-        live = self.live[rows, layer]  # [n, K]
-        seen = self.seen[rows, layer]
-        evict = new.evict & (seen >= self.rules.protect_first + self.rules.shift)
-        column = (seen[:, 0] % (self.rules.window + 1)).long()
-        if self.rules.shift:
-            before = ((seen[:, 0] - 1) % (self.rules.window + 1)).long()
-            self.ring_evict[rows, layer, :, before] = evict
-            evict = torch.zeros_like(evict)
-        expired = self.ring_slot[rows, layer, :, column]  # [n, K]
-        slot, longer = assign_slots(expired, self.ring_evict[rows, layer, :, column], live)
-        self._take_pages(layer, held, (slot == live) & (slot % PAGE == 0), slot // PAGE)
-        if log is not None:
-            shorter = replace(self._tables(self.table[rows, layer], live), seen=seen)
-            marked = self.ring_evict[rows, layer, :, column]
-            record(log, self.pool, shorter, slot, expired, marked)
-        self.live[rows, layer] = longer.to(torch.int32)
-        self.ring_slot[rows, layer, :, column] = slot.to(torch.int32)
-        self.ring_evict[rows, layer, :, column] = evict
-        self.seen[rows, layer] = seen + 1
-        lists = self._tables(self.table[rows, layer, :, : -(-int(longer.max()) // PAGE)], longer)
-        write_rows(self.pool, lists, slot[..., None], new.k[:, :, None], new.v[:, :, None])
-        where = lists.rows_of(slot[..., None])[..., 0]
-        self.positions.view(-1)[where] = seen
-        return decode_attention(new.q, self.pool, lists, scoring)
-
-    def verify(
-        self, layer: int, requests: Sequence[str], new: Sequence[NewTokens], scoring: Scoring
-    ) -> list[Tensor]:
-        """Take in one token or more of each of n requests, one after the other, so that drafts can be taken back.
-
-        Args:
-            layer: which.
-            requests: n names.
-            new: the tokens of each.
-            scoring: scale, softcap, sinks.
-
-        Returns:
-            Of each [T, H, Dv].
-        """
-        order = sorted(range(len(new)), key=lambda i: -len(new[i].q))
-        names, counts = [requests[i] for i in order], [len(new[i].q) for i in order]
-        shape = self._tables(self.table[: len(new), layer], self.live[: len(new), layer])
-        log = UndoLog.make(counts[0], self.pool, shape)
-        outs: list[list[Tensor]] = [[] for _ in new]
-        for j, n in enumerate(rounds(counts)):
-            tokens = NewTokens.joined([new[i][j : j + 1] for i in order[:n]])
-            part = of_requests(log, slice(n))
-            found = self.decode(layer, names[:n], tokens, scoring, part)
-            for place, i in enumerate(order[:n]):
-                outs[i].append(found[place : place + 1])
-        for place, name in enumerate(names):
-            draft = self.held[name].draft
-            if draft.tokens:
-                draft.logs[layer] = of_requests(log, slice(place, place + 1))
-        return [torch.cat(x) for x in outs]
+        singles = self._singles_of(requests, counts)
+        if layer == 0:
+            for name, count in zip(requests, counts, strict=True):
+                self.held[name].seen += count
+        out = None
+        for part in singles.rounds:
+            if part.at is None:
+                return self._decode(layer, part, new, singles, scoring)
+            found = self._decode(layer, part, new[part.at], singles, scoring)
+            out = found.new_empty(len(new.q), *found.shape[1:]) if out is None else out
+            out.index_copy_(0, part.at, found)
+        assert out is not None
+        return out
 
     def chunk(self, layer: int, request: str, new: NewTokens, scoring: Scoring) -> Tensor:
         """Attend from T tokens of a request to what is resident and to each other, then take them in: [T, H, Dv].
 
         Args:
-            layer: which.
+            layer: which; a step's first is 0.
             request: its name.
             new: its tokens.
             scoring: scale, softcap, sinks.
         """
         held, new = self.held[request], self._rounded(new)
+        if layer == 0:
+            held.seen += len(new.q)
         # Whether a chunk fits is known when it has been read. A page's worth can always be made to fit.
         step = PAGE if held.grant.capped else len(new.q)
         starts = range(0, len(new.q), step)
-        return torch.cat([self._chunk(layer, held, new[x : x + step], scoring) for x in starts])
+        return torch.cat(
+            [self._chunk(layer, held, new[x : x + step], held.longest + x, scoring) for x in starts]
+        )
 
     def check_integrity(self) -> None:
         """Raise AssertionError if a page has two owners, or an owner whose slab it is not in."""
-        owned: set[int] = set()
+        blocks: set[int] = set()
         for name, held in self.held.items():
-            pages = [x for x in self.table[held.row].flatten().tolist() if x != NO_PAGE]
-            free = [self._page(held, index) for index in held.free]
+            table = self.tables.table[:, held.row].flatten()
+            owned = table[table > 0].tolist()
+            count = int(self.pages.counters[held.row, 0])
+            free = self.pages.free[held.row, :count].tolist()
             slab = {b * self.lists + i for b in held.grant.blocks for i in range(self.lists)}
-            assert len(set(pages)) == len(pages), f"{name}: two lists share a page"
-            assert sorted(pages + free) == sorted(slab), f"{name}: pages are lost, or not its own"
-            assert not owned & slab, f"{name}: a block belongs to two requests"
-            owned |= slab
-        assert 0 not in {x // self.lists for x in owned}, "block 0 was handed out"
+            filled = -(-self.tables.live[:, held.row] // PAGE)
+            assert len(set(owned)) == len(owned), f"{name}: two lists share a page"
+            assert len(owned) == int(filled.sum()), (
+                f"{name}: a list has a page too many, or too few"
+            )
+            assert sorted(owned + free) == sorted(slab), f"{name}: pages are lost, or not its own"
+            assert not blocks & set(held.grant.blocks), f"{name}: a block belongs to two requests"
+            blocks |= set(held.grant.blocks)
+        assert 0 not in blocks, "block 0 was handed out"
 
-    def _chunk(self, layer: int, held: Held, new: NewTokens, scoring: Scoring) -> Tensor:
-        T, row, device = len(new.q), held.row, new.q.device
+    def _singles_of(self, requests: Sequence[str], counts: Sequence[int]) -> Singles:
+        """What all layers need of these requests, made in the first one."""
+        made = self._singles
+        if made is not None and (made.requests, made.counts) == (requests, counts):
+            return made
+        held = [self.held[x] for x in requests]
+        logged = any(x.draft for x in held)
+        width = 1 + max(x.row for x in held)
+        if logged:
+            width = self._logs.reserve(width)
+        longest = max(x.longest + count for x, count in zip(held, counts, strict=True))
+        self.tables.widen(longest)
+        # The reference reads as far as it is told to; kernels know where lists end.
+        narrow = self.impl == "reference"
+        pages = -(-longest // PAGE) if narrow else self.tables.table.shape[-1]
+        parts = rounds([x.row for x in held], counts, width, self.positions)
+        self._singles = Singles(requests, counts, parts, logged, pages)
+        self._unnoted = max(counts)
+        return self._singles
+
+    def _decode(
+        self, layer: int, part: Round, new: NewTokens, singles: Singles, scoring: Scoring
+    ) -> Tensor:
+        """One token of each of n requests: [n, H, Dv]."""
+        lists = self.tables.of_rows(layer, part.active, singles.pages)
+        pool = self.pages.of_rows(self._pool, len(part.active))
+        q, k, v, evict = (part.spread(x) for x in (new.q, new.k, new.v, new.evict))
+        gate = Decided(self._allowed(evict, lists.seen))
+        log = self._logs.of_layer(layer) if singles.logged else None
+        dispatch.append_token(k, v, gate, pool, lists, impl=self.impl, log=log)
+        out = dispatch.decode_attention(q, pool, only_active(lists), scoring, impl=self.impl)
+        return out[part.rows]
+
+    def _chunk(
+        self, layer: int, held: Held, new: NewTokens, longest: int, scoring: Scoring
+    ) -> Tensor:
+        """As `chunk`, where no list is longer than that."""
+        T = len(new.q)
         if held.grant.capped:
             self._make_room(held, layer, T)
-        self._widen(int(self.live[row, layer].max()) + T)
-        lists = self._lists(layer, row)
+        self.tables.widen(longest + T)
+        lists = self.tables.of_row(layer, held.row)
         seen = lists.seen.clone()
-        at = seen[..., None] + torch.arange(T, device=device)  # [1, K, T]
-        decisions = new.evict.T[None] & (at >= self.rules.protect_first + self.rules.shift)
+        at = seen[..., None] + torch.arange(T, device=seen.device)  # [1, K, T]
+        decisions = self._allowed(new.evict.T[None], at)
         decide_previous(lists, decisions[..., 0])
-        resident = -(-int(lists.live.max()) // PAGE)
-        old = replace(lists, table=lists.table[..., :resident])
+        resident, old = -(-longest // PAGE), lists
+        if self.impl == "reference":
+            old = replace(lists, table=lists.table[..., :resident])
         q, k, v = (x.transpose(0, 1)[None] for x in (new.q, new.k, new.v))  # [1, H or K, T, D]
         chunk = Chunk(
             q,
@@ -353,17 +368,18 @@ class Slabs:
             v,
             shift_decisions(decisions, self.rules.shift),
             seen[:, 0].contiguous(),
-            expiry=expiry(old, resident * PAGE),
+            expiry=expiry(old, resident * PAGE) if resident else None,
         )
-        out = attend_chunk(chunk, self.pool, old, scoring)
+        out = dispatch.attend_chunk(chunk, self._pool, old, scoring, impl=self.impl)
         plan = plan_pack(decisions, None, lists, shrinks=False)
-        wanted = wanted_pages(lists, plan.live)[0]  # [K, P]
-        for h, p in torch.nonzero(wanted).tolist():
-            lists.table[0, h, p] = self._page(held, self._take(held))
-        write_rows(self.pool, lists, plan.slots, k, v)
+        pool = self.pages.of_row(self._pool, held.row)
+        dispatch.apply_plan(plan, k, v, pool, lists, impl=self.impl)
         note_chunk(self.positions, lists, plan, seen)
-        update_metadata(plan, lists)
         return out[0].transpose(0, 1)
+
+    def _allowed(self, evict: Tensor, at: Tensor) -> Tensor:
+        """Decisions that tokens at these positions make, but none about the first tokens."""
+        return evict & (at >= self.rules.protect_first + self.rules.shift)
 
     def _rounded(self, new: NewTokens) -> NewTokens:
         """Tokens as they will be read: what is attended to must not depend on how a prompt is cut into chunks."""
@@ -372,37 +388,44 @@ class Slabs:
         k, v = (self.form.decode(self.form.encode(x), x.shape[-1], x.dtype) for x in (new.k, new.v))
         return replace(new, k=k, v=v)
 
-    def _take_back(self, held: Held, computed: int) -> None:
-        """Give up what was rejected of a draft, so that `computed` tokens are left."""
-        rejected = int(self.seen[held.row, 0, 0]) - computed
-        if not 0 <= rejected <= held.draft.tokens:
-            raise RuntimeError(
-                f"the scheduler counts {computed} tokens of a request whose lists have seen {computed + rejected}, "
-                f"{held.draft.tokens} of them a draft; please report this"
-            )
-        if rejected:
-            for layer, log in held.draft.logs.items():
-                lists = self._lists(layer, held.row)
-                reject(log, self.pool, lists, self.positions, rejected)
-                surplus = ~spanned_pages(lists, lists.live) & (lists.table != NO_PAGE)
-                self._give_back(held, lists.table[surplus].tolist())
-                lists.table.masked_fill_(surplus, NO_PAGE)
-        held.draft = Draft()
+    def _note_tokens(self) -> None:
+        """Note the positions of what single tokens were taken in since the last time, in all layers at once."""
+        for back in reversed(range(self._unnoted)):
+            note_token(self.positions, self.tables.of_all(), back)
+        self._unnoted = 0
 
-    def _give_back(self, held: Held, pages: Iterable[int]) -> None:
-        """Let the request's other lists have these pages."""
-        block_at = {block: index for index, block in enumerate(held.grant.blocks)}
-        for page in pages:
-            block, i = divmod(page, self.lists)
-            heapq.heappush(held.free, block_at[block] * self.lists + i)
+    def _take_back(self, steps: Mapping[str, Step]) -> list[int]:
+        """Give up what was rejected of drafts, so that what was computed is left: rows that have changed."""
+        rejected = [0] * self._logs.rows
+        for request, step in steps.items():
+            if request not in self.held:
+                continue
+            held = self.held[request]
+            surplus = held.seen - step.computed
+            if not 0 <= surplus <= held.draft:
+                raise RuntimeError(
+                    f"the scheduler counts {step.computed} tokens of a request whose lists have seen {held.seen}, "
+                    f"{held.draft} of them a draft; please report this"
+                )
+            if surplus:
+                rejected[held.row] = surplus
+                held.seen = step.computed
+            held.draft = 0
+        if any(rejected):
+            self._logs.reject(rejected, self.positions)
+        return [row for row, tokens in enumerate(rejected) if tokens]
 
     def _make_room(self, held: Held, layer: int | None, tokens: int) -> None:
         """Cut the longest lists of a capped request until a layer, or all, can take in at most PAGE tokens."""
-        live = self.live[held.row] if layer is None else self.live[held.row, layer]
-        pages = ((live + tokens + PAGE - 1) // PAGE - (live + PAGE - 1) // PAGE).sum()
-        if int(pages) <= len(held.free):
+        pages_of = len(held.grant.blocks) * self.lists
+        if layer is None and held.usage.pages_after(tokens, PAGE) <= pages_of:
             return
-        lists = self._lists(None, held.row)
+        row = slice(held.row, held.row + 1)
+        lists = self.tables.copied(row)  # [L, K]
+        live = lists.live if layer is None else lists.live[layer]
+        pages = ((live + tokens + PAGE - 1) // PAGE - (live + PAGE - 1) // PAGE).sum()
+        if int(pages - self.pages.counters[held.row, 0]) <= 0:
+            return
         growth = torch.zeros_like(lists.live)
         if layer is None or tokens == 1:
             growth.fill_(max(LOOKAHEAD, tokens))
@@ -410,98 +433,52 @@ class Slabs:
             growth[layer] = tokens
         least = kept_anyway(lists, self.rules.protect_first)
         live_of, growth_of, least_of = (x.flatten().tolist() for x in (lists.live, growth, least))
-        pages_of = len(held.grant.blocks) * self.lists
         found = lengths_that_fit(live_of, growth_of, least_of, pages_of)
         if found is None:
             raise OutOfPagesError(
                 f"a request holds {len(held.grant.blocks)} blocks, which do not hold what is always resident; give "
                 "the KV cache more memory, or raise max_request_blocks"
             )
+        held.forced += sum(max(0, x - y) for x, y in zip(live_of, found, strict=True))
         target = torch.tensor(found, dtype=torch.int32, device=live.device).view_as(lists.live)
-        held.forced += int((lists.live - target).clamp(min=0).sum())
-        # A pool that only gathers what is given back.
+        # What is given back is found anew, so nobody needs to know here.
         ids = torch.zeros(lists.table.numel() + 1, dtype=torch.int32, device=live.device)
-        pool = replace(self.pool, free=ids, counters=torch.zeros_like(self.pool.counters))
+        pool = replace(self._pool, free=ids, counters=ids.new_zeros(2))
         cut(lists, pool, self.positions, self.rules.protect_first, target)
-        self._give_back(held, ids[: int(pool.counters[0])].tolist())
-
-    def _take_pages(self, layer: int, held: Sequence[Held], wanted: Tensor, at: Tensor) -> None:
-        """Give a page at place `at` [n, K] of their tables to those lists of n requests that want one [n, K]."""
-        if not bool(wanted.any()):
-            return
-        self._widen((int(at.max()) + 1) * PAGE)
-        for i, h in torch.nonzero(wanted).tolist():
-            page = self._page(held[i], self._take(held[i]))
-            self.table[held[i].row, layer, h, int(at[i, h])] = page
-
-    def _take(self, held: Held) -> int:
-        if not held.free:
-            raise OutOfPagesError(
-                f"the {len(held.grant.blocks)} blocks of a request are used up, and it was not to be cut: the "
-                "scheduler reserved too few; please report this"
-            )
-        return heapq.heappop(held.free)
-
-    def _page(self, held: Held, index: int) -> int:
-        """The pool's page behind a slab's page."""
-        return held.grant.blocks[index // self.lists] * self.lists + index % self.lists
+        self.tables.put_back(row, lists)
+        self._restack({held.row})
 
     def _shrink(self, held: Held, blocks: int) -> None:
-        """Move what lies in the last blocks of a slab into the first ones."""
-        kept = blocks * self.lists
-        free = sorted(x for x in held.free if x < kept)
-        table = self.table[held.row]  # [L, K, P]
-        leaving = torch.tensor(held.grant.blocks[blocks:], device=table.device)
-        for at in torch.nonzero(torch.isin(table // self.lists, leaving)).tolist():
-            page, target = int(table[tuple(at)]), self._page(held, free.pop(0))
-            for x in (self.pool.keys, self.pool.values, self.positions):
-                x[target] = x[page]
-            table[tuple(at)] = target
-        held.free = free  # sorted, so a heap
+        """Move what lies in the last blocks of a slab into the first ones, if it loses some."""
+        before = len(held.grant.blocks)
+        if blocks < before:
+            stores = (self._pool.keys, self._pool.values, self.positions)
+            table = self.tables.table[:, held.row]
+            self.pages.compact(held.row, before, blocks, table, stores)
+
+    def _restack(self, rows: set[int]) -> None:
+        if rows:
+            self.pages.restack(sorted(rows), self.tables.table, len(self.positions))
 
     def _drop(self, request: str) -> None:
         held = self.held.pop(request, None)
         if held is None:
             return
-        for x, nothing in (
-            (self.table, NO_PAGE),
-            (self.live, 0),
-            (self.seen, 0),
-            (self.ring_slot, -1),
-            (self.ring_evict, False),
-        ):
-            x[held.row] = nothing
-        self._rows.append(held.row)
+        self.tables.forget(held.row)
+        heapq.heappush(self._rows, held.row)
 
-    def _widen(self, tokens: int) -> None:
-        """Let lists own enough pages for so many tokens."""
-        missing = -(-tokens // PAGE) - self.table.shape[-1]
-        if missing > 0:
-            more = max(missing, self.table.shape[-1])
-            self.table = torch.nn.functional.pad(self.table, (0, more), value=NO_PAGE)
 
-    def _lists(self, layer: int | None, row: int) -> PageTables:
-        """The lists of a request in one layer [1, K], or in all [L, K]; changing them changes the tables."""
-        at = row if layer is None else (slice(row, row + 1), layer)
-        return replace(
-            self._tables(self.table[at], self.live[at]),
-            seen=self.seen[at],
-            ring_slot=self.ring_slot[at],
-            ring_evict=self.ring_evict[at],
-        )
+def _counts(live: Tensor) -> Tensor:
+    """Of requests with lists [L, n, K]: how many have 0, 1, .. free slots in their last page; pages. [n, PAGE + 1]."""
+    by_request = live.transpose(0, 1).flatten(1)  # [n, L * K]
+    room = by_request.new_zeros(len(by_request), PAGE)
+    room.scatter_add_(1, (-by_request % PAGE).long(), torch.ones_like(by_request))
+    pages = (by_request + PAGE - 1) // PAGE
+    return torch.cat([room, pages.sum(1, keepdim=True, dtype=room.dtype)], 1)
 
-    def _tables(self, table: Tensor, live: Tensor) -> PageTables:
-        """Lists [n, K] with these tables [n, K, P] and lengths [n, K]."""
-        none = live[..., None]
-        return PageTables(
-            self.rules.window,
-            self.rules.shift,
-            table=table,
-            live=live,
-            seen=live,
-            ring_slot=none,
-            ring_evict=none,
-            active=self._active[: len(live)],
-            formats=(self.form, self.form),
-            scales=self._scales,
-        )
+
+def _usage(counts: list[int], forced: int) -> Usage:
+    """What one request's `_counts` mean."""
+    room, pages = counts[:PAGE], counts[PAGE]
+    found = tuple((free, lists) for free, lists in enumerate(room) if lists)
+    return Usage(sum(room), pages, found, forced)
