@@ -463,12 +463,9 @@ class Case:
             )
         if wrong := in_fork(lambda: self.command.whole(self.out)):
             raise Fault(f"given again it leaves half of a result: {wrong}")
-        if self._digests() != self.digests:
-            differing = sorted(
-                x
-                for x in {*self.digests, *self._digests()}
-                if self.digests.get(x) != self._digests().get(x)
-            )
+        now = self._digests()
+        # What is there beyond it is looked at below.
+        if differing := sorted(x for x, digest in self.digests.items() if now.get(x) != digest):
             raise Fault(f"given again it writes another {', '.join(differing)}")
         more = {x for x in self._names() - self.names if not self._is_temporary(x)}
         # What has been refused as finished already keeps what a resume would have needed.
