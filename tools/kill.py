@@ -177,7 +177,7 @@ def commands(place: Path) -> dict[str, Command]:
         "eval": Command(
             ("eval", model, "--tasks", "recall,tracking", "--lengths", "64,128", "--count", "2",
              "--json", "OUT"),
-            "rows.json", is_json, ("rows.json",), "[1]", goes_on=(".partial",),
+            "rows.json", is_json, ("rows.json",), "[]", goes_on=(".partial",),
         ),
         "report": Command(
             ("report", model, "-o", "OUT", "--length", "256", "--count", "0", "--new-tokens", "0",

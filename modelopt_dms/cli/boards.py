@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modelopt_dms.cli.options import say
 from modelopt_dms.evaluation.kvpress_results import check_directory
 from modelopt_dms.evaluation.names import RULER, check_ruler
 
@@ -38,7 +37,7 @@ class Board:
         own = answer_units(asked, tasks)
         return own if self.data is None else own + dataset_units(asked, *self.data)
 
-    def write(self, asked: "Asked", rows: Sequence[dict[str, Any]], cr: float | None) -> None:
+    def write(self, asked: "Asked", rows: Sequence[dict[str, Any]], cr: float | None) -> list[Path]:
         """Write the folders, and say where they are."""
         from modelopt_dms.evaluation.kvpress_results import Prediction, Setting, write_results
 
@@ -49,9 +48,11 @@ class Board:
             name, _, part = (row.get("category") or f"{OWN_DATASET}/{row['length']}").partition("/")
             own = folders.setdefault((name, part or None), [])
             own += [Prediction(**x | {"answer": tuple(x["answer"])}) for x in row["predictions"]]
+        written = []
         for where, predictions in folders.items():
             setting = Setting(*where, model=self.model, **_method(asked.model, cr), seed=asked.seed)
-            say(f"kvpress: {write_results(self.directory, setting, predictions)}")
+            written.append(write_results(self.directory, setting, predictions))
+        return written
 
 
 def _method(model: Any, cr: float | None) -> dict[str, Any]:

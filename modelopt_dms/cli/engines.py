@@ -24,6 +24,7 @@ from modelopt_dms.cli.options import (
     show,
 )
 from modelopt_dms.cli.tables import print_table
+from modelopt_dms.config.output_dir import check_writable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,6 +80,8 @@ def build(
     from modelopt_dms.runtime.manifest import Manifest
 
     Manifest.load(directory)
+    if timing_cache is not None:
+        check_writable(timing_cache)
     from modelopt_dms.exporters.tensorrt.build import BuildOptions
     from modelopt_dms.exporters.tensorrt.build import build as build_engines
 

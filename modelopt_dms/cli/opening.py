@@ -12,6 +12,7 @@ from modelopt_dms.checkpoints.formats import is_ours, read_json
 from modelopt_dms.checkpoints.gguf import AUTO_DTYPE, gguf_file, read_header
 from modelopt_dms.cli.options import Dtype, warn
 from modelopt_dms.config import distributed
+from modelopt_dms.config.compression_ratio import rounded_down
 from modelopt_dms.config.progress import phase
 from modelopt_dms.data.inputs import Blend, Formatted, as_paths, parse_data
 
@@ -98,7 +99,7 @@ def check_ratio(place: str | Path, cr: float | None) -> None:
         return  # damaged: loading says how
     if not 1.0 <= cr <= highest + 1e-6:
         raise ValueError(
-            f"--cr {cr:g}: {place} can be set to 1 to {highest:.3g}, which is what was measured"
+            f"--cr {cr:g}: {place} can be set to 1 to {rounded_down(highest)}, which is what was measured"
         )
 
 

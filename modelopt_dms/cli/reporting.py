@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 
 from modelopt_dms.cli.opening import beyond_model, check_compressed, load_any, set_ratio
 from modelopt_dms.cli.options import (
@@ -19,11 +18,12 @@ from modelopt_dms.cli.options import (
     DtypeOpt,
     RatioOpt,
     TrustOpt,
+    check_json,
     err,
-    out,
+    show,
     warn,
 )
-from modelopt_dms.config.output_dir import check_results_file, write_json
+from modelopt_dms.config.section import LONGEST as MOST
 from modelopt_dms.evaluation.report_page import PAGE
 from modelopt_dms.serving.planner.hardware import gpu_of
 
@@ -44,6 +44,7 @@ LengthOpt = Annotated[
     int | None,
     typer.Option(
         min=SHORTEST,
+        max=MOST,
         help=f"Tokens of the text and of prompts. By default the curve's, at most {LONGEST}.",
     ),
 ]
@@ -75,7 +76,7 @@ def report(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of prompts and texts.")] = 0,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Also write the figures here.")
+        Path | None, typer.Option("--json", help="Also write the figures here; '-' prints them.")
     ] = None,
     gpu: Annotated[
         str, typer.Option(help="Sequences that fit on it: h200, h100, b200, a100 or l40s.")
@@ -90,8 +91,7 @@ def report(
 
     check_drawable()
     check_page(output)
-    if json_file is not None:
-        check_results_file(json_file)
+    check_json(json_file)
     gpu_of(gpu)
     wanted = _ratios(ratios)
     words = None if text is None else _read_text(text)
@@ -116,9 +116,7 @@ def report(
     figures = measure(network, tokenizer, plan, origin)
     add_capacity(figures, place, gpu)
     write_page(output, figures)
-    if json_file is not None:
-        write_json(json_file, figures)
-    out.print(f"report: {escape(str(output.absolute()))}", highlight=False, soft_wrap=True)
+    show(figures, json_file, f"report: {output.absolute()}")
 
 
 def report_after_compress(
@@ -275,7 +273,7 @@ def _read_text(path: Path) -> str:
 
 def _ids(tokenizer: Any, words: str, length: int, path: Path) -> list[int]:
     # No more characters than so many tokens of any tokenizer have.
-    ids = list(tokenizer(words[: 64 * length])["input_ids"])[:length]
+    ids = list(tokenizer(words[: 64 * length], verbose=False)["input_ids"])[:length]
     if len(ids) < SHORTEST:
         raise ValueError(f"--text {path} has {len(ids)} tokens, must have at least {SHORTEST}")
     return ids

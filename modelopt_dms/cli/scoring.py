@@ -27,12 +27,14 @@ from modelopt_dms.cli.options import (
     FormatOpt,
     RatioOpt,
     TrustOpt,
+    check_json,
     err,
     out,
+    show,
     warn,
 )
 from modelopt_dms.cli.tables import print_table
-from modelopt_dms.config.output_dir import check_results_file
+from modelopt_dms.config.section import LONGEST
 from modelopt_dms.evaluation.limits import broken, parse_limits
 from modelopt_dms.evaluation.names import CATEGORIES, DEFAULT, EVALUATIONS, check_tasks
 
@@ -99,7 +101,11 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
     json_file: Annotated[
         Path | None,
-        typer.Option("--json", help="Also write the rows here; until all are there, FILE.partial."),
+        typer.Option(
+            "--json",
+            help="Also write the rows here; until all are there, FILE.partial. '-' prints them at the end, and no "
+            "table.",
+        ),
     ] = None,
     kvpress: KvpressOpt = None,
     kvpress_data: KvpressDataOpt = None,
@@ -126,22 +132,23 @@ def evaluate(
         warn(beyond_model(place, max(sizes), "--lengths"))
     check_ratio(place, cr)
     check_device(device)
-    given = open_files(data or [], "--data", data_format)
-    _check_rows_file(json_file)
+    open_files(data or [], "--data", data_format)
+    check_json(json_file)
     from modelopt_dms.evaluation.resume import RowStore, identity
-    from modelopt_dms.evaluation.run import Asked, fidelity_units, file_units, task_units
-    from modelopt_dms.gates.gate import gates
 
     settings: dict[str, Any] = {"model": identity(place), "data": [identity(x) for x in data or []]}
     if kvpress_board is not None:
         asked_data = kvpress_board.data
         settings["kvpress"] = asked_data and [asked_data[0], identity(asked_data[1])]
     store = RowStore(
-        json_file,
+        None if json_file == STDOUT else json_file,
         settings
         | {"format": data_format, "cr": cr, "dtype": dtype.value, "seed": seed, "count": count},
     )
     when_interrupted(store.how_to_go_on)
+    from modelopt_dms.evaluation.run import Asked, fidelity_units, file_units, task_units
+    from modelopt_dms.gates.gate import gates
+
     network, tokenizer = load_any(place, dtype, device, trust_remote_code)
     set_ratio(network, cr)
     asked = Asked(network.eval(), tokenizer, sizes, count, seed)
@@ -151,16 +158,22 @@ def evaluate(
             raise ValueError(f"--fidelity: {model} has no gates, so it is its own full cache")
         units += fidelity_units(asked, data or [], data_format)
     elif data:
-        units += file_units(asked, given)
+        units += file_units(asked, data, data_format)
     if kvpress_board is None:
         units += task_units(asked, wanted)
     else:
         units += kvpress_board.units(asked, wanted)
     rows = _measure(units, store)
-    store.finish(rows)
+    finished = store.finish(rows)
     if kvpress_board is not None:
-        kvpress_board.write(asked, rows, cr)
-    _show(network, rows, cr)
+        for folder in kvpress_board.write(asked, rows, cr):
+            line = f"kvpress: {folder}"
+            # Standard output is for the rows then.
+            (err if json_file == STDOUT else out).print(
+                line, markup=False, highlight=False, soft_wrap=True
+            )
+    _show(finished, json_file)
+    _warn_of_ratio(network, rows, cr)
     _warn_of_few(rows, count)
     if lines := broken(limits, rows):
         for line in lines:
@@ -168,17 +181,11 @@ def evaluate(
         raise typer.Exit(FAILED)
 
 
-def _check_rows_file(path: Path | None) -> None:
-    """Refuse a place where rows cannot be kept while the run lasts."""
-    if path == STDOUT:
-        raise ValueError("--json -: rows are kept in a file while the run lasts; name one")
-    if path is not None:
-        check_results_file(path)
-
-
 def _warn_of_few(rows: list[dict[str, Any]], count: int) -> None:
-    """Say where there was too little text for the samples that were asked for."""
+    """Say where there was too little text for the samples that were asked for, and which files were of no use."""
     for row in rows:
+        for name, why in row.get("unused", {}).items():
+            warn(f"data at {row['length']} tokens: no sample is of {name}: {why}")
         if (samples := row.get("samples", count)) < count:
             where = row.get("category") or row["task"]
             warn(f"{where} at {row['length']} tokens: {samples} samples, as there is no more text")
@@ -213,17 +220,25 @@ def _measure(units: "list[Unit]", store: "RowStore") -> list[dict[str, Any]]:
     return rows
 
 
-def _show(network: Any, rows: list[dict[str, Any]], cr: float | None) -> None:
-    """Tables, and one warning if texts got another ratio than was asked for."""
+def _show(rows: list[dict[str, Any]], json_file: Path | None) -> None:
+    """Tables; or the rows, for `--json -`. The store has written any other file."""
     from modelopt_dms.evaluation.limits import FIDELITY
     from modelopt_dms.evaluation.report import fidelity_table, results_table
-    from modelopt_dms.gates.thresholds import ratio_warning
 
+    if json_file == STDOUT:
+        show(rows, json_file)
+        return
     distances = [row for row in rows if row["task"] == FIDELITY]
     if distances:
         print_table(out, fidelity_table(distances))
     if others := [row for row in rows if row["task"] != FIDELITY]:
         print_table(out, results_table(others))
+
+
+def _warn_of_ratio(network: Any, rows: list[dict[str, Any]], cr: float | None) -> None:
+    """One warning if texts got another ratio than was asked for."""
+    from modelopt_dms.gates.thresholds import ratio_warning
+
     found = (
         ratio_warning(network, row["compression_ratio"], int(row["context_tokens"]), cr)
         for row in rows
@@ -233,6 +248,11 @@ def _show(network: Any, rows: list[dict[str, Any]], cr: float | None) -> None:
 
 
 def _length(text: str) -> int:
-    if not text.strip().isdigit() or int(text) < 64:
-        raise ValueError(f"--lengths: {text!r} must be a whole number of at least 64 tokens")
-    return int(text)
+    digits = text.strip()
+    # More digits than the longest has are not converted: Python refuses thousands of them with an error of its own.
+    small = digits.isdecimal() and len(digits) <= 12
+    if not small or not 64 <= int(digits) <= LONGEST:
+        raise ValueError(
+            f"--lengths: {digits!r} must be a whole number of tokens, from 64 to {LONGEST:,}"
+        )
+    return int(digits)

@@ -17,6 +17,8 @@ approaches 1 - 1/CR as T grows. A head that evicts the share e compresses less o
 longer ones, up to 1 / (1 - e).
 """
 
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context
+
 
 def evictable_tokens(length: int, window: int, protect_first: int = 0) -> int:
     """Tokens of a sequence whose eviction takes effect within it: E = T - (W + 1) - P, at least 0."""
@@ -76,3 +78,17 @@ def check_reachable(
         f"{-int(-always_resident * target_cr // 1)}"
         + (f" or window <= {widest}" if widest >= 1 else "")
     )
+
+
+def rounded_down(ratio: float) -> str:
+    """The upper end of a range as three digits that are still within it."""
+    return _digits(ratio, ROUND_FLOOR)
+
+
+def rounded_up(ratio: float) -> str:
+    """The lower end of a range, likewise."""
+    return _digits(ratio, ROUND_CEILING)
+
+
+def _digits(ratio: float, rounding: str) -> str:
+    return f"{float(Context(prec=3, rounding=rounding).create_decimal(repr(ratio))):g}"

@@ -147,18 +147,32 @@ def atomic_file(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def is_of_model(name: str) -> bool:
+    """Whether a file of this name is a part of a model and not results, going by JSON files."""
+    return name in _OF_MODELS or name.endswith(".index.json")
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a file that nobody can put there: what is made of missing directories counts as there.
+
+    Raises:
+        OutputError: the nearest directory above it cannot be written.
+    """
+    nearest = next(x for x in path.absolute().parents if x.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise OutputError(f"{path} cannot be written: {nearest} is not a writable directory")
+
+
 def check_results_file(path: Path) -> None:
     """Refuse to write results over something else, or where nothing can be written.
 
     Raises:
         OutputError: the file exists and holds no JSON or a part of a model, or its directory cannot be written.
     """
-    nearest = next(x for x in path.absolute().parents if x.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise OutputError(f"{path} cannot be written: {nearest} is not a writable directory")
+    check_writable(path)
     if not path.exists():
         return
-    if path.name in _OF_MODELS or path.name.endswith(".index.json"):
+    if is_of_model(path.name):
         raise OutputError(f"{path} is a part of a model; choose another file")
     try:
         json.loads(path.read_text(encoding="utf-8"))

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from modelopt_dms.config.output_dir import OutputError, atomic_dir
+from modelopt_dms.config.output_dir import OutputError, atomic_dir, check_writable
 
 FILES = ("predictions.csv", "metrics.json", "config.yaml")
 PRESS, NO_PRESS = "dms", "no_press"
@@ -125,12 +125,13 @@ def check_directory(directory: Path) -> None:
     """Refuse a place that cannot hold folders of results.
 
     Raises:
-        OutputError: it is a file, or its parent does not exist.
+        OutputError: it is a file, cannot be written, or its parent does not exist.
     """
     if directory.exists() and not directory.is_dir():
         raise OutputError(f"--kvpress {directory} is a file; expected a directory for results")
     if not directory.absolute().parent.is_dir():
         raise OutputError(f"--kvpress {directory}: {directory.parent} does not exist")
+    check_writable(directory / FILES[0])
 
 
 def write_results(directory: Path, setting: Setting, predictions: Sequence[Prediction]) -> Path:

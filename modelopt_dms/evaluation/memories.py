@@ -170,7 +170,7 @@ def story(tokenizer: PreTrainedTokenizerBase, length: int, facts: Sequence[Fact]
     head, tail = chat_frame(tokenizer)
 
     def encode(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     hidden = [encode(f" {fact.text}") for fact in facts]
     start = encode(f"{head}Read this text. I will ask you about it afterwards.\n\n")

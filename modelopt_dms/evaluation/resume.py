@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from modelopt_dms.config.in_use import in_use
-from modelopt_dms.config.output_dir import OutputError, write_json
+from modelopt_dms.config.output_dir import OutputError, is_of_model, write_json
 
 Row = dict[str, Any]
 # What a row is about; the rest of it was measured.
@@ -26,7 +26,8 @@ class RowStore:
             settings: all that the rows depend on beside KEY; JSON.
 
         Raises:
-            OutputError: the partial file is of other settings, or is none; or another process writes it.
+            OutputError: the partial file, or a finished one, is of other settings, or is none; or another process
+                writes it.
         """
         self.path = path
         self._lock = ExitStack()
@@ -35,6 +36,8 @@ class RowStore:
             self._lock.enter_context(in_use(path))
         self.settings = json.loads(json.dumps(settings))
         self.rows: dict[tuple[Any, ...], Row] = {}
+        if path is not None and path.exists():
+            self._check_finished(path)
         if self.partial is not None and self.partial.exists():
             self._read(self.partial)
 
@@ -42,6 +45,26 @@ class RowStore:
     def partial(self) -> Path | None:
         """Where rows are while the run lasts."""
         return None if self.path is None else self.path.with_name(f"{self.path.name}.partial")
+
+    def _check_finished(self, path: Path) -> None:
+        """Refuse to replace results that are not of these settings."""
+        try:
+            settings = [row["settings"] for row in json.loads(path.read_text(encoding="utf-8"))]
+            differing = [x for before in settings[:1] for x in self._differing(before)]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise OutputError(
+                f"{path} exists and does not say which settings its results are of; choose another file, or move it"
+            ) from None
+        if differing:
+            raise OutputError(
+                f"{path} holds results of another {', '.join(differing)}; choose another file, or remove it"
+            )
+
+    def _differing(self, before: Row) -> list[str]:
+        """Settings that are not those of earlier rows, in words."""
+        now = self.settings
+        names = sorted(x for x in {*before, *now} if before.get(x) != now.get(x))
+        return [_difference(x, before.get(x), now.get(x)) for x in names]
 
     def _read(self, partial: Path) -> None:
         try:
@@ -51,10 +74,7 @@ class RowStore:
             raise OutputError(
                 f"{partial} exists and is not of an interrupted run; move it"
             ) from None
-        differing = sorted(
-            x for x in {*before, *self.settings} if before.get(x) != self.settings.get(x)
-        )
-        if differing:
+        if differing := self._differing(before):
             raise OutputError(
                 f"{partial} is of a run with another {', '.join(differing)}; give the same command again, or remove it"
             )
@@ -79,23 +99,49 @@ class RowStore:
                 write_json(self.partial, {"settings": self.settings, "rows": [*self.rows.values()]})
         return self.rows[place]
 
-    def finish(self, rows: Sequence[Row]) -> None:
-        """Write the results file; the partial one is not needed any more."""
+    def finish(self, rows: Sequence[Row]) -> list[Row]:
+        """Write the results file; the partial one is not needed any more.
+
+        Returns:
+            The rows as they are written, each with the settings.
+        """
+        written = [{**row, "settings": self.settings} for row in rows]
         if self.path is not None and self.partial is not None:
-            write_json(self.path, list(rows))
+            write_json(self.path, written)
             self.partial.unlink(missing_ok=True)
         self._lock.close()
+        return written
 
 
 def identity(place: str | Path) -> Row:
     """What tells one model or file from another without reading it: sizes and times of its files."""
     path = Path(place)
     files = sorted(path.glob("*")) if path.is_dir() else [path]
+    # Results may lie beside the model.
     shown = [
-        x for x in files if x.suffix in (".json", ".safetensors", ".gguf") or not path.is_dir()
+        x
+        for x in files
+        if is_of_model(x.name) or x.suffix in (".safetensors", ".gguf") or not path.is_dir()
     ]
     stats = [x.stat() for x in shown if x.is_file()]
     return {"name": str(place), "files": [[x.st_size, x.st_mtime_ns] for x in stats]}
+
+
+def _difference(name: str, before: Any, now: Any) -> str:
+    """A setting that has changed, as a user knows it."""
+    was, is_now = _shown(before), _shown(now)
+    if was == is_now:
+        return f"{name} (files of {is_now} have changed)"
+    return f"{name} ({was}, now {is_now})"
+
+
+def _shown(value: Any) -> str:
+    """A setting without the sizes and times of files."""
+    if isinstance(value, dict) and "name" in value:
+        return str(value["name"])
+    if isinstance(value, list):
+        return ", ".join(map(_shown, value)) or "none"
+    return "none" if value is None else str(value)
 
 
 def _key(row: Row) -> tuple[Any, ...]:

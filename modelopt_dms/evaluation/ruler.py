@@ -102,7 +102,7 @@ def _prompt(
 
 def encoder(tokenizer: PreTrainedTokenizerBase) -> Encode:
     """Token ids of a text, without special tokens."""
-    return lambda text: list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return lambda text: list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def prose_from(sentences: Sequence[str], count: int, rng: random.Random) -> list[str]:

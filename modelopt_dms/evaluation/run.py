@@ -8,10 +8,10 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modelopt_dms.data.documents import open_documents
+from modelopt_dms.data.documents import Documents, open_documents
 from modelopt_dms.data.inputs import Formatted
 from modelopt_dms.evaluation.fidelity import fidelity
-from modelopt_dms.evaluation.files import cut_documents
+from modelopt_dms.evaluation.files import cut_documents, cut_files
 from modelopt_dms.evaluation.kvpress_prompts import TextPrompt, dataset_prompts, own_prompts
 from modelopt_dms.evaluation.kvpress_results import Prediction
 from modelopt_dms.evaluation.limits import FIDELITY
@@ -133,19 +133,20 @@ def _prediction(prompt: TextPrompt, said: Said) -> Prediction:
     )
 
 
-def file_units(asked: Asked, files: Sequence[Path] | Formatted) -> list[Unit]:
-    """Perplexity of a user's files at every length.
+def file_units(asked: Asked, files: Sequence[Path], format: str | None) -> list[Unit]:
+    """Perplexity of a user's files at every length; rows name files that no sample is of, as "unused".
 
     Raises:
         ValueError: unusable files, or none has a document of so many tokens: before anything is measured.
     """
-    documents = open_documents(files, asked.tokenizer, asked.model)
+    documents = [(str(path), _open(asked, path, format)) for path in files]
 
     def unit(length: int) -> Unit:
-        samples = cut_documents(documents, length, asked.count)
+        samples, unused = cut_files(documents, length, asked.count)
 
         def run() -> Row:
-            return {**perplexity(asked.model, samples).row(), "samples": len(samples)}
+            row = {**perplexity(asked.model, samples).row(), "samples": len(samples)}
+            return {**row, "unused": unused} if unused else row
 
         return Unit({"task": "data", "length": length}, run)
 
@@ -167,9 +168,7 @@ def fidelity_units(asked: Asked, files: Sequence[Path], format: str | None) -> l
 
     def unit(name: str, length: int) -> Unit:
         if categories:
-            paths = [categories[name]]
-            source = paths if format is None else Formatted(paths, format)
-            documents = open_documents(source, asked.tokenizer, asked.model)
+            documents = _open(asked, categories[name], format)
             samples = cut_documents(documents, length, asked.count)
         else:
             samples = _built_in(asked, length, asked.count)[name]
@@ -183,6 +182,11 @@ def fidelity_units(asked: Asked, files: Sequence[Path], format: str | None) -> l
         )
 
     return [unit(name, length) for name in names for length in asked.lengths]
+
+
+def _open(asked: Asked, path: Path, format: str | None) -> Documents:
+    source = [path] if format is None else Formatted([path], format)
+    return open_documents(source, asked.tokenizer, asked.model)
 
 
 def distance(model: PreTrainedModel, samples: Sequence[Sequence[int]]) -> Row:

@@ -8,7 +8,12 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from modelopt_dms.config.compression_ratio import physical_cr, target_evicted_fraction
+from modelopt_dms.config.compression_ratio import (
+    physical_cr,
+    rounded_down,
+    rounded_up,
+    target_evicted_fraction,
+)
 from modelopt_dms.config.section import in_one_line
 
 # Stored curves are read back as they were written, or refused.
@@ -80,7 +85,7 @@ class Curve:
         if cr < 1.0 or cr * always_resident > length:
             raise CompressionError(
                 f"cr={cr:g} must be at least 1 and, as {always_resident} tokens are always resident, at most "
-                f"{length / always_resident:.3g} at length={length}"
+                f"{rounded_down(length / always_resident)} at length={length}"
             )
         wanted = target_evicted_fraction(cr, length, self.window, self.protect_first)
         least, most = (x.evicted_fraction for x in (self.points[0], self.points[-1]))
@@ -89,7 +94,8 @@ class Curve:
                 physical_cr(x, length, self.window, self.protect_first) for x in (least, most)
             )
             raise CompressionError(
-                f"cr={cr:g} is out of what was measured; at length={length} it can be {low:.3g} to {high:.3g}"
+                f"cr={cr:g} is out of what was measured; at length={length} it can be "
+                f"{rounded_up(low)} to {rounded_down(high)}"
             )
         return replace(self.at_fraction(wanted), compression_ratio=cr)
 

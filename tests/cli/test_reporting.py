@@ -2,6 +2,7 @@
 """The command report, and the report that compress writes."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -102,6 +103,28 @@ def test_what_cannot_be_meant_is_one_line_before_anything_heavy_is_imported(tmp_
     for message, line in zip(cases, lines, strict=True):
         assert message.replace("no/page.html's folder", "no does not exist") in line
     assert (tmp_path / "mine.html").read_text() == "<p>not yours"
+
+
+def test_the_figures_can_be_printed(
+    compressed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ("--json", "-", "--count", 0, "--new-tokens", 0, "--length", 256)
+    assert run(monkeypatch, "report", compressed, "-o", "r.html", *words) == 0
+    assert "retention" in json.loads(capsys.readouterr().out)
+    assert [x.name for x in tmp_path.iterdir()] == ["r.html"]
+
+
+def test_a_directory_that_cannot_be_written_is_refused_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # A superuser, as in containers, may write anywhere.
+    monkeypatch.setattr("os.access", lambda _, mode, **__: not mode & os.W_OK)
+    assert run(monkeypatch, "report", tmp_path, "-o", tmp_path / "r.html") == 1
+    assert f"{tmp_path} is not a writable directory" in capsys.readouterr().err
 
 
 def test_a_report_that_fails_after_compress_is_a_warning(

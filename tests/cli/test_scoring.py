@@ -15,6 +15,7 @@ from modelopt_dms import apply_dms
 from modelopt_dms.checkpoints.base import load_base
 from modelopt_dms.cli.opening import beyond_model
 from modelopt_dms.evaluation import run as evaluation_run
+from modelopt_dms.evaluation.score import material_of
 from modelopt_dms.gates.gate import gates
 
 
@@ -102,6 +103,20 @@ def test_a_length_without_room_is_an_error_before_anything_is_measured(
         assert message in " ".join(capsys.readouterr().err.split())
 
 
+def test_rows_can_be_printed(
+    directory: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ("--tasks", "recall", "--lengths", 128, "--count", 1, "--json", "-")
+    assert run(monkeypatch, "eval", directory, *words) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["task"] == "recall" and row["length"] == 128
+    assert not [*tmp_path.iterdir()]
+
+
 def test_too_little_text_and_too_long_contexts_are_said(
     directory: Path,
     tmp_path: Path,
@@ -124,6 +139,33 @@ def test_too_little_text_and_too_long_contexts_are_said(
     )
 
 
+def test_files_that_no_sample_is_of_are_named(
+    directory: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    long, short, late = (tmp_path / f"{x}.txt" for x in ("long", "short", "late"))
+    for path, lines in ((long, 40), (short, 1), (late, 40)):
+        path.write_text("keep fox red\nskip owl blue\n" * lines)
+    files = [x for path in (short, long, late) for x in ("--data", path)]
+    words = ("eval", directory, *files, "--lengths", 128, "--count", 1)
+    assert run(monkeypatch, *words) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"data at 128 tokens: no sample is of {short}: its longest document has" in said
+    assert f"no sample is of {late}: all 1 samples were found before it" in said
+    assert f"of {long}" not in said
+
+
+def test_long_texts_are_tokenized_without_a_warning() -> None:
+    tokenizer = load_base("embedded")[1]
+    tokenizer.model_max_length = 64
+    for task in ("recall", "text", "needle", "cwe"):
+        material_of(tokenizer, task, 1024, 1, 0)
+    # Where transformers notes that it has printed the warning.
+    assert not tokenizer.deprecation_warnings
+
+
 def test_fidelity_of_a_model_without_gates_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -135,6 +177,10 @@ def test_wrong_tasks_and_limits_are_refused_before_anything_heavy_is_imported() 
     cases = {
         "tasks ['nedle'] are unknown, must be among recall": ["--tasks", "recall,nedle"],
         "name one twice": ["--tasks", "vt,vt"],
+        "'99999999999' must be a whole number of tokens, from 64 to 16,777,216": [
+            "--lengths",
+            "512,99999999999",
+        ],
         "must be [TASK.]FIGURE": ["--fail-if", "kl=3"],
         "only --fidelity measures": ["--fail-if", "kl>3"],
         "recal will not be measured, only recall": [
@@ -154,7 +200,7 @@ def test_wrong_tasks_and_limits_are_refused_before_anything_heavy_is_imported() 
     )
     words = [sys.executable, "-c", code, json.dumps([*cases.values()])]
     done = subprocess.run(words, capture_output=True, text=True)
-    assert done.stdout.split("\n")[:-1] == ["1"] * 5 + ["[]"]
+    assert done.stdout.split("\n")[:-1] == ["1"] * 6 + ["[]"]
     lines = [x for x in done.stderr.splitlines() if x.startswith("error:")]
     for message, line in zip(cases, lines, strict=True):
         assert message in line

@@ -6,6 +6,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import openai
@@ -66,11 +69,10 @@ def test_what_is_not_installed_is_named(
     assert "no_such_package not installed; run: pip install 'modelopt-dms[serve]'" in printed
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_command_with_exit_code_0(number: int, tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    words = [sys.executable, "-m", "modelopt_dms", "serve", "embedded", "--port", "0"]
+@contextmanager
+def serving(log: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], openai.OpenAI]]:
+    """The command in a process of its own, once it answers, and a client; standard error goes to a file."""
+    words = [sys.executable, "-m", "modelopt_dms", "serve", "embedded", "--port", "0", *options]
     with open(log, "w") as file:
         process = subprocess.Popen(words, stderr=file, text=True)
     try:
@@ -80,7 +82,17 @@ def test_a_signal_ends_the_command_with_exit_code_0(number: int, tmp_path: Path)
                 break
             time.sleep(0.1)
         assert found, log.read_text()
-        client = openai.OpenAI(base_url=found[1], api_key="none", max_retries=0)
+        with openai.OpenAI(base_url=found[1], api_key="none", max_retries=0) as client:
+            yield process, client
+    finally:
+        process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_command_with_exit_code_0(number: int, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with serving(log) as (process, client):
         fields = {"model": "embedded", "prompt": "def f(", "max_tokens": 20, "stream": True}
         stream = client.completions.create(**fields)
         next(stream)
@@ -89,5 +101,37 @@ def test_a_signal_ends_the_command_with_exit_code_0(number: int, tmp_path: Path)
         client.close()
         assert process.wait(60) == 0
         assert log.read_text().splitlines()[-1] == "stopped"
-    finally:
-        process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("grace", "signals"),
+    [("1", [signal.SIGTERM]), ("1", [signal.SIGINT]), ("30", [signal.SIGINT, signal.SIGINT])],
+)
+@pytest.mark.parametrize("stream", [True, False])
+def test_requests_that_are_cut_leave_no_traceback(
+    grace: str, signals: list[int], stream: bool, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    fields = {"model": "embedded", "prompt": "def f(", "max_tokens": 4000, "stream": stream}
+    # Else the model may end its text by itself.
+    fields["logit_bias"] = {"0": -100, "1": -100, "2": -100}
+
+    def ask(client: openai.OpenAI) -> None:
+        found = client.completions.create(**fields)
+        if stream:
+            list(found)
+
+    with serving(log, "--grace", grace) as (process, client), ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ask, client)
+        time.sleep(1.0)
+        assert not asked.done()
+        for number in signals:
+            process.send_signal(number)
+            time.sleep(0.5)
+        with pytest.raises(openai.APIError, match="the server is stopping"):
+            asked.result(60)
+        assert process.wait(60) == 0
+    printed = log.read_text()
+    assert "Traceback" not in printed and "Exception" not in printed
+    assert printed.splitlines()[-1].startswith("stopped")

@@ -11,7 +11,7 @@ import pytest
 
 from modelopt_dms.config.output_dir import OutputError
 from modelopt_dms.evaluation.limits import broken, parse_limits
-from modelopt_dms.evaluation.resume import RowStore
+from modelopt_dms.evaluation.resume import RowStore, identity
 
 PROSE = {"task": "fidelity", "category": "prose", "length": 512, "metric": "kl", "value": 0.02,
          "kl_p99": 0.4, "top1": 0.96, "compression_ratio": 4.0}  # fmt: skip
@@ -95,6 +95,39 @@ def test_rows_of_other_settings_are_not_taken(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="is not of an interrupted run"):
         RowStore(path, {"seed": 1, "cr": None})
     assert RowStore(None, {}).get({"task": "a", "length": 64}, lambda: {"value": 1})["value"] == 1
+
+
+def test_finished_rows_say_what_they_are_of_and_are_not_replaced_by_others(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    model = {"name": "a", "files": [[1, 2]]}
+    store = RowStore(path, {"seed": 0, "model": model})
+    store.finish([{"task": "a", "length": 64, "value": 1}])
+    (row,) = before = json.loads(path.read_text())
+    assert row["value"] == 1 and row["settings"] == {"seed": 0, "model": model}
+    RowStore(path, {"seed": 0, "model": model}).finish(before)
+    changed = model | {"files": [[1, 3]]}
+    for settings, words in (
+        ({"seed": 1, "model": model}, r"another seed \(0, now 1\); choose another file"),
+        ({"seed": 0, "model": model | {"name": "b"}}, r"another model \(a, now b\)"),
+        ({"seed": 0, "model": changed}, r"another model \(files of a have changed\)"),
+        ({"seed": 0, "model": model, "cr": 4.0}, r"another cr \(none, now 4.0\)"),
+    ):
+        with pytest.raises(OutputError, match=f"rows.json holds results of {words}"):
+            RowStore(path, settings)
+    for text in ('[{"value": 1}]', '{"a": 1}', "[1]"):
+        path.write_text(text)
+        with pytest.raises(OutputError, match="does not say which settings"):
+            RowStore(path, {"seed": 0})
+        assert path.read_text() == text
+
+
+def test_results_beside_a_model_do_not_change_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    before = identity(tmp_path)
+    (tmp_path / "rows.json").write_text("[]")
+    assert identity(tmp_path) == before
+    (tmp_path / "config.json").write_text('{"a": 1}')
+    assert identity(tmp_path) != before
 
 
 def test_rows_that_another_run_writes_are_left_to_it(tmp_path: Path) -> None:

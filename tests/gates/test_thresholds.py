@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import modelopt_dms as dms
-from modelopt_dms.config.compression_ratio import physical_cr
+from modelopt_dms.config.compression_ratio import physical_cr, rounded_down, rounded_up
 from modelopt_dms.exporters.tuned import save_tuned
 from modelopt_dms.gates.curve import CompressionError, Curve, CurvePoint
 from modelopt_dms.gates.thresholds import (
@@ -139,7 +139,7 @@ def test_a_ratio_may_be_asked_for_at_another_length(made):
         (0.5, None, "must be at least 1"),
         (30.0, None, "at most 9.14"),
         (8.0, None, "out of what was measured"),
-        (3.0, 10, "at most 1.43"),
+        (3.0, 10, "at most 1.42"),
     ],
 )
 def test_a_ratio_out_of_reach_is_refused_and_nothing_moves(made, cr, length, message):
@@ -148,6 +148,11 @@ def test_a_ratio_out_of_reach_is_refused_and_nothing_moves(made, cr, length, mes
     with pytest.raises(CompressionError, match=message):
         dms.set_compression(model, cr, length=length)
     assert_same(gate_state(model), before)
+
+
+def test_ends_of_a_range_are_printed_within_it():
+    assert [rounded_down(x) for x in (8.5199, 8.52, 1.0, 1234.5)] == ["8.51", "8.52", "1", "1230"]
+    assert [rounded_up(x) for x in (1.0001, 1.5, 12.31)] == ["1.01", "1.5", "12.4"]
 
 
 def test_a_model_without_a_curve_says_so():

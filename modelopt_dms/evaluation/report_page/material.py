@@ -63,7 +63,7 @@ def plain_texts(tokenizer: PreTrainedTokenizerBase, length: int, seed: int) -> d
     for kind, pieces in sources.items():
         rng.shuffle(pieces)
         # Characters enough for so many tokens of any tokenizer.
-        ids = tokenizer("\n\n".join(pieces)[: 16 * length])["input_ids"]
+        ids = tokenizer("\n\n".join(pieces)[: 16 * length], verbose=False)["input_ids"]
         found[kind] = list(ids[:length])
     return found
 

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from modelopt_dms.config.output_dir import OutputError, atomic_file
+from modelopt_dms.config.output_dir import OutputError, atomic_file, check_writable
 
 # The first line of every page; what does not begin with it is not overwritten.
 FIRST_LINE = "<!DOCTYPE html><!-- modelopt-dms report -->"
@@ -42,6 +42,7 @@ def check_page(path: Path) -> None:
         raise OutputError(f"{path} is a directory; expected the name of an .html file")
     if not path.absolute().parent.is_dir():
         raise OutputError(f"{path.parent} does not exist; make it, or choose another place")
+    check_writable(path)
     if path.exists():
         with path.open("rb") as file:
             if file.read(len(FIRST_LINE)) != FIRST_LINE.encode():

@@ -19,6 +19,7 @@ App = Callable[[Any, Receive, Send], Coroutine[Any, Any, None]]
 MOST_BYTES = 16 << 20
 # What a load balancer asks without a key.
 _OPEN = ("/health",)
+_STOPPING = "the server is stopping, and this request was not done in time"
 # What ends the work of the request that is handled.
 _ENDS: ContextVar[list[Callable[[], None]] | None] = ContextVar("ends", default=None)
 
@@ -47,7 +48,11 @@ class Gateway:
         body = bytearray()
         more = True
         while more:
-            message = await receive()
+            try:
+                message = await receive()
+            except asyncio.CancelledError:
+                await refuse(send, 503, _STOPPING)
+                return
             if message["type"] == "http.disconnect":
                 return
             body += message.get("body", b"")
@@ -91,9 +96,10 @@ class Gateway:
             work.result()
             return
         # However the work ends now, nobody waits for it; an error that is not looked at would be logged.
-        await asyncio.wait({work})
+        work.add_done_callback(lambda x: x.cancelled() or x.exception())
+        # A server that stops cancels all tasks that are left, and uvicorn would log that too.
         with contextlib.suppress(asyncio.CancelledError):
-            work.exception()
+            await asyncio.wait({work})
 
     def _may_pass(self, scope: Any) -> bool:
         if self.api_key is None or scope["path"] in _OPEN:
@@ -127,11 +133,10 @@ class _Answer:
         if self._ended:
             return
         self._ended = True
-        message = "the server is stopping, and this request was not done in time"
         if not self._started:
-            await refuse(self._send, 503, message)
+            await refuse(self._send, 503, _STOPPING)
         elif self._streams:
-            event = f"data: {json.dumps(error_body(503, message))}\n\n".encode()
+            event = f"data: {json.dumps(error_body(503, _STOPPING))}\n\n".encode()
             await self._send({"type": "http.response.body", "body": event})
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """transformers' server with one model, put together and run until a signal ends it."""
 
+import asyncio
 import signal
 import socket
 import threading
@@ -43,8 +44,28 @@ class Options:
     grace: int = 30
 
 
+# Seconds that requests have to tell their clients that they were cut.
+_LAST_WORDS = 5.0
+
+
 class _Server(uvicorn.Server):
     """Ends when a signal has come, as everybody expects, without raising the signal once more."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop; requests that are cut answer, and the application ends, before the loop does.
+
+        uvicorn leaves both to the end of the loop, which cancels them again and in the middle: tracebacks. A second
+        Ctrl-C cuts the requests at once.
+        """
+        await super().shutdown(sockets)
+        left = set(self.server_state.tasks)
+        if self.force_exit:
+            for task in left:
+                task.cancel()
+        if left:
+            await asyncio.wait(left, timeout=_LAST_WORDS)
+        if self.force_exit:
+            await self.lifespan.shutdown()
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
