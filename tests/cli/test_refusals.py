@@ -2,6 +2,7 @@
 """Mistakes are one line before anything heavy is imported: every case runs where torch cannot be imported."""
 
 import json
+import os
 import subprocess
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -231,3 +232,29 @@ def test_a_hub_that_cannot_be_reached_is_said_at_once(place: Path) -> None:
         ((code, said, errors),) = run([["compress", "nosuch"]], place, hub)
     assert code == 1 and not said
     assert "MODEL 'nosuch' is no directory" in errors and "could not be reached (" in errors
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize(
+    "words", [["recipes", "show", "dms_cr8"], ["recipes"], ["recipes", "schema"], ["--version"]]
+)
+def test_an_output_that_cannot_be_written_is_named(words: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "modelopt_dms", *words],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+    assert done.returncode == 1
+    assert done.stderr == "error: standard output cannot be written: No space left on device\n"
+
+
+def test_a_reader_that_has_enough_is_no_error() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "modelopt_dms", "recipes", "show", "dms_cr8"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
