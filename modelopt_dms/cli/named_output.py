@@ -39,7 +39,7 @@ def named_output() -> Iterator[None]:
         OutputError: it cannot be written.
     """
     stream = sys.stdout
-    sys.stdout = NamedOutput(stream)  # type: ignore[assignment]
+    sys.stdout = NamedOutput(stream)
     try:
         try:
             yield
