@@ -50,7 +50,7 @@ def check_original(place: str, sections: "Sections") -> None:
     """Refuse to do to a model again what its config.json says has been done to it."""
     config = read_json(Path(place) / "config.json")
     if sections.dms is not None and any(config.get(x) for x in ("dms_config", "dms_window_size")):
-        raise ValueError(f"{place} has DMS gates already; start from the original checkpoint")
+        raise ValueError(f"{place} already has DMS gates; start from the original checkpoint")
     if config.get("dms_quantization"):
         raise ValueError(f"{place} is quantized already; start from the original checkpoint")
 

@@ -111,7 +111,7 @@ def _mistakes(place: Path) -> list[tuple[list[str], str]]:
         (["compress", "embedded", "-o", str(place / "mine.txt")], "is a file"),
         (["compress", "/no/where"], "/no/where does not exist; accepted: a directory"),
         (["compress", ""], "MODEL is empty; accepted: a directory"),
-        (["compress", model, "-o", new], "has DMS gates already"),
+        (["compress", model, "-o", new], "already has DMS gates"),
         (["compress", str(place / "packed"), "-o", new], "is quantized already"),
         (["compress", "nosuch/"], "nosuch/ does not exist; accepted: a directory"),
         (["generate", "nosuch/", "-p", "x"], "nosuch/ does not exist; accepted: a directory"),
