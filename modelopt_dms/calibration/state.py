@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from modelopt_dms.calibration.statistics import Regression
-from modelopt_dms.config.output_dir import own, writing
+from modelopt_dms.config.output_dir import own, share, writing
 from modelopt_dms.training.checkpoint import WAYS_OUT, ResumeError, differences
 
 STATE_FILE = "sums.safetensors"
@@ -39,6 +39,7 @@ def save_state(
                 staged,
                 metadata={"done": str(done), "description": json.dumps(description)},
             )
+            share(staged)
         os.replace(staged, directory / STATE_FILE)
     except OSError as error:
         raise ResumeError(f"output_dir={directory} cannot be written: {error}") from error

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # What the hub takes for a repository: NAME or OWNER/NAME.
 _HUB_ID = re.compile(r"(?:[A-Za-z0-9][\w.-]{0,95}/)?[A-Za-z0-9_][\w.-]{0,95}")
+# How long the hub may take to answer whether it has a model.
+_HUB_SECONDS = 5.0
 EMBEDDED = "embedded"
 # One of these is in every directory that a tokenizer can be read from; of none, transformers makes up an empty one.
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "merges.txt", "tekken.json")
@@ -107,6 +109,10 @@ def check_model_place(place: str) -> None:
         ValueError: no such path and no hub id that can be had, a path without config.json, quantized weights, an
             adapter, or a GGUF file that cannot be read.
     """
+    if not place.strip():
+        raise ValueError(
+            f"MODEL is empty; accepted: a directory, a .gguf file, a hub id, {', '.join([EMBEDDED, *KNOWN])}"
+        )
     if (file := gguf.gguf_file(place)) is not None:
         gguf.read_header(file)
         return
@@ -120,19 +126,49 @@ def check_model_place(place: str) -> None:
         )
 
 
-def _check_hub_id(name: str, file: str = "config.json") -> None:
-    """Refuse a name that neither is a path here nor can be found on the hub, as far as that is known offline."""
+def _check_hub_id(name: str, file: str = "config.json", what: str = "MODEL") -> None:
+    """Refuse a name that neither is a path here nor can be had from the hub, which is asked once."""
     known = [EMBEDDED, *KNOWN]
     accepted = f"a directory, a .gguf file, a hub id, {', '.join(map(repr, known))}"
     if not _HUB_ID.fullmatch(name) or ".." in name or "--" in name:
         raise ValueError(f"{name} does not exist{suggestion(name, known)}; accepted: {accepted}")
     from huggingface_hub import constants, try_to_load_from_cache
 
-    if constants.HF_HUB_OFFLINE and not isinstance(try_to_load_from_cache(name, file), str):
+    if isinstance(try_to_load_from_cache(name, file), str):
+        return
+    if constants.HF_HUB_OFFLINE:
         raise ValueError(
             f"{name} is no path here, is not in the hub's cache, and HF_HUB_OFFLINE forbids to fetch it"
             f"{suggestion(name, known)}; accepted: {accepted}"
         )
+    if (why := _not_on_hub(name, file)) is not None:
+        raise ValueError(
+            f"{what} {name!r} is no directory, no .gguf file, no known name ({', '.join(known)}), and {why}"
+            f"{suggestion(name, known)}"
+        )
+
+
+def _not_on_hub(name: str, file: str) -> str | None:
+    """Why a repository cannot be had from the hub, by one request for a file of it; None if it may be.
+
+    transformers would try for minutes, and then name neither the model nor what else it could be.
+    """
+    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url
+
+    try:
+        get_hf_file_metadata(hf_hub_url(name, file), timeout=_HUB_SECONDS)
+    except (errors.GatedRepoError, errors.EntryNotFoundError):
+        return None  # it is there; what is wrong with it, transformers says
+    except errors.RepositoryNotFoundError:
+        return "the hub has no model of this name that you may read"
+    except errors.HfHubHTTPError as error:
+        return f"the hub answered with status {error.response.status_code}"
+    # Of the HTTP client, which is another one in other versions of huggingface_hub.
+    except Exception as error:
+        return (
+            f"the hub could not be reached ({' '.join(str(error).split()) or type(error).__name__})"
+        )
+    return None
 
 
 def check_tokenizer(name: str | Path) -> None:
@@ -145,7 +181,7 @@ def check_tokenizer(name: str | Path) -> None:
     if gguf.gguf_file(place) is not None:
         return
     if not place.exists():
-        _check_hub_id(str(name), "tokenizer_config.json")
+        _check_hub_id(str(name), "tokenizer_config.json", "the tokenizer")
     if place.is_dir() and not any(x for name in TOKENIZER_FILES for x in place.glob(name)):
         raise ValueError(
             f"{place} holds no tokenizer (tokenizer.json or the like); copy those of the original model there"

@@ -21,6 +21,7 @@ from modelopt_dms.cli.harness import PASSED_ON, lm_eval
 from modelopt_dms.cli.interrupting import Commands
 from modelopt_dms.cli.listing import recipes_app
 from modelopt_dms.cli.making import compress, export, tune
+from modelopt_dms.cli.named_output import named_output
 from modelopt_dms.cli.options import err, say
 from modelopt_dms.cli.planning import plan
 from modelopt_dms.cli.reporting import report
@@ -81,7 +82,7 @@ def main() -> None:
         "ignore", message="transformers .* is not tested with current version of modelopt"
     )
     try:
-        with showing():
+        with named_output(), showing():
             app()
     except Exception as error:
         if os.environ.get(DEBUG) or not is_expected(error):

@@ -15,6 +15,7 @@ from modelopt_dms.cli.opening import (
     check_curve,
     check_device,
     check_model,
+    check_original,
     embedded_documents,
     load_any,
     load_base,
@@ -93,6 +94,7 @@ def compress(
     place = check_model(model)
     name = recipe or _default_recipe(place)
     sections = check_recipe(name, changes or [])
+    check_original(place, sections)
     target = output or Path(f"{Path(model).name.removesuffix('.gguf')}-{Path(name).stem}")
     check_output(target, (CALIBRATION_DIR, RETROFIT_DIR))
     with in_use(target):
@@ -202,8 +204,10 @@ def _ratios(sections: "Sections") -> str:
 
 def _without_data(model: str, sections: "Sections", given: bool) -> list[str]:
     """What a model is fitted to that came without data."""
-    if given or model == EMBEDDED or not (sections.calibrate or sections.retrofit):
+    if given or not (sections.calibrate or sections.retrofit):
         return []
+    if model == EMBEDDED:
+        return ["no --data: it is fitted to text of its own kind, which is made here"]
     return ["no --data: it is fitted to the built-in mix of chats, prose and code"]
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modelopt_dms.checkpoints import base
+from modelopt_dms.checkpoints.fetch import KNOWN
 from modelopt_dms.checkpoints.formats import is_ours, read_json
 from modelopt_dms.checkpoints.gguf import AUTO_DTYPE, gguf_file, read_header
 from modelopt_dms.cli.options import Dtype, warn
@@ -19,6 +20,7 @@ from modelopt_dms.data.inputs import Blend, Formatted, as_paths, parse_data
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from modelopt_dms.config.sections import Sections
 
 _COLDEST, _HOTTEST = 0.001, 1000.0
 _DEVICE = re.compile(
@@ -35,12 +37,23 @@ def check_model(name: str | Path) -> str:
 
 def check_compressed(name: Path) -> Path:
     """The same for a command that needs a compressed or a quantized model."""
+    if str(name) not in (base.EMBEDDED, *KNOWN) and not name.exists():
+        raise ValueError(f"{name} does not exist; expected the directory of a compressed model")
     place = Path(check_model(name))
     if gguf_file(place) is not None or (place.is_dir() and not is_ours(place)):
         raise ValueError(
             f"{name} is a plain model, without gates; compress it first: modelopt-dms compress {name} -o OUTPUT"
         )
     return place
+
+
+def check_original(place: str, sections: "Sections") -> None:
+    """Refuse to do to a model again what its config.json says has been done to it."""
+    config = read_json(Path(place) / "config.json")
+    if sections.dms is not None and any(config.get(x) for x in ("dms_config", "dms_window_size")):
+        raise ValueError(f"{place} already has DMS gates; start from the original checkpoint")
+    if config.get("dms_quantization"):
+        raise ValueError(f"{place} is quantized already; start from the original checkpoint")
 
 
 def check_curve(place: str | Path) -> None:

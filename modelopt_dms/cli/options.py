@@ -74,10 +74,20 @@ NAMES = (
     f"({', '.join(KNOWN)})"
 )
 
+
+def _without_slash(text: str) -> str:
+    # Of what is there. What is not there keeps it: a name that ends with a slash is no hub id.
+    return str(Path(text)) if text and Path(text).exists() else text
+
+
 ModelArg = Annotated[str, typer.Argument(help=f"Directory, {NAMES}.")]
 DirArg = Annotated[
-    Path,
-    typer.Argument(help=f"Directory of a compressed model; or any causal LM: directory, {NAMES}."),
+    str,
+    typer.Argument(
+        parser=_without_slash,
+        metavar="MODEL",
+        help=f"Directory of a compressed model; or any causal LM: directory, {NAMES}.",
+    ),
 ]
 DataOpt = Annotated[
     list[Path] | None,

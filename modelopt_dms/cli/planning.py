@@ -56,6 +56,12 @@ def plan(
     from modelopt_dms.serving.planner.capacity import plan as make
 
     check_json(json_file)
+    place = Path(model)
+    if not model.strip() or (place.is_file() and place.suffix.lower() not in (".json", ".gguf")):
+        raise ValueError(
+            f"MODEL {model!r} is no model; accepted: a config.json, a model's directory, a .gguf file, a name such as "
+            "Qwen3-8B or smollm2, or a hub id in the local cache"
+        )
     if picture is not None:
         if picture.suffix not in (".svg", ".png"):
             raise ValueError(f"--picture {picture} must end in .svg or .png")

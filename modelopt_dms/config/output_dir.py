@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -50,8 +51,8 @@ def check_output(output_dir: str | Path, ours: tuple[str, ...] = ()) -> Path:
     if target.exists() and not target.is_dir():
         raise OutputError(f"output_dir={target} is a file; expected a directory")
     nearest = next(x for x in (target, *target.absolute().parents) if x.exists())
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise OutputError(f"output_dir={target} cannot be written: {nearest} is read-only")
+    if (why := unwritable(nearest)) is not None:
+        raise OutputError(f"output_dir={target} cannot be written: {why}")
     present = {x.name for x in target.iterdir()} if target.exists() else set()
     for name in present & LAST.keys():
         raise OutputError(
@@ -67,6 +68,21 @@ def check_output(output_dir: str | Path, ours: tuple[str, ...] = ()) -> Path:
     for name in sorted(present & {*ours, STAGING_DIR}):
         check_owned(target / name)
     return target
+
+
+def unwritable(directory: Path) -> str | None:
+    """Why nothing can be made in an existing directory, found by trying; None if it can."""
+    if not directory.is_dir():
+        return f"{directory} is not a directory"
+    if not os.access(directory, os.W_OK | os.X_OK):
+        return f"{directory} is read-only"
+    try:
+        # Permissions do not tell: /proc says that root may write there. On Linux this file never has a name.
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        return f"nothing can be made in {directory} ({error.strerror})"
+    return None
 
 
 def check_owned(directory: Path) -> None:
@@ -136,12 +152,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         os.close(handle)
         temporary = Path(name)
-        # mkstemp makes files that only their owner reads.
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
         try:
             yield temporary
+            share(temporary)
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -159,8 +172,20 @@ def check_writable(path: Path) -> None:
         OutputError: the nearest directory above it cannot be written.
     """
     nearest = next(x for x in path.absolute().parents if x.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise OutputError(f"{path} cannot be written: {nearest} is not a writable directory")
+    if (why := unwritable(nearest)) is not None:
+        raise OutputError(f"{path} cannot be written: {why}")
+
+
+def share(path: Path) -> None:
+    """Let those read and write a file whom the umask lets.
+
+    mkstemp makes files that only their owner reads; so does safetensors (0.8), which writes another file first.
+    """
+    mask = os.umask(0o077)
+    os.umask(mask)
+    mode = stat.S_IMODE(path.stat().st_mode)
+    if mode | (0o666 & ~mask) != mode:
+        path.chmod(mode | (0o666 & ~mask))
 
 
 def check_results_file(path: Path) -> None:
@@ -226,6 +251,8 @@ def atomic_dir(target: Path) -> Iterator[Path]:
                 for x in staging.rglob("*")
                 if x.is_file() and x.name not in (MARKER, _PARTIAL)
             )
+            for name in files:
+                share(staging / name)
             _mark(staging, files)
     except BaseException:  # Ctrl-C too
         _discard(staging)

@@ -5,9 +5,9 @@ Nothing here imports ModelOpt, and torch with it: mistakes in a recipe are found
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
 
 # No window, number of steps or seed that is meant needs more than 32 bits; nor a float more than this range.
 LARGEST_INTEGER = 2**32 - 1
@@ -26,6 +26,19 @@ class Section(BaseModel):
         use_attribute_docstrings=True,
     )
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _booleans_are_no_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        # To Python True is 1, to pydantic also "yes" and 1 are True; one of them was meant for another key.
+        kinds = _kinds(cls.model_fields[str(info.field_name)].annotation)
+        if kinds == {bool} and not isinstance(value, bool):
+            raise ValueError("must be true or false")
+        if kinds & {int, float} and not kinds & {bool, Any}:
+            for x in value if isinstance(value, list | tuple) else [value]:
+                if isinstance(x, bool):
+                    raise ValueError("must be a number, not a boolean")
+        return value
+
     @field_validator("*")
     @classmethod
     def _numbers_can_be_meant(cls, value: Any) -> Any:
@@ -37,6 +50,14 @@ class Section(BaseModel):
                     f"must be 0, or of a size from {SMALLEST_FLOAT:g} to {LARGEST_FLOAT:g}"
                 )
         return value
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types that an annotation such as `list[float] | None` ends in; those of a literal's values."""
+    if get_origin(annotation) is Literal:
+        return {type(x) for x in get_args(annotation)}
+    inner = get_args(annotation)
+    return set().union(*map(_kinds, inner)) if inner else {annotation}
 
 
 def in_one_line(error: ValidationError) -> str:

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """How traces are sampled, and where they may be written. Imports nothing heavy."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from modelopt_dms.config.output_dir import OutputError, check_owned
+from modelopt_dms.config.output_dir import OutputError, check_owned, unwritable
 
 
 @dataclass(frozen=True)
@@ -52,10 +51,8 @@ def check_traces_output(output: str | Path) -> Path:
     if target.exists():
         raise OutputError(f"output={target} exists already; choose another name or remove it")
     nearest = next(x for x in target.absolute().parents if x.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise OutputError(
-            f"output={target} cannot be written: {nearest} is not a writable directory"
-        )
+    if (why := unwritable(nearest)) is not None:
+        raise OutputError(f"output={target} cannot be written: {why}")
     check_owned(partial_dir(target))
     return target
 

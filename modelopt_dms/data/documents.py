@@ -26,6 +26,8 @@ ACCEPTED = f"{KINDS}; `Formatted` of these if they are of another format; or a B
 # Characters that are tokenized together. Tokenizers take hundreds of bytes a character, and time that grows faster than
 # the text.
 LONGEST = 1_000_000
+# Records from the start among which the first damaged one is looked for, when a later one was found to be.
+_SEARCHED = 1000
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,8 @@ class Documents:
     Attributes:
         records: that the documents are made of.
         tokenizer: for records that are not token ids yet.
-        vocabulary: rows of the model's embedding; no id may reach it. None if there is no model yet.
+        vocabulary: rows of the model's embedding; no id may reach it. None if there is no model yet: then no id may
+            be beyond the tokenizer's.
     """
 
     records: Records
@@ -97,20 +100,35 @@ class Documents:
         """The documents, token ids [L] each, of records at these indices.
 
         Raises:
-            DataError: a record is not usable; names it.
+            DataError: a record is not usable; names it, or the first one that is not.
         """
         for index in map(int, indices):
-            label = self.records.label(index)
-            for ids in _documents(self.records.read(index), self.tokenizer, label):
-                self._check(ids, label)
-                yield ids
+            try:
+                yield from self._of_record(index)
+            except DataError:
+                # Records are read in any order, and who mends data does so from the start.
+                for earlier in range(min(index, _SEARCHED)):
+                    for _ in self._of_record(earlier):
+                        pass
+                raise
+
+    def _of_record(self, index: int) -> Iterator[Tokens]:
+        label = self.records.label(index)
+        for ids in _documents(self.records.read(index), self.tokenizer, label):
+            self._check(ids, label)
+            yield ids
 
     def _check(self, ids: Tokens, label: str) -> None:
-        if self.vocabulary is None or not len(ids) or ids.max() < self.vocabulary:
+        known = None if self.tokenizer is None else len(self.tokenizer)
+        limit = known if self.vocabulary is None else self.vocabulary
+        if limit is None or not len(ids) or ids.max() < limit:
             return
-        message = f"{label} holds token id {ids.max()}, but the model's embedding has {self.vocabulary} rows"
-        if self.tokenizer is not None and len(self.tokenizer) > self.vocabulary:
-            message += f"; the tokenizer has {len(self.tokenizer)} tokens"
+        message = f"{label} holds token id {ids.max()}, but "
+        if self.vocabulary is None:
+            raise DataError(f"{message}the tokenizer has {known} tokens")
+        message += f"the model's embedding has {limit} rows"
+        if known is not None and known > limit:
+            message += f"; the tokenizer has {known} tokens"
         raise DataError(message)
 
 

@@ -73,6 +73,10 @@ def check_ids(values: Any, label: str) -> Tokens:
     Raises:
         DataError: it is something else.
     """
+    # Among integers, numpy takes True for 1.
+    if isinstance(values, list | tuple) and {bool, np.bool_} & set(map(type, values)):
+        index, value = next((i, x) for i, x in enumerate(values) if isinstance(x, bool | np.bool_))
+        raise DataError(f"{label}[{index}] is {str(value).lower()}; expected a token id")
     if isinstance(values, str | bytes | Mapping):
         ids = np.asarray(None)
     else:

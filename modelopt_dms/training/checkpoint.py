@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 from modelopt_dms.config.calibrate import CalibrateConfig
 from modelopt_dms.config.dms import DMSConfig
-from modelopt_dms.config.output_dir import MARKER, own, remove
+from modelopt_dms.config.output_dir import MARKER, own, remove, share
 from modelopt_dms.config.quantize import QuantizationConfig, quantization_to_dict
 from modelopt_dms.config.retrofit import RetrofitConfig
 from modelopt_dms.data.mixing import PreparedData
@@ -183,6 +183,7 @@ def commit(directory: Path, step: int) -> None:
 def save_trained(module: nn.Module, path: Path) -> None:
     """Write what learns, and the gates' thresholds, and only those, to a safetensors file."""
     save_file({name: x.cpu().contiguous() for name, x in trained_tensors(module).items()}, path)
+    share(path)
 
 
 @torch.no_grad()

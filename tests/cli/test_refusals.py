@@ -2,9 +2,14 @@
 """Mistakes are one line before anything heavy is imported: every case runs where torch cannot be imported."""
 
 import json
+import os
 import subprocess
 import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socket import socket
+from threading import Thread
+from typing import ClassVar
 
 import pytest
 from paths import ROOT
@@ -37,7 +42,7 @@ for words in json.load(open(sys.argv[1])):
 """
 
 
-def run(cases: list[list[str]], place: Path) -> list[tuple[int, str, str]]:
+def run(cases: list[list[str]], place: Path, hub: str | None = None) -> list[tuple[int, str, str]]:
     """Exit code, standard output and standard error of command lines, in one process."""
     (place / "cases.json").write_text(json.dumps(cases))
     done = subprocess.run(
@@ -47,7 +52,7 @@ def run(cases: list[list[str]], place: Path) -> list[tuple[int, str, str]]:
         check=True,
         cwd=ROOT,
         env={
-            "HF_HUB_OFFLINE": "1",
+            **({"HF_HUB_OFFLINE": "1"} if hub is None else {"HF_ENDPOINT": hub}),
             "PYTHONPATH": ":".join(sys.path),
             "PATH": "",
             "HOME": str(place),
@@ -70,11 +75,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = {"dms_config": {"window": 16}, "dms_curve": curve, "dtype": "bfloat16"}
     (place / "model").mkdir()
     (place / "model" / "config.json").write_text(json.dumps(config))
+    (place / "packed").mkdir()
+    (place / "packed" / "config.json").write_text('{"dms_quantization": {"samples": 1}}')
     return place
 
 
 def _mistakes(place: Path) -> list[tuple[list[str], str]]:
-    new, model = str(place / "new"), str(place / "model")
+    new, model, good = (str(place / x) for x in ("new", "model", "good.txt"))
     go = ["compress", "embedded", "-o", new]
     fp8 = ["-r", "fp8_default-kv_fp8-dms_cr8"]
     return [
@@ -103,6 +110,17 @@ def _mistakes(place: Path) -> list[tuple[list[str], str]]:
         (["compress", "embedded", "-o", str(place / "full")], "thesis.tex"),
         (["compress", "embedded", "-o", str(place / "mine.txt")], "is a file"),
         (["compress", "/no/where"], "/no/where does not exist; accepted: a directory"),
+        (["compress", ""], "MODEL is empty; accepted: a directory"),
+        (["compress", model, "-o", new], "already has DMS gates"),
+        (["compress", str(place / "packed"), "-o", new], "is quantized already"),
+        (["compress", "nosuch/"], "nosuch/ does not exist; accepted: a directory"),
+        (["generate", "nosuch/", "-p", "x"], "nosuch/ does not exist; accepted: a directory"),
+        (["traces", "nosuch/", "--prompts", good, "-o", f"{new}.jsonl"], "nosuch/ does not exist"),
+        (["preview", "--tokenizer", "nosuch/", "--data", good], "nosuch/ does not exist"),
+        (["tune", "nosuch/"], "nosuch does not exist; expected the directory of a compressed"),
+        (["export", "nosuch", "-o", new], "nosuch does not exist; expected the directory of a"),
+        (["plan", good], "is no model; accepted: a config.json"),
+        (["plan", ""], "is no model; accepted: a config.json"),
         (["compress", "smolm2"], "did you mean 'smollm2'"),
         (["compress", "smollm2"], "modelopt-dms fetch smollm2"),
         (["compress", str(place / "full")], "has no config.json"),
@@ -168,3 +186,75 @@ def test_what_needs_no_model_is_printed_without_torch(place: Path) -> None:
     assert "modelopt-dms " in found[0][1] and "calibrated_cr4" in json.loads(found[1][1])
     assert json.loads(found[2][1])[0]["name"] == "smollm2"
     assert "\nretrofit:\n" in found[3][1]
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers as the hub does: of no repository, of one without a config.json, and when it is down."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_HEAD(self) -> None:
+        """Answer by the name that is asked for."""
+        self.asked.append(self.path)
+        down = "down" in self.path
+        self.send_response(503 if down else 404)
+        if not down:
+            kind = "EntryNotFound" if "there" in self.path else "RepoNotFound"
+            self.send_header("X-Error-Code", kind)
+        self.end_headers()
+
+
+def test_a_name_that_the_hub_does_not_have_is_asked_for_once(place: Path) -> None:
+    Hub.asked.clear()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    Thread(target=server.serve_forever, daemon=True).start()
+    hub = f"http://127.0.0.1:{server.server_port}"
+    go = ["-o", str(place / "new")]
+    cases = [["compress", "smolm2", *go], ["compress", "me/down", *go]]
+    try:
+        found = run([*cases, ["compress", "me/there", *go]], place, hub)
+    finally:
+        server.shutdown()
+        server.server_close()
+    start = "error: MODEL 'smolm2' is no directory, no .gguf file, no known name (embedded, smollm2"
+    assert found[0][0] == 1 and found[0][2].startswith(start)
+    assert found[0][2].endswith("that you may read, did you mean 'smollm2'?\n")
+    assert found[1][0] == 1 and "the hub answered with status 503" in found[1][2]
+    # What may be a model goes on, here to what cannot be imported.
+    assert "imports" in str(found[2][0])
+    assert [x.split("/resolve")[0] for x in Hub.asked] == ["/smolm2", "/me/down", "/me/there"]
+
+
+def test_a_hub_that_cannot_be_reached_is_said_at_once(place: Path) -> None:
+    with socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # nobody listens
+        hub = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        ((code, said, errors),) = run([["compress", "nosuch"]], place, hub)
+    assert code == 1 and not said
+    assert "MODEL 'nosuch' is no directory" in errors and "could not be reached (" in errors
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize(
+    "words", [["recipes", "show", "dms_cr8"], ["recipes"], ["recipes", "schema"], ["--version"]]
+)
+def test_an_output_that_cannot_be_written_is_named(words: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "modelopt_dms", *words],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+    assert done.returncode == 1
+    assert done.stderr == "error: standard output cannot be written: No space left on device\n"
+
+
+def test_a_reader_that_has_enough_is_no_error() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "modelopt_dms", "recipes", "show", "dms_cr8"]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")

@@ -17,6 +17,7 @@ from modelopt_dms.config.bundled import RecipeError
 from modelopt_dms.config.calibrate import CalibrateConfig
 from modelopt_dms.config.dms import DMSConfig
 from modelopt_dms.config.recipe import load_recipe
+from modelopt_dms.config.recipe_file import check_recipe
 from modelopt_dms.config.retrofit import RetrofitConfig
 from modelopt_dms.gates.thresholds import missed_ratio, ratio_warning
 from modelopt_dms.modeling.convert import is_converted
@@ -48,6 +49,41 @@ def test_no_number_in_a_list_is_infinite(field: str) -> None:
     for value in ("[2, .inf]", "[2, .nan]", "[2, 1e18]"):
         with pytest.raises(RecipeError, match=field):
             load_recipe("calibrated_cr4", ["retrofit.steps=9", f"{field}={value}"])
+
+
+@pytest.mark.parametrize(
+    "field",
+    [name for name, _ in NUMBERS] + ["dms.decision_shift", "quantize.samples"],
+)
+def test_a_boolean_is_no_number(field: str) -> None:
+    section = field.split(".")[0]
+    recipe = "nvfp4_default-kv_nvfp4-calibrated_cr8" if section == "quantize" else "calibrated_cr4"
+    changes = {"retrofit.steps": 9} if section == "retrofit" else {}
+    for value in (True, False):
+        with pytest.raises(RecipeError, match=f"{field}={value}: must be a number"):
+            check_recipe(recipe, changes | {field: value})
+
+
+@pytest.mark.parametrize("field", ["calibrate.curve", "retrofit.cr_range"])
+def test_a_boolean_in_a_list_is_no_number(field: str) -> None:
+    with pytest.raises(RecipeError, match="must be a number"):
+        check_recipe("calibrated_cr4", ["retrofit.steps=9", f"{field}=[true, 2]"])
+
+
+@pytest.mark.parametrize("value", [1, 0, "yes", "true", 1.0, None])
+def test_a_number_or_a_word_is_no_boolean(value: Any) -> None:
+    with pytest.raises(RecipeError, match=f"dms.evict={value!r}: must be true or false"):
+        check_recipe("calibrated_cr4", {"dms.evict": value})
+    with pytest.raises(ValueError, match="must be true or false"):
+        DMSConfig(evict=value)
+
+
+def test_no_boolean_is_assigned_to_a_number() -> None:
+    with pytest.raises(ValueError, match="must be a number"):
+        DMSConfig(window=True)
+    config = DMSConfig()
+    with pytest.raises(ValueError, match="must be a number"):
+        config.window = True
 
 
 def bomb() -> str:

@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 from families import build, tokens
+from safetensors.torch import save_file
+from torch import nn, zeros
 
 import modelopt_dms as dms
+from modelopt_dms.calibration.state import STATE_FILE, save_state
 from modelopt_dms.checkpoints import fetch
 from modelopt_dms.config import output_dir
 from modelopt_dms.config.output_dir import (
@@ -22,7 +25,7 @@ from modelopt_dms.config.output_dir import (
     remove,
 )
 from modelopt_dms.config.traces import check_traces_output
-from modelopt_dms.training.checkpoint import ResumeError
+from modelopt_dms.training.checkpoint import ResumeError, save_trained
 
 FILES = ("a.txt", "kernels/one.ptx", "kernels/two.ptx", "dms_engine.json")
 
@@ -196,3 +199,47 @@ def test_results_never_take_the_place_of_a_part_of_a_model(tmp_path: Path) -> No
     (tmp_path / "rows.json").write_text("[]")
     check_results_file(tmp_path / "rows.json")
     check_results_file(tmp_path / "elsewhere" / "config.json")
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_what_is_written_has_the_mode_that_the_umask_gives(
+    mask: int, mode: int, tmp_path: Path
+) -> None:
+    tensors, out = {"x": zeros(2)}, tmp_path / "out"
+    before = os.umask(mask)
+    try:
+        with atomic_dir(out) as place:
+            save_file(tensors, place / "model.safetensors")
+            (place / "config.json").write_text("{}")
+        with atomic_file(tmp_path / "one.safetensors") as temporary:
+            save_file(tensors, temporary)
+        save_trained(nn.Linear(2, 2), tmp_path / "trained.safetensors")
+        save_state(tmp_path / "calibration", {}, 1, {})
+    finally:
+        os.umask(before)
+    written = [
+        *(out / x for x in ("model.safetensors", "config.json")),
+        *(tmp_path / x for x in ("one.safetensors", "trained.safetensors")),
+        tmp_path / "calibration" / STATE_FILE,
+    ]
+    assert {x.name: oct(x.stat().st_mode & 0o777) for x in written} == {
+        x.name: oct(mode) for x in written
+    }
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="there is no /proc")
+def test_where_nothing_can_be_made_is_found_by_trying() -> None:
+    for check, place in (
+        (check_output, "/proc/nothing"),
+        (check_results_file, "/proc/nothing.json"),
+        (check_traces_output, "/proc/nothing.jsonl"),
+    ):
+        with pytest.raises(OutputError, match=f"{place} cannot be written: .*/proc"):
+            check(Path(place))
+
+
+def test_looking_whether_a_place_can_be_written_leaves_nothing(tmp_path: Path) -> None:
+    check_output(tmp_path / "a" / "b")
+    check_results_file(tmp_path / "a.json")
+    check_traces_output(tmp_path / "a.jsonl")
+    assert not list(tmp_path.iterdir())

@@ -62,7 +62,10 @@ def test_a_packed_row_is_its_documents() -> None:
         (np.array([3, 2**63], np.uint64), "holds token id 9223372036854775808"),
         ([3, 2**70], r"data\[0\]\[1\] is 1180591620717411303424; expected a token id"),
         ([3, None], r"data\[0\]\[1\] is None; expected a token id"),
-        ([True, False], "neither text, chat nor token ids"),
+        ([True, False], r"data\[0\]\[0\] is true; expected a token id"),
+        ([3, 1, False], r"data\[0\]\[2\] is false; expected a token id"),
+        ({"input_ids": [1, True]}, r"data\[0\]: input_ids\[1\] is true; expected a token id"),
+        (np.array([True, False]), "neither text, chat nor token ids"),
         ([[3, 4]], "neither text, chat nor token ids"),
         ([[3, 4], [5]], "neither text, chat nor token ids"),
         ({"input_ids": ""}, "input_ids is a str"),
@@ -229,3 +232,21 @@ def test_records_that_are_not_of_the_format_are_refused(
 ) -> None:
     with pytest.raises(DataError, match=message):
         ids_of(Formatted([row], name), tokenizer)
+
+
+def test_of_several_damaged_records_the_first_is_named(tokenizer: Any, tmp_path: Path) -> None:
+    rows = [{"text": "the cat sat"}] * 40
+    path = tmp_path / "data.jsonl"
+    for bad in ({"input_ids": [99]}, {"messages": [{"role": "user"}]}):
+        rows[3] = rows[21] = rows[39] = bad
+        path.write_text("\n".join(map(json.dumps, rows)))
+        opened = open_documents(path, tokenizer, None)
+        for seed in range(5):
+            with pytest.raises(DataError, match=r"data\.jsonl:4\b"):
+                list(opened.shuffled(seed))
+
+
+def test_without_a_model_no_id_is_beyond_the_tokenizer(tokenizer: Any) -> None:
+    assert ids_of([[0, len(WORDS) - 1]], tokenizer) == [[0, len(WORDS) - 1]]
+    with pytest.raises(DataError, match=f"holds token id 8, but the tokenizer has {len(WORDS)} "):
+        ids_of([[0, len(WORDS)]], tokenizer)

@@ -165,7 +165,7 @@ def test_an_interrupted_run_with_other_settings_is_refused(
         ({"count": 0}, "count=0 must be at least 1"),
         ({"output": "a.txt"}, "a.txt must be a .jsonl file"),
         ({"output": "there.jsonl"}, "there.jsonl exists already"),
-        ({"output": "there.jsonl/a.jsonl"}, "is not a writable directory"),
+        ({"output": "there.jsonl/a.jsonl"}, "is not a directory"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(
