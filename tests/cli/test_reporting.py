@@ -124,7 +124,7 @@ def test_a_directory_that_cannot_be_written_is_refused_first(
     # A superuser, as in containers, may write anywhere.
     monkeypatch.setattr("os.access", lambda _, mode, **__: not mode & os.W_OK)
     assert run(monkeypatch, "report", tmp_path, "-o", tmp_path / "r.html") == 1
-    assert f"{tmp_path} is not a writable directory" in capsys.readouterr().err
+    assert f"{tmp_path} is read-only" in capsys.readouterr().err
 
 
 def test_a_report_that_fails_after_compress_is_a_warning(
