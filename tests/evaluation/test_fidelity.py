@@ -19,7 +19,7 @@ WINDOW = 16
 VOCABULARY = 500
 
 
-def model_of(shift: bool, trained: bool) -> Any:
+def model_of(shift: int, trained: bool) -> Any:
     torch.manual_seed(0)
     config = Qwen3Config(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
                          num_attention_heads=4, num_key_value_heads=2, head_dim=8, initializer_range=0.2,
@@ -41,14 +41,14 @@ def texts(count: int = 2, length: int = 150) -> list[list[int]]:
 
 
 def test_a_gate_that_evicts_nothing_is_a_rounding_away() -> None:
-    found = fidelity(model_of(False, trained=False), {"random": texts()})["random"]
+    found = fidelity(model_of(0, trained=False), {"random": texts()})["random"]
     # Not exactly 0: with eviction off attention is another kernel, which sums in another order.
     assert 0.0 <= found.kl <= found.kl_p95 <= found.kl_p99 <= found.kl_max < 1e-6
     assert found.top1 == found.compression_ratio == 1.0
     assert found.perplexity == pytest.approx(found.perplexity_full, rel=1e-6)
 
 
-@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("shift", [0, 1])
 def test_it_is_what_token_by_token_decoding_on_the_physical_cache_gives(shift: bool) -> None:
     model = model_of(shift, trained=True)
     (ids,) = texts(1, 90)
@@ -79,7 +79,7 @@ def test_it_is_what_token_by_token_decoding_on_the_physical_cache_gives(shift: b
     )
 
 
-@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("shift", [0, 1])
 def test_the_compression_ratio_is_that_of_the_cache_at_any_length(shift: bool) -> None:
     model = model_of(shift, trained=True)
     (ids,) = texts(1)
@@ -96,7 +96,7 @@ def test_the_compression_ratio_is_that_of_the_cache_at_any_length(shift: bool) -
 
 
 def test_chunks_and_categories_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = model_of(False, trained=True)
+    model = model_of(0, trained=True)
     whole = fidelity(model, {"a": texts()})["a"]
     monkeypatch.setattr(measured, "CHUNK", 37)
     parts = fidelity(model, {"a": texts()[:1], "b": texts()[1:]})
@@ -111,7 +111,7 @@ def test_chunks_and_categories_change_nothing(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_model_is_left_as_it_was() -> None:
-    model = model_of(False, trained=True)
+    model = model_of(0, trained=True)
     before = copy.deepcopy(model.state_dict())
     fidelity(model, {"a": texts(1)})
     assert all(gate.enabled and gate.record is None for gate in gates(model))

@@ -39,7 +39,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("lm_eval") / "model"
     model, tokenizer = load_base("embedded")
     model = dms.apply_dms(
-        model, {"window": WINDOW, "offset": 0.0, "scale": 10.0, "decision_shift": True}
+        model, {"window": WINDOW, "offset": 0.0, "scale": 10.0, "decision_shift": 1}
     )
     torch.manual_seed(0)
     for gate in gates(model):
