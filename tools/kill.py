@@ -464,11 +464,11 @@ class Case:
         if wrong := in_fork(lambda: self.command.whole(self.out)):
             raise Fault(f"given again it leaves half of a result: {wrong}")
         now = self._digests()
-        # What is there beyond it is looked at below.
-        if differing := sorted(x for x, digest in self.digests.items() if now.get(x) != digest):
+        # What has been refused as finished already keeps what a resume would have needed.
+        names = self.digests if refused else {*self.digests, *now}
+        if differing := sorted(x for x in names if now.get(x) != self.digests.get(x)):
             raise Fault(f"given again it writes another {', '.join(differing)}")
         more = {x for x in self._names() - self.names if not self._is_temporary(x)}
-        # What has been refused as finished already keeps what a resume would have needed.
         if more and not refused and self.name != "lm-eval":
             raise Fault(f"it leaves {', '.join(sorted(more)[:4])}")
 

@@ -38,7 +38,7 @@ class Board:
         return own if self.data is None else own + dataset_units(asked, *self.data)
 
     def write(self, asked: "Asked", rows: Sequence[dict[str, Any]], cr: float | None) -> list[Path]:
-        """Write the folders, and say where they are."""
+        """Write the folders, and give their paths."""
         from modelopt_dms.evaluation.kvpress_results import Prediction, Setting, write_results
 
         folders: dict[tuple[str, str | None], list[Prediction]] = {}

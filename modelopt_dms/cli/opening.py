@@ -50,10 +50,27 @@ def check_compressed(name: Path) -> Path:
 def check_original(place: str, sections: "Sections") -> None:
     """Refuse to do to a model again what its config.json says has been done to it."""
     config = read_json(Path(place) / "config.json")
-    if sections.dms is not None and any(config.get(x) for x in ("dms_config", "dms_window_size")):
+    if sections.dms is not None and _has_gates(config):
         raise ValueError(f"{place} already has DMS gates; start from the original checkpoint")
     if config.get("dms_quantization"):
         raise ValueError(f"{place} is quantized already; start from the original checkpoint")
+
+
+def check_gates(name: str | Path, place: str | Path, option: str) -> None:
+    """Refuse an option that compares a model with its full cache, for a model without gates, if it lies here."""
+    if Path(place).exists() and (
+        gguf_file(place) is not None or not _has_gates(read_json(Path(place) / "config.json"))
+    ):
+        raise no_gates(name, option)
+
+
+def no_gates(name: str | Path, option: str) -> ValueError:
+    """The error where there is nothing to compare; of a model on the hub it is known when it is loaded."""
+    return ValueError(f"{option}: {name} has no gates, so it is its own full cache")
+
+
+def _has_gates(config: dict[str, Any]) -> bool:
+    return any(config.get(x) for x in ("dms_config", "dms_window_size"))
 
 
 def check_curve(place: str | Path) -> None:

@@ -6,14 +6,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from modelopt_dms.cli.boards import board, board_tasks
+from modelopt_dms.cli.boards import Board, board, board_tasks
 from modelopt_dms.cli.interrupting import when_interrupted
 from modelopt_dms.cli.opening import (
     beyond_model,
     check_device,
+    check_gates,
     check_model,
     check_ratio,
     load_any,
+    no_gates,
     open_files,
     set_ratio,
 )
@@ -40,7 +42,7 @@ from modelopt_dms.evaluation.names import CATEGORIES, DEFAULT, EVALUATIONS, chec
 
 if TYPE_CHECKING:
     from modelopt_dms.evaluation.resume import RowStore
-    from modelopt_dms.evaluation.run import Unit
+    from modelopt_dms.evaluation.run import Asked, Unit
 
 # The exit code when results break a limit; 1 and 2 are errors.
 FAILED = 3
@@ -131,47 +133,38 @@ def evaluate(
     if not of_file:
         warn(beyond_model(place, max(sizes), "--lengths"))
     check_ratio(place, cr)
+    if fidelity:
+        check_gates(model, place, "--fidelity")
     check_device(device)
     open_files(data or [], "--data", data_format)
     check_json(json_file)
-    from modelopt_dms.evaluation.resume import RowStore, identity
+    from modelopt_dms.evaluation.resume import RowStore
 
-    settings: dict[str, Any] = {"model": identity(place), "data": [identity(x) for x in data or []]}
-    if kvpress_board is not None:
-        asked_data = kvpress_board.data
-        settings["kvpress"] = asked_data and [asked_data[0], identity(asked_data[1])]
     store = RowStore(
         None if json_file == STDOUT else json_file,
-        settings
+        _files_of(place, data or [], kvpress_board)
         | {"format": data_format, "cr": cr, "dtype": dtype.value, "seed": seed, "count": count},
     )
     when_interrupted(store.how_to_go_on)
-    from modelopt_dms.evaluation.run import Asked, fidelity_units, file_units, task_units
+    from modelopt_dms.evaluation.run import Asked, task_units
     from modelopt_dms.gates.gate import gates
 
     network, tokenizer = load_any(place, dtype, device, trust_remote_code)
     set_ratio(network, cr)
     asked = Asked(network.eval(), tokenizer, sizes, count, seed)
-    units: list[Unit] = []
-    if fidelity:
-        if not gates(network):
-            raise ValueError(f"--fidelity: {model} has no gates, so it is its own full cache")
-        units += fidelity_units(asked, data or [], data_format)
-    elif data:
-        units += file_units(asked, data, data_format)
-    if kvpress_board is None:
-        units += task_units(asked, wanted)
-    else:
-        units += kvpress_board.units(asked, wanted)
+    if fidelity and not gates(network):
+        raise no_gates(model, "--fidelity")
+    units = _text_units(asked, data or [], data_format, fidelity)
+    units += (
+        task_units(asked, wanted) if kvpress_board is None else kvpress_board.units(asked, wanted)
+    )
     rows = _measure(units, store)
     finished = store.finish(rows)
     if kvpress_board is not None:
+        # Of --json -, standard output is for the rows.
+        said = err if json_file == STDOUT else out
         for folder in kvpress_board.write(asked, rows, cr):
-            line = f"kvpress: {folder}"
-            # Standard output is for the rows then.
-            (err if json_file == STDOUT else out).print(
-                line, markup=False, highlight=False, soft_wrap=True
-            )
+            said.print(f"kvpress: {folder}", markup=False, highlight=False, soft_wrap=True)
     _show(finished, json_file)
     _warn_of_ratio(network, rows, cr)
     _warn_of_few(rows, count)
@@ -179,6 +172,27 @@ def evaluate(
         for line in lines:
             err.print(f"[bold red]failed:[/bold red] {line}", highlight=False, soft_wrap=True)
         raise typer.Exit(FAILED)
+
+
+def _text_units(
+    asked: "Asked", data: list[Path], data_format: str | None, fidelity: bool
+) -> "list[Unit]":
+    """What is measured of a user's files, or with fidelity of built-in texts."""
+    from modelopt_dms.evaluation.run import fidelity_units, file_units
+
+    if fidelity:
+        return fidelity_units(asked, data, data_format)
+    return file_units(asked, data, data_format) if data else []
+
+
+def _files_of(place: str, data: list[Path], kvpress: Board | None) -> dict[str, Any]:
+    """What tells whether a run is of the same files as an earlier one."""
+    from modelopt_dms.evaluation.resume import identity
+
+    found: dict[str, Any] = {"model": identity(place), "data": [identity(x) for x in data]}
+    if kvpress is not None:
+        found["kvpress"] = kvpress.data and [kvpress.data[0], identity(kvpress.data[1])]
+    return found
 
 
 def _warn_of_few(rows: list[dict[str, Any]], count: int) -> None:
@@ -253,6 +267,6 @@ def _length(text: str) -> int:
     small = digits.isdecimal() and len(digits) <= 12
     if not small or not 64 <= int(digits) <= LONGEST:
         raise ValueError(
-            f"--lengths: {digits!r} must be a whole number of tokens, from 64 to {LONGEST:,}"
+            f"--lengths: {digits!r} must be a whole number of at least 64 tokens, and at most {LONGEST:,}"
         )
     return int(digits)

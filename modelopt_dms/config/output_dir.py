@@ -50,8 +50,7 @@ def check_output(output_dir: str | Path, ours: tuple[str, ...] = ()) -> Path:
     target = Path(output_dir)
     if target.exists() and not target.is_dir():
         raise OutputError(f"output_dir={target} is a file; expected a directory")
-    nearest = next(x for x in (target, *target.absolute().parents) if x.exists())
-    if (why := unwritable(nearest)) is not None:
+    if (why := unwritable(target)) is not None:
         raise OutputError(f"output_dir={target} cannot be written: {why}")
     present = {x.name for x in target.iterdir()} if target.exists() else set()
     for name in present & LAST.keys():
@@ -70,8 +69,9 @@ def check_output(output_dir: str | Path, ours: tuple[str, ...] = ()) -> Path:
     return target
 
 
-def unwritable(directory: Path) -> str | None:
-    """Why nothing can be made in an existing directory, found by trying; None if it can."""
+def unwritable(target: Path) -> str | None:
+    """Why nothing can be made in a directory, or in the nearest one above that exists, found by trying; or None."""
+    directory = next(x for x in (target, *target.absolute().parents) if x.exists())
     if not directory.is_dir():
         return f"{directory} is not a directory"
     if not os.access(directory, os.W_OK | os.X_OK):
@@ -171,8 +171,7 @@ def check_writable(path: Path) -> None:
     Raises:
         OutputError: the nearest directory above it cannot be written.
     """
-    nearest = next(x for x in path.absolute().parents if x.exists())
-    if (why := unwritable(nearest)) is not None:
+    if (why := unwritable(path.absolute().parent)) is not None:
         raise OutputError(f"{path} cannot be written: {why}")
 
 

@@ -50,8 +50,7 @@ def check_traces_output(output: str | Path) -> Path:
         raise OutputError(f"output={target} must be a .jsonl file")
     if target.exists():
         raise OutputError(f"output={target} exists already; choose another name or remove it")
-    nearest = next(x for x in target.absolute().parents if x.exists())
-    if (why := unwritable(nearest)) is not None:
+    if (why := unwritable(target.absolute().parent)) is not None:
         raise OutputError(f"output={target} cannot be written: {why}")
     check_owned(partial_dir(target))
     return target

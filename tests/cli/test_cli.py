@@ -154,7 +154,7 @@ def _mistakes(compressed: Path, place: Path) -> dict[str, tuple[list[object], st
         "file output": ([*go, place / "empty.txt"], "is a file"),
         "not a model": (["generate", place / "full", "-p", "x"], "has no config.json"),
         "corrupted weights": (["generate", place / "broken", "-p", "x"], "cannot be read"),
-        "lengths": (["eval", compressed, "--lengths", "12"], "from 64"),
+        "lengths": (["eval", compressed, "--lengths", "12"], "at least 64"),
         "weight": ([*go, new, "--data", "a.jsonl:-1"], "a.jsonl:-1 has weight -1"),
         "weighted file": ([*go, new, "--data", "no.jsonl:2"], "no.jsonl does not exist"),
         "nothing to preview": (["preview", "--tokenizer", "embedded"], "--data is missing"),

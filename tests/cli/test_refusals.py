@@ -147,6 +147,7 @@ def _mistakes(place: Path) -> list[tuple[list[str], str]]:
         (["generate", "embedded", "--stats"], "are of one --prompt"),
         (["eval", "/no/where"], "/no/where does not exist"),
         (["eval", "embedded", "--json", str(place / "mine.txt")], "holds no results"),
+        (["eval", "embedded", "--fidelity"], "embedded has no gates, so it is its own full cache"),
         (["tune", "embedded"], "is a plain model, without gates"),
         (["tune", model, "-o", str(place / "full")], "thesis.tex"),
         (["export", "embedded", "-o", new], "is a plain model, without gates"),

@@ -177,7 +177,7 @@ def test_wrong_tasks_and_limits_are_refused_before_anything_heavy_is_imported() 
     cases = {
         "tasks ['nedle'] are unknown, must be among recall": ["--tasks", "recall,nedle"],
         "name one twice": ["--tasks", "vt,vt"],
-        "'99999999999' must be a whole number of tokens, from 64 to 16,777,216": [
+        "'99999999999' must be a whole number of at least 64 tokens, and at most 16,777,216": [
             "--lengths",
             "512,99999999999",
         ],

@@ -43,8 +43,10 @@ from modelopt_dms.quantization.apply import QuantizationError, is_quantized
 LENGTH = 24
 FP8 = "fp8_default-kv_fp8-dms_cr8"
 NVFP4 = "nvfp4_default-kv_nvfp4-dms_cr8"
-# ModelOpt's activation ranges make tiny differences between ways of summing cross a rounding boundary now and then.
+# ModelOpt's activation ranges make tiny differences between ways of summing cross a rounding boundary now and then: in
+# about one text of thirty.
 FLIPS = 1e-3
+UNFLIPPED = 1e-4
 
 LOAD_IN_A_FRESH_PROCESS = """
 import json, sys
@@ -92,16 +94,13 @@ def ids() -> Tensor:
 
 @torch.no_grad()
 def is_fed_right(model: PreTrainedModel, *splits: list[int]) -> bool:
-    """Whether texts of at least one of four draws give the logits of a full forward, however they are cut.
-
-    A wrong row would be wrong in all of them; in some, a number near a boundary is rounded otherwise.
-    """
-    for seed in range(4):
+    """Whether texts of at least two of three draws give the logits of a full forward, however they are cut."""
+    right = 0
+    for seed in range(3):
         ids = tokens(2, LENGTH, seed)
         full = model(ids, use_cache=False).logits
-        if all(distance(feed(model, ids, x)[0], full) < FLIPS for x in splits):
-            return True
-    return False
+        right += all(distance(feed(model, ids, x)[0], full) < UNFLIPPED for x in splits)
+    return right >= 2
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -44,8 +44,8 @@ class Options:
     grace: int = 30
 
 
-# Seconds that requests have to tell their clients that they were cut.
-_LAST_WORDS = 5.0
+# For requests that are cut to answer that they were.
+_CUT_SECONDS = 5.0
 
 
 class _Server(uvicorn.Server):
@@ -63,7 +63,7 @@ class _Server(uvicorn.Server):
             for task in left:
                 task.cancel()
         if left:
-            await asyncio.wait(left, timeout=_LAST_WORDS)
+            await asyncio.wait(left, timeout=_CUT_SECONDS)
         if self.force_exit:
             await self.lifespan.shutdown()
 
