@@ -36,7 +36,9 @@ from modelopt_dms.config.bundled import embedded_model_dir
 from modelopt_dms.config.output_dir import write_json
 from modelopt_dms.data.packing import Samples, pad
 from modelopt_dms.evaluation import peers
-from modelopt_dms.evaluation.score import QUESTIONS, TEXT, measure, score_task
+from modelopt_dms.evaluation.measure import QUESTIONS, measure
+from modelopt_dms.evaluation.names import TEXT
+from modelopt_dms.evaluation.score import score_task
 from modelopt_dms.evaluation.tasks import TASKS, make_episodes, training_documents
 from modelopt_dms.gates.thresholds import store_curve
 

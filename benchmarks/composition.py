@@ -29,8 +29,9 @@ import modelopt_dms as dms
 from modelopt_dms.config.bundled import embedded_model_dir, list_recipes
 from modelopt_dms.config.output_dir import write_json
 from modelopt_dms.data.batches import calibration_batches
+from modelopt_dms.evaluation.measure import measure
+from modelopt_dms.evaluation.names import TEXT
 from modelopt_dms.evaluation.peers import full_cache
-from modelopt_dms.evaluation.score import TEXT, measure
 from modelopt_dms.evaluation.tasks import TASKS, training_documents
 
 DELAY_WINDOW = 48

@@ -27,9 +27,10 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 import modelopt_dms as dms
+from modelopt_dms.evaluation.footprint import footprint
 from modelopt_dms.evaluation.plain_twin import plain_twin
 from modelopt_dms.evaluation.resume import RowStore
-from modelopt_dms.evaluation.score import footprint, read_contexts, stop_ids
+from modelopt_dms.evaluation.score import read_contexts, stop_ids
 from modelopt_dms.gates.thresholds import set_compression
 from modelopt_dms.kvcache.hf_cache import DMSLayer, cache_argument
 

@@ -39,6 +39,7 @@ from modelopt_dms.config.output_dir import write_json
 from modelopt_dms.config.recipe import recipe_to_yaml
 from modelopt_dms.data.mix import calibration_mix
 from modelopt_dms.evaluation.fidelity import Fidelity, fidelity
+from modelopt_dms.evaluation.footprint import Footprint
 from modelopt_dms.evaluation.memories import METHODS, Story, asks_of, is_right, memories, story
 from modelopt_dms.evaluation.report_page import PAGE
 from modelopt_dms.evaluation.report_page.build import Origin, ReportPlan, answer_figures, start
@@ -48,7 +49,6 @@ from modelopt_dms.evaluation.report_page.retention import Retention, retention
 from modelopt_dms.evaluation.report_page.tradeoff import Point
 from modelopt_dms.evaluation.report_page.tradeoff import figures as report_points
 from modelopt_dms.evaluation.ruler import Family, make_prompts
-from modelopt_dms.evaluation.score import Footprint
 
 REAL = "smollm2"
 RECIPE = "calibrated_cr4-1k"

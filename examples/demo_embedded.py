@@ -34,11 +34,13 @@ import modelopt_dms
 from modelopt_dms.config.output_dir import write_json
 from modelopt_dms.config.recipe import recipe_to_yaml
 from modelopt_dms.evaluation import peers
+from modelopt_dms.evaluation.measure import measure
+from modelopt_dms.evaluation.names import TEXT
 from modelopt_dms.evaluation.report import results_table
 from modelopt_dms.evaluation.report_page import PAGE
 from modelopt_dms.evaluation.report_page.build import BRIEF, Origin, build
 from modelopt_dms.evaluation.report_page.render import write_page
-from modelopt_dms.evaluation.score import TEXT, Score, measure
+from modelopt_dms.evaluation.score import Score
 from modelopt_dms.evaluation.tasks import TASKS, Episode, make_episodes, training_documents
 from modelopt_dms.gates.gate import gates
 

@@ -225,12 +225,13 @@ def _measure(units: "list[Unit]", store: "RowStore") -> list[dict[str, Any]]:
         left = [unit for unit in units if not store.has(unit.key)]
         task = bar.add_task("eval", total=sum(unit.key["length"] for unit in left))
         for unit in units:
-            name = unit.key.get("category") or unit.key["task"]
-            bar.update(task, description=f"{name}, {unit.key['length']} tokens")
-            new = not store.has(unit.key)
-            rows.append(store.get(unit.key, unit.measure))
-            if new:
-                bar.advance(task, unit.key["length"])
+            name, length = unit.key.get("category") or unit.key["task"], unit.key["length"]
+            bar.update(task, description=f"{name}, {length} tokens")
+
+            def advance(share: float, length: int = length) -> None:
+                bar.advance(task, share * length)
+
+            rows.append(store.in_parts(unit.key, unit.parts, unit.join, advance))
     return rows
 
 

@@ -20,9 +20,9 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 from modelopt_dms.evaluation import peers
+from modelopt_dms.evaluation.footprint import Footprint, footprint
 from modelopt_dms.evaluation.prose import reference_sentences
 from modelopt_dms.evaluation.ruler import chat_frame
-from modelopt_dms.evaluation.score import Footprint, footprint
 from modelopt_dms.evaluation.tasks import Episode, make_episodes
 from modelopt_dms.evaluation.words import KEYS
 from modelopt_dms.kvcache.hf_cache import cache_argument, cache_of

@@ -12,7 +12,7 @@ from modelopt_dms.evaluation.tuning import TuneResult
 
 
 def results_table(rows: Sequence[Mapping[str, Any]], title: str = "") -> Table:
-    """A rich table of rows of `evaluation.score.evaluate`, one line each; rows of one task stand together."""
+    """A rich table of rows of `eval`, one line each; rows of one task stand together."""
     table = Table(title=title, title_justify="left", padding=(0, 0, 0, 1))
     named = any("method" in row for row in rows)
     for name in ("task", "context", *(["method"] if named else [])):

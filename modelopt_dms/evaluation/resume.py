@@ -84,7 +84,12 @@ class RowStore:
         """What an interrupted run leaves, in words."""
         if self.partial is None or not self.rows:
             return "nothing was written"
-        return f"{len(self.rows)} results are in {self.partial}; the same command goes on"
+        whole = sum(row.get("number") is None for row in self.rows.values())
+        parts = len(self.rows) - whole
+        counted = [f"{whole} results"] if whole else []
+        counted += [f"{parts} parts of the next one"] if parts and whole else []
+        counted += [f"{parts} parts of the first one"] if parts and not whole else []
+        return f"{' and '.join(counted)} are in {self.partial}; the same command goes on"
 
     def has(self, key: Row) -> bool:
         """Whether the row about a key is there."""
@@ -97,6 +102,34 @@ class RowStore:
             self.rows[place] = {**key, **measure()}
             if self.partial is not None:
                 write_json(self.partial, {"settings": self.settings, "rows": [*self.rows.values()]})
+        return self.rows[place]
+
+    def in_parts(
+        self,
+        key: Row,
+        parts: Callable[[], Sequence[Callable[[], Row]]],
+        join: Callable[[Sequence[Row]], Row],
+        advance: Callable[[float], None],
+    ) -> Row:
+        """The row about a key, which its parts make together; each of them is on disk as soon as it is there.
+
+        Args:
+            key: what the row is about.
+            parts: gives what measures each part; called only if the row is not there yet.
+            join: makes the row of them.
+            advance: is told the share of the row that each part was.
+        """
+        place = _key(key)
+        if place not in self.rows:
+            asked = parts()
+            found = []
+            for number, part in enumerate(asked):
+                found.append(self.get({**key, "number": number}, part))
+                advance(1.0 / len(asked))
+            whole = {**key, **join(found)}
+            for number in range(len(asked)):
+                del self.rows[_key({**key, "number": number})]
+            self.get(key, lambda: whole)
         return self.rows[place]
 
     def finish(self, rows: Sequence[Row]) -> list[Row]:

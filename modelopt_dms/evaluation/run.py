@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one call of `eval` measures, as rows that can be measured one by one."""
+"""What one call of `eval` measures, as rows whose parts can be measured one by one."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,17 @@ from modelopt_dms.evaluation.files import cut_documents, cut_files
 from modelopt_dms.evaluation.kvpress_prompts import TextPrompt, dataset_prompts, own_prompts
 from modelopt_dms.evaluation.kvpress_results import Prediction
 from modelopt_dms.evaluation.limits import FIDELITY
+from modelopt_dms.evaluation.measure import material_of, metric_of, parts_of
 from modelopt_dms.evaluation.memories import knows_records
 from modelopt_dms.evaluation.report_page.material import plain_texts
 from modelopt_dms.evaluation.score import (
-    Said,
-    answer_open,
-    material_of,
-    mean_score,
-    measure,
-    perplexity,
+    ACCURACY,
+    PERPLEXITY,
+    Part,
+    add_up,
+    open_part,
+    text_part,
+    texts_of,
 )
 from modelopt_dms.evaluation.tasks import held_out_text
 
@@ -32,15 +35,17 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Unit:
-    """One row.
+    """One row, in parts that are measured one by one, so that a run which is stopped goes on behind them.
 
     Attributes:
         key: task, category if it has one, and length.
-        measure: gives the rest.
+        parts: makes prompts or samples, and gives for a few of them at a time what measures them, as JSON.
+        join: what they say together: the rest of the row.
     """
 
     key: Row
-    measure: Callable[[], Row]
+    parts: Callable[[], Sequence[Callable[[], Row]]]
+    join: Callable[[Sequence[Row]], Row]
 
 
 @dataclass(frozen=True)
@@ -74,9 +79,21 @@ def task_units(asked: Asked, tasks: Sequence[str]) -> list[Unit]:
 
     def unit(task: str, length: int) -> Unit:
         how = (asked.model, asked.tokenizer, task, length, asked.count, asked.seed)
-        return Unit({"task": task, "length": length}, lambda: measure(*how).row())
+        return _scored({"task": task, "length": length}, metric_of(task), lambda: parts_of(*how))
 
     return [unit(task, length) for task in tasks for length in asked.lengths]
+
+
+def _scored(key: Row, metric: str, parts: Callable[[], Sequence[Callable[[], Part]]]) -> Unit:
+    """A unit whose parts are added up."""
+
+    def join(rows: Sequence[Row]) -> Row:
+        return add_up(metric, [Part.of(x["part"]) for x in rows]).row()
+
+    def row(part: Callable[[], Part]) -> Row:
+        return {"part": asdict(part())}
+
+    return Unit(key, lambda: [partial(row, x) for x in parts()], join)
 
 
 def answer_units(asked: Asked, tasks: Sequence[str]) -> list[Unit]:
@@ -90,11 +107,9 @@ def answer_units(asked: Asked, tasks: Sequence[str]) -> list[Unit]:
             own_prompts(task, asked.tokenizer, length, 1, asked.seed)
 
     def unit(task: str, length: int) -> Unit:
-        def run() -> Row:
-            where = (asked.tokenizer, length, asked.count, asked.seed)
-            return answered(asked, own_prompts(task, *where))
-
-        return Unit({"task": task, "length": length}, run)
+        where = (task, asked.tokenizer, length, asked.count, asked.seed)
+        key = {"task": task, "length": length}
+        return _answered(key, asked, lambda: own_prompts(*where))
 
     return [unit(task, length) for task in tasks for length in asked.lengths]
 
@@ -108,29 +123,33 @@ def dataset_units(asked: Asked, name: str, path: Path) -> list[Unit]:
     def unit(task: str, prompts: list[TextPrompt]) -> Unit:
         length = max(len(x.prompt.context_ids) + len(x.prompt.prompt_ids) for x in prompts)
         key = {"task": task, "category": name, "length": length}
-        return Unit(key, lambda: answered(asked, prompts))
+        return _answered(key, asked, lambda: prompts)
 
     return [unit(task, prompts) for task, prompts in tasks.items()]
 
 
-def answered(asked: Asked, prompts: Sequence[TextPrompt]) -> Row:
+def _answered(key: Row, asked: Asked, prompts: Callable[[], Sequence[TextPrompt]]) -> Unit:
     """Generated answers to prompts, scored as RULER and kvpress do."""
-    said = answer_open(asked.model, asked.tokenizer, [x.prompt for x in prompts])
-    rows = [_prediction(x, y) for x, y in zip(prompts, said, strict=True)]
-    score = mean_score([x.score() for x in rows], said)
-    return {**score.row(), "predictions": [asdict(x) for x in rows]}
 
+    def part(prompt: TextPrompt) -> Row:
+        found, said = open_part(asked.model, asked.tokenizer, prompt.prompt)
+        prediction = Prediction(
+            prompt.question,
+            prompt.answer_prefix,
+            prompt.prompt.wanted,
+            prompt.task,
+            prompt.prompt.tokens,
+            said,
+            1.0 - found.context.resident_tokens / found.context.context_tokens,
+        )
+        scored = replace(found, total=prediction.score())
+        return {"part": asdict(scored), "prediction": asdict(prediction)}
 
-def _prediction(prompt: TextPrompt, said: Said) -> Prediction:
-    return Prediction(
-        prompt.question,
-        prompt.answer_prefix,
-        prompt.prompt.wanted,
-        prompt.task,
-        prompt.prompt.tokens,
-        said.text,
-        1.0 - said.context.resident_tokens / said.context.context_tokens,
-    )
+    def join(rows: Sequence[Row]) -> Row:
+        score = add_up(ACCURACY, [Part.of(x["part"]) for x in rows])
+        return {**score.row(), "predictions": [x["prediction"] for x in rows]}
+
+    return Unit(key, lambda: [partial(part, x) for x in prompts()], join)
 
 
 def file_units(asked: Asked, files: Sequence[Path], format: str | None) -> list[Unit]:
@@ -144,11 +163,16 @@ def file_units(asked: Asked, files: Sequence[Path], format: str | None) -> list[
     def unit(length: int) -> Unit:
         samples, unused = cut_files(documents, length, asked.count)
 
-        def run() -> Row:
-            row = {**perplexity(asked.model, samples).row(), "samples": len(samples)}
+        def parts() -> list[Callable[[], Part]]:
+            return [partial(text_part, asked.model, batch) for batch in texts_of(samples)]
+
+        scored = _scored({"task": "data", "length": length}, PERPLEXITY, parts)
+
+        def join(rows: Sequence[Row]) -> Row:
+            row = {**scored.join(rows), "samples": len(samples)}
             return {**row, "unused": unused} if unused else row
 
-        return Unit({"task": "data", "length": length}, run)
+        return replace(scored, join=join)
 
     return [unit(length) for length in asked.lengths]
 
@@ -176,10 +200,13 @@ def fidelity_units(asked: Asked, files: Sequence[Path], format: str | None) -> l
             raise ValueError(
                 f"--fidelity: the package's {name} has fewer than {length} tokens; choose shorter lengths, or --data"
             )
-        return Unit(
-            {"task": FIDELITY, "category": name, "length": length},
-            lambda: {**distance(asked.model, samples), "samples": len(samples)},
-        )
+
+        def part() -> Row:
+            return {**distance(asked.model, samples), "samples": len(samples)}
+
+        # In one part: the percentiles are of all tokens.
+        key = {"task": FIDELITY, "category": name, "length": length}
+        return Unit(key, lambda: [part], lambda rows: rows[0])
 
     return [unit(name, length) for name in names for length in asked.lengths]
 

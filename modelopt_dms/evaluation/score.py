@@ -6,7 +6,7 @@ so that what was evicted is gone when the questions come.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,36 +16,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from modelopt_dms.evaluation.conversations import make_conversations
-from modelopt_dms.evaluation.names import CHATS, DEFAULT, RULER_EXACT, RULER_OPEN, TEXT, check_tasks
-from modelopt_dms.evaluation.peers import CutLayer
-from modelopt_dms.evaluation.ruler import make_prompts
-from modelopt_dms.evaluation.ruler_open import OpenPrompt, make_open_prompts
-from modelopt_dms.evaluation.tasks import Episode, held_out_text, make_episodes
-from modelopt_dms.kvcache.hf_cache import DMSLayer, cache_argument, cache_of, kv_stats
+from modelopt_dms.evaluation.footprint import Footprint, footprint, mean_footprint
+from modelopt_dms.evaluation.ruler_open import OpenPrompt
+from modelopt_dms.evaluation.tasks import Episode
+from modelopt_dms.kvcache.hf_cache import cache_argument, cache_of
 
-QUESTIONS = (
-    24  # in a conversation, if its context has facts for so many: reading costs more than asking
-)
+ACCURACY, PERPLEXITY = "accuracy", "perplexity"
+BATCH = 8  # sequences at a time
 
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """What the KV cache of one sequence held, on average over sequences.
-
-    Attributes:
-        context_tokens: tokens seen.
-        resident_tokens: tokens held by a KV head, mean over layers and heads.
-        kv_bytes: bytes allocated for keys and values.
-        compression_ratio: context over resident tokens, over layers and heads by bytes.
-    """
-
-    context_tokens: float
-    resident_tokens: float
-    kv_bytes: float
-    compression_ratio: float
 
 
 @dataclass(frozen=True)
@@ -80,30 +59,54 @@ class Score:
         }
 
 
-def footprint(cache: Cache) -> Footprint:
-    """What one sequence of a cache holds on average; a plain model's cache holds everything, unless it was `cut`."""
-    if any(isinstance(layer, DMSLayer) for layer in cache.layers):
-        stats = kv_stats(cache)
-        sequences = len(stats.layers[0].context)
-        return Footprint(
-            stats.context_tokens,
-            stats.resident_tokens,
-            stats.kv_bytes / sequences,
-            stats.compression_ratio,
-        )
-    layers: Sequence[Any] = cache.layers
-    tensors = [x for layer in layers for x in (layer.keys, layer.values)]
-    kv_bytes = sum(x.numel() * x.element_size() for x in tensors) / len(tensors[0])
-    seen = cache.get_seq_length()
-    live = seen - max((x.evicted for x in layers if isinstance(x, CutLayer)), default=0)
-    return Footprint(seen, live, kv_bytes, seen / live)
+@dataclass(frozen=True)
+class Part:
+    """What a few samples gave; the parts of a task add up to its score.
+
+    Attributes:
+        total: questions answered rightly, shares of words found, or the loss in nats.
+        count: questions asked, or tokens predicted.
+        sequences: samples.
+        context: their caches before the first question.
+        end: their caches at the end.
+    """
+
+    total: float
+    count: int
+    sequences: int
+    context: Footprint
+    end: Footprint
+
+    @classmethod
+    def of(cls, row: Row) -> "Part":
+        """From what `dataclasses.asdict` made of one, and JSON of that."""
+        caches = {name: Footprint(**row[name]) for name in ("context", "end")}
+        return cls(**{**row, **caches})
 
 
-@torch.no_grad()
+def add_up(metric: str, parts: Sequence[Part]) -> Score:
+    """The score of all parts of a task.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if not parts:
+        raise ValueError("no samples to score")
+    count = sum(x.count for x in parts)
+    mean = sum(x.total for x in parts) / count
+    return Score(
+        metric,
+        math.exp(mean) if metric == PERPLEXITY else mean,
+        count,
+        mean_footprint([(x.sequences, x.context) for x in parts]),
+        mean_footprint([(x.sequences, x.end) for x in parts]),
+    )
+
+
 def score_task(
     model: PreTrainedModel,
     episodes: Sequence[Episode],
-    batch_size: int = 8,
+    batch_size: int = BATCH,
     chunk: int = 512,
 ) -> Score:
     """Share of questions answered exactly, in conversations on a cache that forgets.
@@ -118,17 +121,17 @@ def score_task(
         batch_size: conversations at a time; has no influence on the result.
         chunk: context tokens in one forward; has no influence on the result.
     """
-    if not episodes:
-        raise ValueError("no episodes to score")
-    right, total = 0, 0
-    contexts, ends = [], []
-    for batch in _batches(episodes, batch_size):
-        cache, last = read_contexts(model, batch, chunk)
-        contexts.append((len(batch), footprint(cache)))
-        hits = answer_on(model, cache, last, batch)
-        ends.append((len(batch), footprint(cache)))
-        right, total = right + sum(map(sum, hits)), total + sum(map(len, hits))
-    return Score("accuracy", right / total, total, _mean(contexts), _mean(ends))
+    batches = batches_of(episodes, batch_size)
+    return add_up(ACCURACY, [exact_part(model, batch, chunk) for batch in batches])
+
+
+@torch.no_grad()
+def exact_part(model: PreTrainedModel, batch: Sequence[Episode], chunk: int = 512) -> Part:
+    """Questions answered exactly in conversations of one length."""
+    cache, last = read_contexts(model, batch, chunk)
+    before = footprint(cache)
+    hits = answer_on(model, cache, last, batch)
+    return Part(sum(map(sum, hits)), sum(map(len, hits)), len(batch), before, footprint(cache))
 
 
 @torch.no_grad()
@@ -174,153 +177,73 @@ def answer_on(
     return found
 
 
-@torch.no_grad()
 def perplexity(
-    model: PreTrainedModel, samples: Sequence[Sequence[int]], batch_size: int = 8, chunk: int = 256
+    model: PreTrainedModel,
+    samples: Sequence[Sequence[int]],
+    batch_size: int = BATCH,
+    chunk: int = 256,
 ) -> Score:
     """Perplexity of token sequences of one length, read in chunks through the cache.
 
     Neither `batch_size` nor `chunk` has an influence on the result.
+    """
+    batches = texts_of(samples, batch_size)
+    return add_up(PERPLEXITY, [text_part(model, batch, chunk) for batch in batches])
+
+
+def texts_of(
+    samples: Sequence[Sequence[int]], size: int = BATCH
+) -> Iterator[Sequence[Sequence[int]]]:
+    """Groups of at most `size` samples.
+
+    Raises:
+        ValueError: their lengths differ, or nothing can be predicted.
     """
     lengths = {len(sample) for sample in samples}
     if len(lengths) != 1 or min(lengths) < 2:
         raise ValueError(
             f"samples must have one length of at least 2 tokens, got {sorted(lengths)}"
         )
+    return (samples[start : start + size] for start in range(0, len(samples), size))
+
+
+@torch.no_grad()
+def text_part(model: PreTrainedModel, batch: Sequence[Sequence[int]], chunk: int = 256) -> Part:
+    """Loss of the tokens of samples of one length, from the second on."""
+    ids = torch.tensor(batch, device=model.device)
     loss, count = 0.0, 0
-    ends = []
-    for start in range(0, len(samples), batch_size):
-        batch = samples[start : start + batch_size]
-        ids = torch.tensor(batch, device=model.device)
-        cache: Any = None
-        last = None
-        for part in ids.split(chunk, dim=1):
-            given = cache_argument(type(model).forward, cache)
-            out = model(input_ids=part, use_cache=True, **given)
-            logits = out.logits if last is None else torch.cat([last, out.logits], dim=1)
-            targets = part[:, 1:] if last is None else part
-            cache, last = cache_of(out), out.logits[:, -1:]
-            loss += F.cross_entropy(
-                logits[:, :-1].flatten(0, 1).float(), targets.flatten(), reduction="sum"
-            ).item()
-            count += targets.numel()
-        ends.append((len(batch), footprint(cache)))
-    end = _mean(ends)
-    return Score("perplexity", math.exp(loss / count), count, end, end)
-
-
-def measure(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: str,
-    length: int,
-    count: int,
-    seed: int,
-    batch_size: int = 8,
-) -> Score:
-    """One task at one length: accuracy of a task's questions, or perplexity if `task` is "text"; see `evaluate`."""
-    asked = material_of(tokenizer, task, length, count, seed)
-    if task == TEXT:
-        return perplexity(model, asked, batch_size)
-    if task in RULER_OPEN:
-        return score_open(model, tokenizer, asked)
-    return score_task(model, asked, batch_size)
-
-
-def material_of(
-    tokenizer: PreTrainedTokenizerBase, task: str, length: int, count: int, seed: int
-) -> Any:
-    """What a model is asked in a task: texts, prompts or episodes.
-
-    Raises:
-        ValueError: an unknown task, or a length that has no room for it.
-    """
-    (task,) = check_tasks([task])
-    where: Any = (tokenizer, length, count, seed)
-    if task == TEXT:
-        return held_out_text(*where)
-    make: dict[str, Any] = dict.fromkeys(RULER_OPEN, make_open_prompts)
-    make |= dict.fromkeys(CHATS, make_conversations)
-    make |= dict.fromkeys(RULER_EXACT, make_prompts)
-    if task in make:
-        return make[task](task, *where)
-    return make_episodes(_name(task), tokenizer, length, count, seed, QUESTIONS)
-
-
-def _name(task: str) -> Any:
-    """A checked name, for functions that take a literal."""
-    return task
-
-
-def evaluate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[str] = DEFAULT,
-    lengths: Sequence[int] = (1024,),
-    count: int = 16,
-    seed: int = 0,
-    batch_size: int = 8,
-) -> list[Row]:
-    """Every task at every length, as rows {task, length, metric, value, resident_tokens, ...}.
-
-    Args:
-        model: a causal LM; plain ones report a dense cache. Left in eval mode.
-        tokenizer: the model's.
-        tasks: some of `evaluation.names.EVALUATIONS`.
-        lengths: context tokens.
-        count: conversations or texts of a task and length.
-        seed: draws them.
-        batch_size: sequences at a time.
-    """
-    tasks = check_tasks(tasks)
-    if count < 1:
-        raise ValueError(f"count is {count}, must be at least 1")
-    model.eval()
-    rows = []
-    for task in tasks:
-        for length in lengths:
-            score = measure(model, tokenizer, task, length, count, seed, batch_size)
-            rows.append({"task": task, "length": length, **score.row()})
-    return rows
-
-
-@dataclass(frozen=True)
-class Said:
-    """A generated answer, and the cache when its context had been read, and at its end."""
-
-    text: str
-    context: Footprint
-    end: Footprint
-
-
-def answer_open(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[OpenPrompt]
-) -> list[Said]:
-    """What greedy generation says to each prompt, on its own cache that forgets."""
-    found = []
-    for prompt in prompts:
-        cache, _ = read_contexts(model, [Episode(prompt.task, prompt.context_ids, [])])
-        before = footprint(cache)
-        ids = write_on(model, cache, prompt.prompt_ids, prompt.tokens, stop_ids(model, tokenizer))
-        text = str(tokenizer.decode(ids, skip_special_tokens=True))
-        found.append(Said(text, before, footprint(cache)))
-    return found
-
-
-def mean_score(values: Sequence[float], answers: Sequence[Said]) -> Score:
-    """The mean of what answers scored, and of their caches."""
-    contexts, ends = [(1, x.context) for x in answers], [(1, x.end) for x in answers]
-    return Score("accuracy", sum(values) / len(values), len(values), _mean(contexts), _mean(ends))
+    cache: Any = None
+    last = None
+    for part in ids.split(chunk, dim=1):
+        given = cache_argument(type(model).forward, cache)
+        out = model(input_ids=part, use_cache=True, **given)
+        logits = out.logits if last is None else torch.cat([last, out.logits], dim=1)
+        targets = part[:, 1:] if last is None else part
+        cache, last = cache_of(out), out.logits[:, -1:]
+        loss += F.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), targets.flatten(), reduction="sum"
+        ).item()
+        count += targets.numel()
+    end = footprint(cache)
+    return Part(loss, count, len(batch), end, end)
 
 
 def score_open(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[OpenPrompt]
 ) -> Score:
     """Mean share of the wanted words that greedy generation says, each prompt on its own cache that forgets."""
-    if not prompts:
-        raise ValueError("no prompts to score")
-    said = answer_open(model, tokenizer, prompts)
-    return mean_score([x.share(y.text) for x, y in zip(prompts, said, strict=True)], said)
+    return add_up(ACCURACY, [open_part(model, tokenizer, prompt)[0] for prompt in prompts])
+
+
+def open_part(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: OpenPrompt
+) -> tuple[Part, str]:
+    """What share of the wanted words greedy generation says to a prompt, and what it says."""
+    cache, _ = read_contexts(model, [Episode(prompt.task, prompt.context_ids, [])])
+    before = footprint(cache)
+    ids = write_on(model, cache, prompt.prompt_ids, prompt.tokens, stop_ids(model, tokenizer))
+    text = str(tokenizer.decode(ids, skip_special_tokens=True))
+    return Part(prompt.share(text), 1, 1, before, footprint(cache)), text
 
 
 @torch.no_grad()
@@ -355,7 +278,7 @@ def _conversation(episode: Episode) -> list[int]:
     return [token for ids in parts for token in ids]
 
 
-def _batches(episodes: Sequence[Episode], size: int) -> Iterator[list[Episode]]:
+def batches_of(episodes: Sequence[Episode], size: int) -> Iterator[list[Episode]]:
     """Groups of at most `size` episodes with contexts, and turns together, of equal length."""
     alike: dict[tuple[int, int], list[Episode]] = {}
     for episode in episodes:
@@ -364,18 +287,3 @@ def _batches(episodes: Sequence[Episode], size: int) -> Iterator[list[Episode]]:
     for group in alike.values():
         for start in range(0, len(group), size):
             yield group[start : start + size]
-
-
-def _mean(parts: list[tuple[int, Footprint]]) -> Footprint:
-    """Mean over batches by their number of sequences; compression ratios as ratios of bytes."""
-    total = sum(count for count, _ in parts)
-
-    def mean(value: Callable[[Footprint], float]) -> float:
-        return sum(count * value(part) for count, part in parts) / total
-
-    return Footprint(
-        mean(lambda x: x.context_tokens),
-        mean(lambda x: x.resident_tokens),
-        mean(lambda x: x.kv_bytes),
-        1.0 / mean(lambda x: 1.0 / x.compression_ratio),
-    )

@@ -15,7 +15,7 @@ from modelopt_dms import apply_dms
 from modelopt_dms.checkpoints.base import load_base
 from modelopt_dms.cli.opening import beyond_model
 from modelopt_dms.evaluation import run as evaluation_run
-from modelopt_dms.evaluation.score import material_of
+from modelopt_dms.evaluation.measure import material_of
 from modelopt_dms.gates.gate import gates
 
 

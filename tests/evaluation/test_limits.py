@@ -4,6 +4,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,37 @@ def test_rows_of_an_interrupted_run_are_not_measured_again(tmp_path: Path) -> No
     assert ran == [0, 1, 7]
     assert [x["value"] for x in json.loads(path.read_text())] == [0, 1, 7]
     assert [x.name for x in tmp_path.iterdir()] == ["rows.json"]
+
+
+def test_parts_of_a_row_are_not_measured_again(tmp_path: Path) -> None:
+    path, ran, shares = tmp_path / "rows.json", list[int](), list[float]()
+    key, stops = {"task": "a", "length": 64}, [2]
+
+    def part(number: int) -> dict[str, int]:
+        if number in stops:
+            stops.clear()
+            raise RuntimeError("stopped")
+        ran.append(number)
+        return {"value": number}
+
+    def parts() -> list[Any]:
+        return [lambda x=x: part(x) for x in range(4)]
+
+    def join(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        return {"value": sum(x["value"] for x in rows)}
+
+    first = RowStore(path, {})
+    with pytest.raises(RuntimeError):
+        first.in_parts(key, parts, join, shares.append)
+    assert "2 parts of the first one are in" in first.how_to_go_on()
+    second = RowStore(path, {})
+    assert not second.has(key)
+    row = second.in_parts(key, parts, join, shares.append)
+    assert row == {**key, "value": 6} and ran == [0, 1, 2, 3] and shares == [0.25] * 6
+    kept = json.loads((tmp_path / "rows.json.partial").read_text())["rows"]
+    assert kept == [row]  # its parts are not needed any more
+    assert "1 results are in" in second.how_to_go_on()
+    assert second.in_parts(key, lambda: pytest.fail("made again"), join, shares.append) == row
 
 
 def test_rows_of_other_settings_are_not_taken(tmp_path: Path) -> None:

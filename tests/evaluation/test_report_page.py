@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modelopt_dms.calibration.run import calibrate
 from modelopt_dms.config.output_dir import OutputError
+from modelopt_dms.evaluation.footprint import footprint
 from modelopt_dms.evaluation.memories import knows_records, read, records
 from modelopt_dms.evaluation.plain_twin import NoTwinError, plain_twin
 from modelopt_dms.evaluation.report_page import render
@@ -30,7 +31,7 @@ from modelopt_dms.evaluation.report_page.tradeoff import (
     measure_kl,
     reachable,
 )
-from modelopt_dms.evaluation.score import footprint, score_task
+from modelopt_dms.evaluation.score import score_task
 from modelopt_dms.evaluation.tasks import held_out_text, make_episodes
 from modelopt_dms.gates.gate import eviction_off, gates
 from modelopt_dms.gates.thresholds import set_compression, thresholds_of

@@ -11,9 +11,10 @@ from paths import EMBEDDED
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modelopt_dms.evaluation.conversations import make_conversations
+from modelopt_dms.evaluation.measure import measure
 from modelopt_dms.evaluation.names import CHATS, RULER_OPEN
 from modelopt_dms.evaluation.ruler_open import OpenPrompt, make_open_prompts
-from modelopt_dms.evaluation.score import measure, score_open
+from modelopt_dms.evaluation.score import score_open
 from modelopt_dms.gates.gate import gates
 from modelopt_dms.modeling.mode import apply_dms
 

@@ -13,6 +13,7 @@ from scripts import load
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from modelopt_dms.evaluation import peers, score
+from modelopt_dms.evaluation.measure import measure
 from modelopt_dms.evaluation.report import results_table
 from modelopt_dms.evaluation.tasks import Episode, Question, make_episodes
 from modelopt_dms.gates.gate import gates
@@ -116,11 +117,8 @@ def test_perplexity_through_the_cache_is_that_of_a_full_forward(forgetful: Any, 
 def test_a_plain_model_is_scored_with_its_dense_cache(
     plain: Any, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    rows = score.evaluate(plain, tokenizer, ["recall", "text"], [128], count=2, seed=0)
-    assert [(row["task"], row["metric"]) for row in rows] == [
-        ("recall", "accuracy"),
-        ("text", "perplexity"),
-    ]
+    rows = [measure(plain, tokenizer, task, 128, 2, 0).row() for task in ("recall", "text")]
+    assert [row["metric"] for row in rows] == ["accuracy", "perplexity"]
     row_bytes = 2 * 2 * 2 * 8 * 4  # layers, heads, key and value, head dim, float32
     for row in rows:
         assert row["compression_ratio"] == 1.0
@@ -131,22 +129,22 @@ def test_a_plain_model_is_scored_with_its_dense_cache(
 def test_the_converted_model_with_eviction_off_scores_as_the_plain_one(
     plain: Any, forgetful: Any, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    full = score.evaluate(peers.full_cache(forgetful), tokenizer, ["text"], [128], 2)
-    before = score.evaluate(plain, tokenizer, ["text"], [128], 2)
-    assert full[0]["value"] == pytest.approx(before[0]["value"], rel=1e-5)
-    assert full[0]["compression_ratio"] == 1.0
+    full = measure(peers.full_cache(forgetful), tokenizer, "text", 128, 2, 0)
+    before = measure(plain, tokenizer, "text", 128, 2, 0)
+    assert full.value == pytest.approx(before.value, rel=1e-5)
+    assert full.end.compression_ratio == 1.0
 
 
 def test_unknown_tasks_and_empty_requests_are_refused(
     plain: Any, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     with pytest.raises(ValueError, match="recal.*must be among"):
-        score.evaluate(plain, tokenizer, ["recal"])
-    with pytest.raises(ValueError, match="count is 0"):
-        score.evaluate(plain, tokenizer, ["recall"], count=0)
+        measure(plain, tokenizer, "recal", 128, 1, 0)
+    with pytest.raises(ValueError, match="no samples"):
+        measure(plain, tokenizer, "recall", 128, 0, 0)
     with pytest.raises(ValueError, match="one length"):
         score.perplexity(plain, [[1, 2, 3], [1, 2]])
-    with pytest.raises(ValueError, match="no episodes"):
+    with pytest.raises(ValueError, match="no samples"):
         score.score_task(plain, [])
 
 
@@ -252,7 +250,8 @@ def test_a_trace_ends_with_what_the_cache_holds(forgetful: Any) -> None:
 def test_a_table_shows_rows_with_and_without_a_method(
     plain: Any, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    rows = score.evaluate(plain, tokenizer, ["recall"], [128], 1)
+    row = measure(plain, tokenizer, "recall", 128, 1, 0).row()
+    rows = [{"task": "recall", "length": 128, **row}]
     assert len(results_table(rows).columns) == 7
     assert len(results_table([{"method": "full", **row} for row in rows]).columns) == 8
 
@@ -265,7 +264,7 @@ def test_batches_hold_conversations_of_equal_lengths_only(
         for length in (128, 256)
         for episode in make_episodes("tracking", tokenizer, length, 6, seed=0)
     ]
-    batches = list(score._batches(episodes, 3))
+    batches = list(score.batches_of(episodes, 3))
     assert sum(map(len, batches)) == 12
     for batch in batches:
         assert len(batch) <= 3

@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import modelopt_dms as dms
 from modelopt_dms.config.bundled import embedded_model_dir
 from modelopt_dms.evaluation import peers, tuning
-from modelopt_dms.evaluation.score import measure, perplexity
+from modelopt_dms.evaluation.measure import measure
+from modelopt_dms.evaluation.score import perplexity
 from modelopt_dms.evaluation.tasks import held_out_text, training_documents
 from modelopt_dms.gates.thresholds import thresholds_of
 

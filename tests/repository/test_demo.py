@@ -17,8 +17,8 @@ import modelopt_dms
 from modelopt_dms.checkpoints.base import load_base
 from modelopt_dms.checkpoints.fetch import FetchError
 from modelopt_dms.evaluation import peers
+from modelopt_dms.evaluation.footprint import Footprint, footprint
 from modelopt_dms.evaluation.memories import FACTS
-from modelopt_dms.evaluation.score import Footprint, footprint
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from modelopt_dms.evaluation.score import footprint
+from modelopt_dms.evaluation.footprint import footprint
 from modelopt_dms.kvcache.hf_cache import cache_argument, cache_of
 
 READ = 64  # tokens of a chunk while the text is read

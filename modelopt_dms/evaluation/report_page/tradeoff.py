@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 
 from modelopt_dms.evaluation import peers
 from modelopt_dms.evaluation.fidelity import compare, full_hidden
+from modelopt_dms.evaluation.footprint import footprint
 from modelopt_dms.evaluation.memories import read
-from modelopt_dms.evaluation.score import answer_on, footprint, read_contexts
+from modelopt_dms.evaluation.score import answer_on, read_contexts
 from modelopt_dms.evaluation.tasks import Episode
 from modelopt_dms.gates.curve import CompressionError
 from modelopt_dms.gates.thresholds import (
