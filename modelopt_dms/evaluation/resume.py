@@ -86,10 +86,11 @@ class RowStore:
             return "nothing was written"
         whole = sum(row.get("number") is None for row in self.rows.values())
         parts = len(self.rows) - whole
-        counted = [f"{whole} results"] if whole else []
-        counted += [f"{parts} parts of the next one"] if parts and whole else []
-        counted += [f"{parts} parts of the first one"] if parts and not whole else []
-        return f"{' and '.join(counted)} are in {self.partial}; the same command goes on"
+        counted = [f"{whole} result{'s' * (whole > 1)}"] if whole else []
+        if parts:
+            counted.append(f"{parts} part{'s' * (parts > 1)} of the {'next' if whole else 'first'}")
+        be = "is" if len(self.rows) == 1 else "are"
+        return f"{' and '.join(counted)} {be} in {self.partial}; the same command goes on"
 
     def has(self, key: Row) -> bool:
         """Whether the row about a key is there."""

@@ -4,6 +4,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,24 +63,35 @@ def test_a_stopped_evaluation_goes_on_behind_the_rows_it_has(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    measured: list[str] = []
-    real = evaluation_run.measure
+    measured: list[tuple[str, int]] = []
+    stops = [("text", 1)]
+    real = evaluation_run.parts_of
 
-    def stop_at_text(model: Any, tokenizer: Any, task: str, *rest: Any) -> Any:
-        measured.append(task)
-        if task == "text" and len(measured) == 2:
-            raise KeyboardInterrupt
-        return real(model, tokenizer, task, *rest)
+    def counted(model: Any, tokenizer: Any, task: str, *rest: Any) -> list[Any]:
+        def run(number: int, part: Any) -> Any:
+            if (task, number) in stops:
+                stops.clear()
+                raise KeyboardInterrupt
+            measured.append((task, number))
+            return part()
 
-    monkeypatch.setattr(evaluation_run, "measure", stop_at_text)
-    rows_file = tmp_path / "rows.json"
-    words = ("eval", directory, "--tasks", "recall,text", "--lengths", 128, "--count", 1)
+        parts = real(model, tokenizer, task, *rest)
+        return [partial(run, number, part) for number, part in enumerate(parts)]
+
+    monkeypatch.setattr(evaluation_run, "parts_of", counted)
+    rows_file, whole = tmp_path / "rows.json", tmp_path / "whole.json"
+    # Nine texts are two batches.
+    words = ("eval", directory, "--tasks", "recall,text", "--lengths", 128, "--count", 9)
     assert run(monkeypatch, *words, "--json", rows_file) == 130
     assert not rows_file.exists()
+    said = " ".join(capsys.readouterr().err.split())
+    assert "1 result and 1 part of the next are in" in said
     assert run(monkeypatch, *words, "--json", rows_file) == 0
-    assert measured == ["recall", "text", "text"]
+    assert len(measured) == len(set(measured))  # nothing was measured twice
+    assert {("recall", 0), ("text", 0), ("text", 1)} <= {*measured}
     assert "1 of 2 results are there already" in capsys.readouterr().out
-    assert [x["task"] for x in json.loads(rows_file.read_text())] == ["recall", "text"]
+    assert run(monkeypatch, *words, "--json", whole) == 0
+    assert json.loads(whole.read_text()) == json.loads(rows_file.read_text())
 
 
 def test_a_length_without_room_is_an_error_before_anything_is_measured(
@@ -91,7 +103,7 @@ def test_a_length_without_room_is_an_error_before_anything_is_measured(
     def measured(*_: Any) -> Any:
         raise AssertionError("something was measured")
 
-    monkeypatch.setattr(evaluation_run, "measure", measured)
+    monkeypatch.setattr(evaluation_run, "parts_of", measured)
     monkeypatch.setattr(evaluation_run, "distance", measured)
     short = tmp_path / "short.txt"
     short.write_text("keep fox red\n" * 30)

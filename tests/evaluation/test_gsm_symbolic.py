@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from modelopt_dms.evaluation.gsm_symbolic import INTRO, Problem, make_gsm_symbolic
 from modelopt_dms.evaluation.names import GSM_SYMBOLIC, check_tasks
 
-LENGTH = 700
+LENGTH = 2000
 
 
 @pytest.fixture(scope="module")

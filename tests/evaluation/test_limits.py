@@ -107,14 +107,14 @@ def test_parts_of_a_row_are_not_measured_again(tmp_path: Path) -> None:
     first = RowStore(path, {})
     with pytest.raises(RuntimeError):
         first.in_parts(key, parts, join, shares.append)
-    assert "2 parts of the first one are in" in first.how_to_go_on()
+    assert "2 parts of the first are in" in first.how_to_go_on()
     second = RowStore(path, {})
     assert not second.has(key)
     row = second.in_parts(key, parts, join, shares.append)
     assert row == {**key, "value": 6} and ran == [0, 1, 2, 3] and shares == [0.25] * 6
     kept = json.loads((tmp_path / "rows.json.partial").read_text())["rows"]
     assert kept == [row]  # its parts are not needed any more
-    assert "1 results are in" in second.how_to_go_on()
+    assert "1 result is in" in second.how_to_go_on()
     assert second.in_parts(key, lambda: pytest.fail("made again"), join, shares.append) == row
 
 
