@@ -113,15 +113,15 @@ $(BROWSER_VENV)/.ready: constraints.txt
 	@$(BROWSER_VENV)/bin/python -m pip install --quiet --no-compile --constraint constraints.txt playwright
 	@touch $@
 
-# kvpress' presses, for benchmarks/real_models.py, with the transformers that they need, which is not ours; and its
-# evaluation, out of its source distribution, which a test compares our files with.
+# kvpress' presses, for benchmarks/real_models.py, with the transformers that they need, which is not ours; quanto, for
+# that one's quantized cache; and kvpress' evaluation, out of its source distribution, which a test compares our files with.
 $(KVPRESS_VENV)/.ready: constraints.txt
 	@echo "setting up $(KVPRESS_VENV) (about 2 minutes)"
 	@rm -f $@
 	@$(PYTHON) -m venv --clear $(KVPRESS_VENV)
 	@sed -n '/^torch==/p' constraints.txt > $(KVPRESS_VENV)/torch.txt
 	@$(KVPRESS_VENV)/bin/python -m pip install --quiet --no-compile --requirement $(KVPRESS_VENV)/torch.txt
-	@$(KVPRESS_VENV)/bin/python -m pip install --quiet --no-compile --constraint $(KVPRESS_VENV)/torch.txt kvpress==0.5.5
+	@$(KVPRESS_VENV)/bin/python -m pip install --quiet --no-compile --constraint $(KVPRESS_VENV)/torch.txt kvpress==0.5.5 optimum-quanto==0.2.7
 	@$(KVPRESS_VENV)/bin/python -m pip download --quiet --no-deps --no-binary kvpress --dest $(KVPRESS_VENV)/source kvpress==0.5.5
 	@tar -xzf $(KVPRESS_VENV)/source/kvpress-0.5.5.tar.gz -C $(KVPRESS_VENV) --strip-components=1 kvpress-0.5.5/evaluation
 	@touch $@

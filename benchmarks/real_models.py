@@ -13,7 +13,9 @@ category of text. Every row has the ratio that the cache physically had on that 
 
 Presses of kvpress get the same prompts and samples, and keep exactly as many tokens of each context as DMS held there,
 before a question is known: the mean over the draws, or length / ratio where there is no draw. They evict nothing
-afterwards. Their KL is over the last tokens of a sample, `tail_kl`, which DMS has too.
+afterwards, but for those named Decoding. Their KL is over the last tokens of a sample, `tail_kl`, which DMS has too.
+AdaKV masks what it leaves out, and frees nothing (`frees` is false there). transformers' QuantizedCache evicts nothing
+and has fewer bits: the ratio of its rows is that of the bits, `bytes_ratio` counts its scales too.
 
 Every row is written when it is there; the same command goes on where it stopped. GGUF weights are dequantized: teacher
 and peers are that model.
@@ -30,7 +32,7 @@ from typing import Any
 
 import torch
 from machine import RESULTS, machine, save, write
-from real_summary import draw, markdown
+from real_summary import OTHERS_OF, draw, markdown
 from real_texts import calibration_documents, categories, samples
 from rich.console import Console
 from transformers.utils import logging as hf_logging
@@ -39,7 +41,8 @@ import modelopt_dms as dms
 from modelopt_dms.checkpoints.base import load_base
 from modelopt_dms.evaluation.conversations import make_conversations
 from modelopt_dms.evaluation.fidelity import compare, full_hidden, summarize
-from modelopt_dms.evaluation.names import CHATS, RULER_OPEN
+from modelopt_dms.evaluation.gsm_symbolic import make_gsm_symbolic
+from modelopt_dms.evaluation.names import CHATS, GSM_SYMBOLIC, RULER_OPEN, check_tasks
 from modelopt_dms.evaluation.prose import read_sentences
 from modelopt_dms.evaluation.ruler import FAMILIES, make_prompts
 from modelopt_dms.evaluation.ruler_open import OpenPrompt, make_open_prompts
@@ -50,7 +53,18 @@ FIDELITY = "fidelity"
 COUNTS = {"needle": 20, "multikey": 12, "multivalue": 12, "tracking": 12, FIDELITY: 3}
 OTHERS = 8  # prompts of the families that are not asked by default
 TAIL = 128
+# What kvpress_peer.py knows.
 PRESSES = ("KeyDiff", "SnapKV", "ExpectedAttention", "TOVA", "StreamingLLM", "Knorm")
+QUANTIZED = "QuantizedCache"  # transformers' own: bits, not tokens
+PEERS = (
+    *PRESSES,
+    "AdaKV(ExpectedAttention)",
+    "Decoding(KeyDiff)",
+    "Decoding(TOVA)",
+    f"{QUANTIZED}(4)",
+    f"{QUANTIZED}(2)",
+)
+WRITTEN = (*RULER_OPEN, GSM_SYMBOLIC)  # tasks whose answers are generated
 KVPRESS_PYTHON = Path(__file__).parent.parent / ".venv-kvpress/bin/python"
 FULL = "full cache"
 # What a row is about; the rest of it was measured.
@@ -127,14 +141,16 @@ class Study:
         """The prompts of a row: Episode, or OpenPrompt of the families whose answers are generated."""
         place = (key["task"], key["length"])
         if place not in self.prompts:
+            task = key["task"]
+            where = (task, self.tokenizer, key["length"], key["count"], self.args.seed)
             make: Any = make_prompts
-            if key["task"] in RULER_OPEN:
+            if task in RULER_OPEN:
                 make = make_open_prompts
-            elif key["task"] in CHATS:
+            elif task in CHATS:
                 make = make_conversations
-            drawn = (self.args.seed, self.haystack)
-            self.prompts[place] = make(
-                key["task"], self.tokenizer, key["length"], key["count"], *drawn
+            # Problems have no haystack.
+            self.prompts[place] = (
+                make_gsm_symbolic(*where) if task == GSM_SYMBOLIC else make(*where, self.haystack)
             )
         return self.prompts[place]
 
@@ -214,9 +230,11 @@ class Study:
         """The missing rows of all presses at a length, by a process of their own."""
         wanted: dict[tuple[Any, ...], list[Row]] = {}
         for name in self.args.presses:
-            for ratio in self.args.ratios:
-                for key in self.rows.missing(self.keys(f"kvpress {name}", length, ratio)):
-                    wanted.setdefault((key["task"], key["category"]), []).append(key)
+            for ratio in self.ratios_of(name):
+                for key in self.rows.missing(self.keys(label(name), length, ratio)):
+                    # One that works while it writes is as without that where nothing is written.
+                    if key["task"] in WRITTEN or not name.startswith("Decoding"):
+                        wanted.setdefault((key["task"], key["category"]), []).append(key)
         if not wanted:
             return
         plain = self.args.work / f"plain-{Path(self.args.model).name}-{self.dtype}"
@@ -239,17 +257,32 @@ class Study:
                     found |= self._judged(task[0], found.pop("written"))
                 name, ratio = found.pop("press"), found.pop("ratio")
                 for key in task:
-                    if (key["method"], key["ratio"]) == (f"kvpress {name}", ratio):
-                        kept = self._kept(key)
-                        seen = sum(self._contexts(key))
-                        held = {"kept": kept, "context_compression_ratio": seen / sum(kept)}
-                        self.add(key, {**found, **held})
+                    if (key["method"], key["ratio"]) == (label(name), ratio):
+                        self.add(key, {**found, **self._held(key)})
                 if name == "none":  # the same prompts on the full cache of the other transformers
                     key = {**task[0], "method": "kvpress, full cache", "ratio": 1.0}
                     if self.rows.missing([key]):
                         self.add(key, found)
         if process.returncode != 0:
             raise SystemExit(f"{command[1]} ended with {process.returncode}; its message is above")
+
+    def ratios_of(self, name: str) -> list[float]:
+        """Those that are asked of a method: of a quantized cache, the one that its bits have, scales not counted."""
+        if not name.startswith(QUANTIZED):
+            return [float(x) for x in self.args.ratios]
+        bits = int(name.removeprefix(f"{QUANTIZED}(").rstrip(")"))
+        return [8.0 * getattr(torch, self.dtype).itemsize / bits]
+
+    def _held(self, key: Row) -> Row:
+        """What a peer held of the contexts of a row: tokens, unless it holds all."""
+        if key["method"].startswith("transformers"):
+            return {}
+        kept = self._kept(key)
+        found: Row = {
+            "kept": kept,
+            "context_compression_ratio": sum(self._contexts(key)) / sum(kept),
+        }
+        return found | ({"frees": False} if "AdaKV" in key["method"] else {})
 
     def _judged(self, key: Row, written: list[list[int]]) -> Row:
         """How many of the wanted words stand in what a press let the model write, prompt by prompt."""
@@ -277,7 +310,7 @@ class Study:
                 prompts.append({"context": x.context_ids, "turns": turns})
         for i, prompt in enumerate(prompts):
             prompt["kept"] = {ratio: counts[i] for ratio, counts in kept.items()}
-        methods = [(key["method"].removeprefix("kvpress "), key["ratio"]) for key in keys]
+        methods = [(key["method"].partition(" ")[2], key["ratio"]) for key in keys]
         return {"wanted": methods, "prompts": prompts}
 
     def _kept(self, key: Row) -> list[int]:
@@ -287,7 +320,7 @@ class Study:
             row["kept"]
             for row in self.rows.rows
             if "kept" in row
-            and not row["method"].startswith("kvpress")
+            and not row["method"].startswith(OTHERS_OF)
             and all(row[x] == key[x] for x in same)
         ]
         if found:
@@ -299,6 +332,11 @@ class Study:
         if key["task"] == FIDELITY:
             return [len(x) - TAIL for x in self.sampled(key)]
         return [len(x.context_ids) for x in self.episodes(key)]
+
+
+def label(name: str) -> str:
+    """What a peer is called in rows."""
+    return f"{OTHERS_OF[name.startswith(QUANTIZED)]} {name}"
 
 
 def methods(args: argparse.Namespace) -> Iterator[tuple[str, Path, tuple[str, int] | None]]:
@@ -370,7 +408,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096])
     parser.add_argument("--ratios", type=float, nargs="+", default=[2.0, 4.0, 8.0, 16.0])
     parser.add_argument(
-        "--tasks", nargs="+", choices=[*FAMILIES, *RULER_OPEN, *CHATS, FIDELITY], default=[*COUNTS]
+        "--tasks",
+        nargs="+",
+        choices=[*FAMILIES, *RULER_OPEN, *CHATS, GSM_SYMBOLIC, FIDELITY],
+        default=[*COUNTS],
     )
     parser.add_argument(
         "--count", type=int, help="prompts or samples of a task; 3 to 20 by default"
@@ -395,13 +436,15 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         help="text to calibrate on: mix (built in), docstrings, code, NAME=PATH",
     )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="recipe")
-    parser.add_argument("--presses", nargs="*", default=list(PRESSES))
+    parser.add_argument("--presses", nargs="*", default=list(PRESSES), choices=PEERS)
     parser.add_argument(
         "--kvpress", type=Path, default=KVPRESS_PYTHON, help="an interpreter that has it"
     )
     parser.add_argument("--work", type=Path, default=Path("out/real_models"))
     parser.add_argument("--output", type=Path, default=RESULTS / "real_models.json")
     args = parser.parse_args(argv)
+    if GSM_SYMBOLIC in args.tasks:
+        check_tasks([GSM_SYMBOLIC])  # that its package is there
     args.text = dict(args.text)
     args.calibration_paths = dict(named_path(x) for x in args.calibration if "=" in x)
     args.calibration = [x.partition("=")[0] for x in args.calibration]

@@ -8,6 +8,7 @@ from typing import Any
 Row = dict[str, Any]
 
 FIDELITY = "fidelity"
+OTHERS_OF = ("kvpress", "transformers")  # whose methods are not ours
 SETTING = ("dtype", "length", "ratio")
 
 
@@ -44,15 +45,15 @@ def markdown(rows: list[Row]) -> str:
     head += [f"KL {category}" if task == FIDELITY else task for task, category in columns]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for setting in sorted(
-        tables, key=lambda x: (x[0], x[1], x[2], x[3].startswith("kvpress"), x[3])
+        tables, key=lambda x: (x[0], x[1], x[2], x[3].startswith(OTHERS_OF), x[3])
     ):
         cells = tables[setting]
         dtype, length, ratio, group = setting
         every = [row for found in cells.values() for row in found]
         draws = len({row["method"] for row in every})
         # Of presses it is the context's: they keep all that follows.
-        kinds = ("compression_ratio", "context_compression_ratio")
-        ratios = [row[x] for row in every for x in kinds if x in row]
+        kinds = ("compression_ratio", "context_compression_ratio", "bytes_ratio")
+        ratios = [x for row in every if (x := next((row[y] for y in kinds if y in row), None))]
         span = f"{min(ratios):.2f} to {max(ratios):.2f}" if ratios else ""
         values = [_cell(cells.get(column, [])) for column in columns]
         line = [dtype, str(length), f"{ratio:g}", group, str(draws), span, *values]
@@ -128,7 +129,7 @@ def _curves(
         ratios = sorted({x["ratio"] for x in own})
         values = [[value(x) for x in own if x["ratio"] == ratio] for ratio in ratios]
         means = [sum(x) / len(x) for x in values]
-        if group.startswith("kvpress"):
+        if group.startswith(OTHERS_OF):
             axes.plot(ratios, means, ".--", label=group, color=colors[group], linewidth=1)
             continue
         (line,) = axes.plot(ratios, means, "o-", label=group, color=colors[group], linewidth=2)

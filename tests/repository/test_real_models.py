@@ -4,6 +4,7 @@
 import importlib
 import json
 import random
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from paths import ROOT
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import modelopt_dms as dms
 from modelopt_dms.checkpoints.base import load_base
@@ -245,3 +247,53 @@ def test_variants_are_compared_at_a_ratio_between_two_that_were_measured(load: A
     assert at_ratio(rows, 4.5) == pytest.approx((0.08 * 0.01) ** 0.5)
     assert at_ratio(rows, 2.9) is None
     assert at_ratio([*rows, {"error": "out of reach"}], 3.0) == pytest.approx(0.01)
+
+
+def test_peers_hold_what_they_say(load: Any, tmp_path: Path) -> None:
+    study = load("real_models")
+    if not study.KVPRESS_PYTHON.exists():
+        pytest.skip("make .venv-kvpress/.ready")
+    sizes = {"vocab_size": 128, "hidden_size": 128, "intermediate_size": 64, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, eos_token_id=0)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    context = torch.randint(1, 128, (200,)).tolist()
+    asked = {"context": context, "kept": {"4.0": 50}}
+    written = {**asked, "prompt": [3, 4, 5], "tokens": 40, "stop": []}
+    names = ["KeyDiff", "AdaKV(ExpectedAttention)", "Decoding(KeyDiff)", "QuantizedCache(4)"]
+    wanted = [[x, 4.0] for x in names]
+    tasks = [
+        {"wanted": wanted, "prompts": [written]},
+        {"wanted": wanted, "prompts": [{**asked, "tail": context[:30]}]},
+    ]
+    job = tmp_path / "job.json"
+    job.write_text(
+        json.dumps({"model": str(tmp_path / "model"), "dtype": "float32", "tasks": tasks})
+    )
+    script = BENCHMARKS / "kvpress_peer.py"
+    done = subprocess.run([study.KVPRESS_PYTHON, script, job], capture_output=True, check=True)
+    rows = [json.loads(x) for x in done.stdout.splitlines()]
+    found = {(row["number"], row["press"]): row for row in rows}
+    assert len(rows) == len(found) == 2 * (1 + len(names))
+    assert {len(row["written"][0]) for (number, _), row in found.items() if number == 0} == {40}
+    sizes_found = {name: found[0, name]["bytes_ratio"] for name in names}
+    # AdaKV masks; 4 bits of 32, and two scales of 32 bits to every 64 numbers.
+    assert sizes_found == {
+        "KeyDiff": 4.0,
+        "AdaKV(ExpectedAttention)": 1.0,
+        "Decoding(KeyDiff)": 4.0,
+        "QuantizedCache(4)": pytest.approx(32 / (4 + 64 / 64)),
+    }
+    # It cuts again while it writes.
+    assert (
+        found[0, "Decoding(KeyDiff)"]["resident"]
+        < 50 + 16
+        < found[0, "KeyDiff"]["resident"]
+        == 50 + 42
+    )
+    assert found[0, "AdaKV(ExpectedAttention)"]["resident"] == 50 + 42
+    assert found[1, "none"]["tail_kl"] == 0.0
+    distances = {name: found[1, name]["tail_kl"] for name in names}
+    assert distances["Decoding(KeyDiff)"] == distances["KeyDiff"] > 1e-6
+    assert 0 < distances["QuantizedCache(4)"] < distances["KeyDiff"]
+    assert distances["AdaKV(ExpectedAttention)"] > 1e-6
