@@ -5,10 +5,11 @@
     python benchmarks/ablations.py --output benchmarks/results/ablations.json
 
 Every variant is calibrated anew on each draw of the built-in mix, on fewer samples than the recipe takes so that three
-draws of all variants take two hours, and read at several ratios: fidelity on prose, code and
-chats that calibration does not read (real_texts.py), and needles where it can generate. As variants reach different
-ratios on the same text, KL is also given at one ratio: log KL is interpolated linearly between the two measured ratios
-around it. Every row is written when it is there; the same command goes on where it stopped.
+draws of all variants take two hours, and read at several ratios: fidelity on prose, code and chats that calibration
+does not read (real_texts.py), and needles where it can generate. As variants reach different ratios on the same text,
+KL is also given at one ratio: log KL is interpolated linearly between the two measured ratios around it. A draw that is
+hard for one variant is hard for all, so each is compared with the recipe draw by draw. Every row is written when it is
+there; the same command goes on where it stopped.
 
 `immediate` decides when a token leaves the window, from what is read then, instead of when it comes: the ablation of
 section 5 of the paper, which a cache of this package cannot hold, so that it has no needles.
@@ -39,6 +40,8 @@ SMALLER = ["calibrate.samples=12", "calibrate.held_out=4", "calibrate.curve=[3, 
 # The ratio at which variants are compared, and the one whose needles are asked.
 AT = 4.0
 IMMEDIATE = "immediate"
+# Of so many draws: the 97.5 % point of Student's t distribution.
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 VARIANTS: dict[str, list[str]] = {
     "recipe": [],
     IMMEDIATE: [],
@@ -143,16 +146,34 @@ def at_ratio(rows: list[Row], ratio: float) -> float | None:
     return None
 
 
+def factor(values: dict[str, float], base: dict[str, float]) -> Row:
+    """What a change does to KL: its geometric mean over draws that both have, and its 95 % interval (Student's t)."""
+    logs = [math.log(values[x] / base[x]) for x in values if x in base]
+    if not logs:
+        return {}
+    mean = sum(logs) / len(logs)
+    found: Row = {"factor": math.exp(mean)}
+    if len(logs) in STUDENT:
+        spread = math.sqrt(sum((x - mean) ** 2 for x in logs) / (len(logs) - 1))
+        half = STUDENT[len(logs)] * spread / math.sqrt(len(logs))
+        found["factor_interval"] = (math.exp(mean - half), math.exp(mean + half))
+    return found
+
+
 def summary(rows: list[Row], ratio: float = AT) -> list[Row]:
-    """One line a variant: KL at the ratio over draws, and needles."""
+    """One line a variant: KL at the ratio over draws, what that is of the recipe's, and needles."""
     lines = []
+    base: dict[str, float] = {}
     for name in VARIANTS:
         own = [x for x in rows if x["method"].partition("@")[0] == name]
-        draws = sorted({x["method"] for x in own})
-        found = [at_ratio([x for x in own if x["method"] == draw], ratio) for draw in draws]
-        known = [x for x in found if x is not None]
+        draws = sorted({x["method"].partition("@")[2] for x in own})
+        of_draw = {y: [x for x in own if x["method"] == f"{name}@{y}"] for y in draws}
+        found = {y: at_ratio(x, ratio) for y, x in of_draw.items()}
+        known = {y: x for y, x in found.items() if x is not None}
+        base = base or known  # the recipe comes first
         needles = [x for x in own if x["task"] == "needle" and "right" in x]
-        line: Row = {"variant": name, "draws": len(draws), f"kl_at_cr_{ratio:g}": known}
+        line: Row = {"variant": name, "draws": len(draws)}
+        line |= {f"kl_at_cr_{ratio:g}": [*known.values()], **factor(known, base)}
         if needles:
             right, asked = (sum(x[part] for x in needles) for part in ("right", "asked"))
             line["needles"] = [x["right"] for x in needles]

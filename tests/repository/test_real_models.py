@@ -3,6 +3,7 @@
 
 import importlib
 import json
+import math
 import random
 import subprocess
 import sys
@@ -247,6 +248,19 @@ def test_variants_are_compared_at_a_ratio_between_two_that_were_measured(load: A
     assert at_ratio(rows, 4.5) == pytest.approx((0.08 * 0.01) ** 0.5)
     assert at_ratio(rows, 2.9) is None
     assert at_ratio([*rows, {"error": "out of reach"}], 3.0) == pytest.approx(0.01)
+
+
+def test_a_change_is_judged_draw_by_draw(load: Any) -> None:
+    study = load("ablations")
+    base = {"0": 0.01, "1": 0.02, "2": 0.04}
+    same = study.factor({x: 2 * y for x, y in base.items()}, base)
+    assert same["factor"] == pytest.approx(2) and same["factor_interval"] == pytest.approx((2, 2))
+    found = study.factor({"0": 0.01, "1": 0.08, "2": 0.08}, base)  # 1, 4 and 2 times
+    half = 4.303 * math.log(2) / math.sqrt(3)
+    assert found["factor"] == pytest.approx(2)
+    assert found["factor_interval"] == pytest.approx((2 * math.exp(-half), 2 * math.exp(half)))
+    assert study.factor({"0": 0.03}, base) == {"factor": pytest.approx(3)}
+    assert study.factor({"7": 0.03}, base) == {}
 
 
 def test_peers_hold_what_they_say(load: Any, tmp_path: Path) -> None:
