@@ -39,6 +39,7 @@ RECIPE = "calibrated_cr4-1k"
 SMALLER = ["calibrate.samples=12", "calibrate.held_out=4", "calibrate.curve=[3, 4, 6]"]
 # The ratio at which variants are compared, and the one whose needles are asked.
 AT = 4.0
+TICKS = (0.02, 0.03, 0.05, 0.1, 0.2, 0.4)
 IMMEDIATE = "immediate"
 # Of so many draws: the 97.5 % point of Student's t distribution.
 STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
@@ -184,18 +185,31 @@ def summary(rows: list[Row], ratio: float = AT) -> list[Row]:
 
 
 def draw(figure: Any, content: Row) -> None:
-    """KL at the ratio, a bar a variant with every draw as a dot."""
+    """KL at the ratio: every draw as a dot, and their geometric mean."""
     lines = [x for x in content["summary"] if x[f"kl_at_cr_{AT:g}"]]
     axes = figure.subplots()
     for place, line in enumerate(lines):
         values = line[f"kl_at_cr_{AT:g}"]
-        axes.barh(place, sum(values) / len(values), color="C0", alpha=0.5)
-        axes.plot(values, [place] * len(values), "k.", markersize=5)
+        axes.plot([min(values), max(values)], [place] * 2, "-", color="C0", linewidth=1)
+        axes.plot(values, [place] * len(values), "o", color="C0", markersize=4)
+        axes.plot(mean_of(line), place, "k|", markersize=16)
+    axes.axvline(mean_of(lines[0]), color="0.6", linewidth=0.8, linestyle="--")
     axes.set_yticks(range(len(lines)), [x["variant"] for x in lines])
     axes.invert_yaxis()
     axes.set_xscale("log")
-    axes.set_xlabel(f"KL from the full cache at CR {AT:g}, nats per token; dots: draws")
+    axes.set_xticks(TICKS, [f"{x:g}" for x in TICKS])
+    axes.minorticks_off()
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_xlabel(
+        f"KL from the full cache at CR {AT:g}, nats per token; dots: draws; bars: means"
+    )
     figure.set_size_inches(8, 4)
+
+
+def mean_of(line: Row) -> float:
+    """The geometric mean over draws."""
+    values = line[f"kl_at_cr_{AT:g}"]
+    return math.exp(sum(map(math.log, values)) / len(values))
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
