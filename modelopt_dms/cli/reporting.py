@@ -204,7 +204,7 @@ def check_evicts(model: "PreTrainedModel", directory: Path, length: int) -> None
 
 
 def read_peers(path: Path) -> list[dict[str, Any]]:
-    """Rows of presses in a results file of benchmarks/real_models.py, for a table.
+    """Rows of other methods in a results file of benchmarks/real_models.py, for a table; those that mask are marked.
 
     Raises:
         ValueError: it is no such file.
@@ -213,7 +213,7 @@ def read_peers(path: Path) -> list[dict[str, Any]]:
         rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
         return [
             {
-                "method": x["method"],
+                "method": x["method"] + ("" if x.get("frees", True) else " (masks, frees nothing)"),
                 "task": x["task"] if x["category"] is None else f"KL, {x['category']}",
                 "length": x["length"],
                 "ratio": x["ratio"],
@@ -222,7 +222,7 @@ def read_peers(path: Path) -> list[dict[str, Any]]:
                 else f"{x['tail_kl']:.3f}",
             }
             for x in rows
-            if x["method"].startswith("kvpress") and "error" not in x
+            if x["method"].startswith(("kvpress", "transformers")) and "error" not in x
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(

@@ -42,6 +42,7 @@ def test_a_report_shows_the_users_own_text_and_the_peers_of_a_results_file(
     text.write_text("keep fox red\nskip owl blue\n" * 80)
     row = {"method": "kvpress SnapKV", "task": "needle", "category": None, "length": 1024}
     rows = [{**row, "ratio": 4.0, "right": 3, "asked": 20}, {**row, "method": "full cache"}]
+    rows.append({**rows[0], "method": "kvpress AdaKV(SnapKV)", "frees": False})
     (tmp_path / "rows.json").write_text(json.dumps({"rows": rows}))
     words = ("report", compressed, "-o", page, "--text", text, "--json", figures)
     given = (
@@ -65,9 +66,11 @@ def test_a_report_shows_the_users_own_text_and_the_peers_of_a_results_file(
     assert found["capacity"]["rows"][0]["compression_ratio"][0] == 1.0
     measured = found["cache"]["compression_ratio"]
     assert found["capacity"]["ratio"] == pytest.approx(measured, abs=0.01)
+    shown = {"task": "needle", "length": 1024, "ratio": 4.0, "result": "3 of 20"}
     assert found["peers"] == [
-        {"method": "kvpress SnapKV", "task": "needle", "length": 1024, "ratio": 4.0, "result": "3 of 20"}
-    ]  # fmt: skip
+        {"method": "kvpress SnapKV", **shown},
+        {"method": "kvpress AdaKV(SnapKV) (masks, frees nothing)", **shown},
+    ]
     written = page.read_text(encoding="utf-8")
     assert "kvpress SnapKV" in written and "--peers" in written
 
