@@ -247,7 +247,10 @@ def search(
 def _mean(parts: list[Footprint]) -> Footprint:
     seen = sum(x.context_tokens for x in parts) / len(parts)
     live = sum(x.resident_tokens for x in parts) / len(parts)
-    return Footprint(seen, live, sum(x.kv_bytes for x in parts) / len(parts), seen / live)
+    held, dense = (
+        sum(x) / len(parts) for x in zip(*((y.kv_bytes, y.dense_bytes) for y in parts), strict=True)
+    )
+    return Footprint(seen, live, held, dense, seen / live)
 
 
 def answers_table(rows: list[dict[str, Any]], held: Mapping[str, Footprint]) -> Table:

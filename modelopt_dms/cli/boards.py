@@ -104,6 +104,9 @@ def _data(text: str) -> tuple[str, Path]:
         )
     if not Path(file).is_file():
         raise ValueError(f"--kvpress-data {text!r}: {file} does not exist or is not a file")
+    from modelopt_dms.evaluation.kvpress_prompts import dataset_rows
+
+    dataset_rows(Path(file))  # what is wrong with it is said before a model is loaded
     return name, Path(file)
 
 

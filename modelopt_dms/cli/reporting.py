@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from modelopt_dms.cli.opening import beyond_model, check_compressed, load_any, set_ratio
+from modelopt_dms.cli.opening import (
+    beyond_model,
+    check_compressed,
+    check_ratio,
+    load_any,
+    set_ratio,
+)
 from modelopt_dms.cli.options import (
     DeviceOpt,
     Dtype,
@@ -34,6 +40,7 @@ if TYPE_CHECKING:
 
 SHORTEST = 256  # has room for the facts
 GPU = "h200"
+RATIOS = "2,4,8"
 LONGEST = 2048  # by default: curves may be of longer texts, which take long on a CPU
 
 TextOpt = Annotated[
@@ -63,7 +70,7 @@ def report(
     count: CountOpt = 4,
     ratios: Annotated[
         str, typer.Option(help="Compression ratios of these, comma-separated, within the curve.")
-    ] = "2,4,8",
+    ] = RATIOS,
     new_tokens: Annotated[
         int, typer.Option(min=0, help="Tokens written to compare memory and time; 0 leaves it out.")
     ] = 128,
@@ -97,7 +104,9 @@ def report(
     words = None if text is None else _read_text(text)
     others = [] if peers is None else read_peers(peers)
     place = check_compressed(model)
+    check_ratio(place, cr)
     from modelopt_dms.evaluation.report_page.build import Origin, ReportPlan
+    from modelopt_dms.evaluation.report_page.tradeoff import reachable
 
     network, tokenizer = load_any(str(place), dtype, device, trust_remote_code)
     network.eval()
@@ -105,6 +114,10 @@ def report(
     warn(beyond_model(str(place), size, "--length"))
     check_evicts(network, model, size)
     set_ratio(network, cr)
+    if count and ratios != RATIOS:
+        found, left_out = reachable(network, wanted, size)
+        if found == [None]:
+            raise ValueError(f"--ratios {ratios}: none can be shown. {' '.join(left_out)}")
     plan = ReportPlan(
         length=size, questions=5, prompts=count, ratios=wanted, new_tokens=new_tokens, minutes=minutes,
         seed=seed,
@@ -226,8 +239,8 @@ def read_peers(path: Path) -> list[dict[str, Any]]:
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"--peers {path} is no results file of benchmarks/real_models.py ({type(error).__name__}: {error})"
-        ) from None
+            f'--peers {path} is no results file of benchmarks/real_models.py, which has an object with "rows"'
+        ) from error
 
 
 def written_beside(directory: Path) -> dict[str, Any]:

@@ -216,9 +216,8 @@ def _measure(units: "list[Unit]", store: "RowStore") -> list[dict[str, Any]]:
     """All rows, with a bar and the time that is left; says how many an interrupted run has left."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    known = [unit for unit in units if store.has(unit.key)]
-    if known:
-        out.print(f"{len(known)} of {len(units)} results are there already", highlight=False)
+    if store.rows:
+        out.print(f"of {len(units)} results, {store.counted()} are there already", highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     rows = []
     with Progress(*columns, console=err, transient=True) as bar:

@@ -100,7 +100,7 @@ def _read_file(path: Path, format: str | None) -> Iterator[tuple[Any, str]]:
         )
     if path.suffix not in SUFFIXES:
         raise DataError(
-            f"{str(path)[:80]} is not a {', '.join(SUFFIXES)} file; pass texts as a list of strings"
+            f"{str(path)[:80]} is not a {', '.join(SUFFIXES)} file; from Python, texts may be a list of strings"
         )
     if not path.is_file():
         raise DataError(f"{path} does not exist or is not a file")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from modelopt_dms.config.output_dir import OutputError
+from modelopt_dms.evaluation.resume import differences
 
 # Of one sequence: context and resident tokens, bytes, and so on; None where another request had the same input.
 Figures = dict[str, float] | None
@@ -68,8 +69,7 @@ class AnswerJournal:
             self._remember(kind, request, Entry(answer, figures))
 
     def _check(self, before: dict[str, Any], now: dict[str, Any]) -> None:
-        differing = sorted(x for x in {*before, *now} if before.get(x) != now.get(x))
-        if differing:
+        if differing := differences(before, now):
             raise OutputError(
                 f"resume={self.path} is of a run with another {', '.join(differing)}; give the same arguments again, "
                 "or name another file"

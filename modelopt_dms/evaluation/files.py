@@ -43,8 +43,10 @@ def cut_files(
         if not found:
             unused[name] = f"its longest document has {most} tokens"
     if not samples:
+        names = ", ".join(name for name, _ in files if name)
+        of = f" of {names}" if names else ""
         raise ValueError(
-            f"no document has {length} tokens, the longest has {longest}; choose shorter lengths"
+            f"no document{of} has {length} tokens, the longest has {longest}; choose shorter lengths"
         )
     return samples, unused
 

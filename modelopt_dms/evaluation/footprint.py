@@ -18,13 +18,15 @@ class Footprint:
     Attributes:
         context_tokens: tokens seen.
         resident_tokens: tokens held by a KV head, mean over layers and heads.
-        kv_bytes: bytes allocated for keys and values.
+        kv_bytes: bytes allocated for keys and values, with the room that lists have to grow.
+        dense_bytes: bytes of all tokens seen, in the same format, without eviction.
         compression_ratio: context over resident tokens, over layers and heads by bytes.
     """
 
     context_tokens: float
     resident_tokens: float
     kv_bytes: float
+    dense_bytes: float
     compression_ratio: float
 
 
@@ -37,6 +39,7 @@ def footprint(cache: Cache) -> Footprint:
             stats.context_tokens,
             stats.resident_tokens,
             stats.kv_bytes / sequences,
+            stats.dense_bytes / sequences,
             stats.compression_ratio,
         )
     layers: Sequence[Any] = cache.layers
@@ -44,7 +47,7 @@ def footprint(cache: Cache) -> Footprint:
     kv_bytes = sum(x.numel() * x.element_size() for x in tensors) / len(tensors[0])
     seen = cache.get_seq_length()
     live = seen - max((x.evicted for x in layers if isinstance(x, CutLayer)), default=0)
-    return Footprint(seen, live, kv_bytes, seen / live)
+    return Footprint(seen, live, kv_bytes, kv_bytes * seen / live, seen / live)
 
 
 def mean_footprint(parts: Sequence[tuple[int, Footprint]]) -> Footprint:
@@ -58,5 +61,6 @@ def mean_footprint(parts: Sequence[tuple[int, Footprint]]) -> Footprint:
         mean(lambda x: x.context_tokens),
         mean(lambda x: x.resident_tokens),
         mean(lambda x: x.kv_bytes),
+        mean(lambda x: x.dense_bytes),
         1.0 / mean(lambda x: 1.0 / x.compression_ratio),
     )

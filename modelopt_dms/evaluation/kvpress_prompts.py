@@ -88,23 +88,41 @@ def dataset_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Text
     Raises:
         DataError: a column is missing or a row has another type; the message names it.
     """
-    rows = read_table(path, COLUMNS)
     encode = encoder(tokenizer)
     head, tail = chat_frame(tokenizer)
-    return [_of_row(row, f"{path} row {i}", encode, head, tail) for i, row in enumerate(rows)]
+    return [_of_row(row, encode, head, tail) for row in dataset_rows(path)]
 
 
-def _of_row(row: Mapping[str, Any], where: str, encode: Any, head: str, tail: str) -> TextPrompt:
+def dataset_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of such a file, checked; needs no tokenizer.
+
+    Raises:
+        DataError: a column is missing or a row has another type; the message names it.
+    """
+    rows = read_table(path, COLUMNS)
+    for number, row in enumerate(rows):
+        _check_row(row, f"{path} row {number}")
+    return rows
+
+
+def _check_row(row: Mapping[str, Any], where: str) -> None:
     for name in ("context", "question", "answer_prefix", "task"):
         if not isinstance(row[name], str):
             raise DataError(f"{where}: {name} must be text, got {type(row[name]).__name__}")
-    answers = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
+    answers = _answers(row)
     if not answers or not all(isinstance(x, str) for x in answers):
         raise DataError(f"{where}: answer must be a text or a list of texts, got {row['answer']!r}")
     tokens = row["max_new_tokens"]
     if not isinstance(tokens, int) or tokens < 1:
         raise DataError(f"{where}: max_new_tokens must be a number of at least 1, got {tokens!r}")
+
+
+def _answers(row: Mapping[str, Any]) -> list[Any]:
+    return row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
+
+
+def _of_row(row: Mapping[str, Any], encode: Any, head: str, tail: str) -> TextPrompt:
     question, begun = row["question"], row["answer_prefix"]
     context, asked = encode(head + row["context"]), encode(question + tail + begun)
-    prompt = OpenPrompt(row["task"], context, asked, tuple(answers), tokens)
+    prompt = OpenPrompt(row["task"], context, asked, tuple(_answers(row)), row["max_new_tokens"])
     return TextPrompt(row["task"], question, begun, prompt)

@@ -9,6 +9,7 @@ Tasks that generate run on the physical cache. Tasks that score a given continua
 one forward over it, under the mask of the same decisions, and keep no cache between requests.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -32,6 +33,7 @@ from modelopt_dms.kvcache.hf_cache import DMSLayer, KVStats, cache_of, kv_stats
 from modelopt_dms.modeling.convert import is_converted
 
 TESTED = "0.4.13"
+_log = logging.getLogger(__name__)
 GENERATE, SCORE = "generate_until", "loglikelihood"
 IN_FULL = "generate_until by the full cache"
 
@@ -153,6 +155,8 @@ class DMSLM(HFLM):
             settings |= {"answer_lengths": answer_lengths, "dtype": str(self.model.dtype)}
             part = f"{resume}.rank{self.rank}" if self.world_size > 1 else str(resume)
             self.journal = AnswerJournal(Path(part), settings)
+            if known := len(self.journal.entries):
+                _log.info("resume=%s: %d answers are there already", part, known)
         if (made := _made.get()) is not None:
             made.append(self)
 

@@ -50,7 +50,7 @@ class RowStore:
         """Refuse to replace results that are not of these settings."""
         try:
             settings = [row["settings"] for row in json.loads(path.read_text(encoding="utf-8"))]
-            differing = [x for before in settings[:1] for x in self._differing(before)]
+            differing = [x for before in settings[:1] for x in differences(before, self.settings)]
         except (ValueError, KeyError, TypeError, AttributeError):
             raise OutputError(
                 f"{path} exists and does not say which settings its results are of; choose another file, or move it"
@@ -60,13 +60,9 @@ class RowStore:
                 f"{path} holds results of another {', '.join(differing)}; choose another file, or remove it"
             )
 
-    def _differing(self, before: Row) -> list[str]:
-        """Settings that are not those of earlier rows, in words."""
-        now = self.settings
-        names = sorted(x for x in {*before, *now} if before.get(x) != now.get(x))
-        return [_difference(x, before.get(x), now.get(x)) for x in names]
-
     def _read(self, partial: Path) -> None:
+        if not partial.is_file():
+            raise OutputError(f"{partial} exists and is no file; move it")
         try:
             content = json.loads(partial.read_text(encoding="utf-8"))
             before, rows = content["settings"], content["rows"]
@@ -74,7 +70,7 @@ class RowStore:
             raise OutputError(
                 f"{partial} exists and is not of an interrupted run; move it"
             ) from None
-        if differing := self._differing(before):
+        if differing := differences(before, self.settings):
             raise OutputError(
                 f"{partial} is of a run with another {', '.join(differing)}; give the same command again, or remove it"
             )
@@ -84,13 +80,17 @@ class RowStore:
         """What an interrupted run leaves, in words."""
         if self.partial is None or not self.rows:
             return "nothing was written"
+        be = "is" if len(self.rows) == 1 else "are"
+        return f"{self.counted()} {be} in {self.partial}; the same command goes on"
+
+    def counted(self) -> str:
+        """What is there, in words."""
         whole = sum(row.get("number") is None for row in self.rows.values())
         parts = len(self.rows) - whole
         counted = [f"{whole} result{'s' * (whole > 1)}"] if whole else []
         if parts:
             counted.append(f"{parts} part{'s' * (parts > 1)} of the {'next' if whole else 'first'}")
-        be = "is" if len(self.rows) == 1 else "are"
-        return f"{' and '.join(counted)} {be} in {self.partial}; the same command goes on"
+        return " and ".join(counted)
 
     def has(self, key: Row) -> bool:
         """Whether the row about a key is there."""
@@ -159,6 +159,21 @@ def identity(place: str | Path) -> Row:
     ]
     stats = [x.stat() for x in shown if x.is_file()]
     return {"name": str(place), "files": [[x.st_size, x.st_mtime_ns] for x in stats]}
+
+
+def differences(before: Row, now: Row) -> list[str]:
+    """Settings that are not those of an earlier run, in words."""
+    names = sorted(x for x in {*before, *now} if not _same(before.get(x), now.get(x)))
+    return [_difference(x, before.get(x), now.get(x)) for x in names]
+
+
+def _same(before: Any, now: Any) -> bool:
+    """Whether a setting is what it was: one place may be named in two ways."""
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        return all(map(_same, before, now))
+    if isinstance(before, dict) and isinstance(now, dict) and before.get("files"):
+        return bool(before["files"] == now.get("files"))
+    return bool(before == now)
 
 
 def _difference(name: str, before: Any, now: Any) -> str:

@@ -73,15 +73,30 @@ def task_units(asked: Asked, tasks: Sequence[str]) -> list[Unit]:
     Raises:
         ValueError: a length has no room for a task: before any is measured.
     """
-    for task in tasks:
-        for length in asked.lengths:
-            material_of(asked.tokenizer, task, length, 1, asked.seed)
+    _check_room(asked, tasks, material_of)
 
     def unit(task: str, length: int) -> Unit:
         how = (asked.model, asked.tokenizer, task, length, asked.count, asked.seed)
         return _scored({"task": task, "length": length}, metric_of(task), lambda: parts_of(*how))
 
     return [unit(task, length) for task in tasks for length in asked.lengths]
+
+
+def _check_room(asked: Asked, tasks: Sequence[str], make: Callable[..., object]) -> None:
+    """Make one prompt of each task and length.
+
+    Raises:
+        ValueError: some have no room; all are named.
+    """
+    errors = []
+    for task in tasks:
+        for length in asked.lengths:
+            try:
+                make(asked.tokenizer, task, length, 1, asked.seed)
+            except ValueError as error:
+                errors.append(str(error))
+    if errors:
+        raise ValueError("; ".join(errors))
 
 
 def _scored(key: Row, metric: str, parts: Callable[[], Sequence[Callable[[], Part]]]) -> Unit:
@@ -102,9 +117,7 @@ def answer_units(asked: Asked, tasks: Sequence[str]) -> list[Unit]:
     Raises:
         ValueError: a length has no room for a task: before any is measured.
     """
-    for task in tasks:
-        for length in asked.lengths:
-            own_prompts(task, asked.tokenizer, length, 1, asked.seed)
+    _check_room(asked, tasks, lambda tokenizer, task, *rest: own_prompts(task, tokenizer, *rest))
 
     def unit(task: str, length: int) -> Unit:
         where = (task, asked.tokenizer, length, asked.count, asked.seed)

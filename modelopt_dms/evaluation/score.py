@@ -54,6 +54,7 @@ class Score:
             "context_tokens": self.end.context_tokens,
             "resident_tokens": self.end.resident_tokens,
             "kv_bytes": self.end.kv_bytes,
+            "dense_bytes": self.end.dense_bytes,
             "compression_ratio": self.end.compression_ratio,
             "context_compression_ratio": self.context.compression_ratio,
         }

@@ -140,17 +140,24 @@ def test_finished_rows_say_what_they_are_of_and_are_not_replaced_by_others(tmp_p
     changed = model | {"files": [[1, 3]]}
     for settings, words in (
         ({"seed": 1, "model": model}, r"another seed \(0, now 1\); choose another file"),
-        ({"seed": 0, "model": model | {"name": "b"}}, r"another model \(a, now b\)"),
+        ({"seed": 0, "model": changed | {"name": "b"}}, r"another model \(a, now b\)"),
         ({"seed": 0, "model": changed}, r"another model \(files of a have changed\)"),
         ({"seed": 0, "model": model, "cr": 4.0}, r"another cr \(none, now 4.0\)"),
     ):
         with pytest.raises(OutputError, match=f"rows.json holds results of {words}"):
             RowStore(path, settings)
+    RowStore(path, {"seed": 0, "model": model | {"name": "./a"}}).finish(before)  # the same files
     for text in ('[{"value": 1}]', '{"a": 1}', "[1]"):
         path.write_text(text)
         with pytest.raises(OutputError, match="does not say which settings"):
             RowStore(path, {"seed": 0})
         assert path.read_text() == text
+
+
+def test_what_lies_where_rows_go_is_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "rows.json.partial").mkdir()
+    with pytest.raises(OutputError, match=r"rows.json.partial exists and is no file; move it"):
+        RowStore(tmp_path / "rows.json", {})
 
 
 def test_results_beside_a_model_do_not_change_what_it_is(tmp_path: Path) -> None:

@@ -201,7 +201,11 @@ class Killed(Exception):
 
 
 def test_a_run_that_was_killed_goes_on_behind_its_answers_and_counts_them(
-    directory: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    directory: Path,
+    tasks: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     where = {"pretrained": str(directory), "device": "cpu", "answer_lengths": True}
     whole = DMSLM(**where)
@@ -223,7 +227,9 @@ def test_a_run_that_was_killed_goes_on_behind_its_answers_and_counts_them(
     with file.open("a") as written:
         written.write('["generate_until", "of a line that was be')
     calls = 10
-    resumed = DMSLM(**where, resume=str(file))
+    with caplog.at_level("INFO"):
+        resumed = DMSLM(**where, resume=str(file))
+    assert "4 answers are there already" in caplog.text
     assert answers(resumed, tasks) == expected
     assert calls == 12  # the two that were left
     assert resumed.summary() == whole.summary()

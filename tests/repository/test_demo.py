@@ -175,7 +175,8 @@ def test_a_passage_is_laid_out_in_lines_without_losing_a_token() -> None:
 def test_the_tables_say_what_was_counted_in_80_columns(demo: ModuleType) -> None:
     found = {x: {"needle": i, "multikey": 3 - i} for i, x in enumerate(demo.METHODS)}
     caches = {
-        x: Footprint(1000.0, 1000 / (i + 1), 23040e3 / (i + 1), i + 1) for i, x in enumerate(found)
+        x: Footprint(1000.0, 1000 / (i + 1), 23040e3 / (i + 1), 23040e3, i + 1)
+        for i, x in enumerate(found)
     }
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(demo.found_table(found, {"needle": 8, "multikey": 6}, caches))
