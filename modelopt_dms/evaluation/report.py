@@ -17,7 +17,7 @@ def results_table(rows: Sequence[Mapping[str, Any]], title: str = "") -> Table:
     named = any("method" in row for row in rows)
     for name in ("task", "context", *(["method"] if named else [])):
         table.add_column(name, no_wrap=True)
-    for name in ("result", "held", "seen", "KV kB of full", "CR"):
+    for name in ("result", "held", "seen", "KV kB", "CR"):
         table.add_column(name, justify="right", no_wrap=True)
     previous = None
     for row in rows:
@@ -32,7 +32,7 @@ def results_table(rows: Sequence[Mapping[str, Any]], title: str = "") -> Table:
             f"{100 * row['value']:.1f} %" if is_accuracy else f"ppl {row['value']:.2f}",
             f"{row['resident_tokens']:.0f}",
             f"{row['context_tokens']:.0f}",
-            f"{row['kv_bytes'] / 1000:,.0f} of {row['dense_bytes'] / 1000:,.0f}",
+            f"{row['kv_bytes'] / 1000:,.0f}/{row['dense_bytes'] / 1000:,.0f}",
             f"{row['compression_ratio']:.2f}x",
         )
         previous = group

@@ -103,7 +103,7 @@ def test_the_most_finished_column_is_used(tokenizer, model):
         ([], "data is empty"),
         (42, "data is a int; expected"),
         ({"text": "x"}, "data is a dict; expected"),
-        ("the cat sat", "is not a .jsonl, .txt, .parquet file; pass texts as a list"),
+        ("the cat sat", "is not a .jsonl, .txt, .parquet file; from Python, texts may be a list"),
         ("missing.jsonl", "missing.jsonl does not exist"),
         ([{"body": "x"}], r"data\[0\] has columns body; expected one of input_ids, messages, text"),
         (Dataset.from_dict({"body": ["x"]}), "the dataset has columns body; expected one of"),
