@@ -336,7 +336,8 @@ class Study:
 
 def label(name: str) -> str:
     """What a peer is called in rows."""
-    return f"{OTHERS_OF[name.startswith(QUANTIZED)]} {name}"
+    owner = "transformers" if name.startswith(QUANTIZED) else "kvpress"
+    return f"{owner} {name}"
 
 
 def methods(args: argparse.Namespace) -> Iterator[tuple[str, Path, tuple[str, int] | None]]:

@@ -245,11 +245,8 @@ def search(
 
 
 def _mean(parts: list[Footprint]) -> Footprint:
-    seen = sum(x.context_tokens for x in parts) / len(parts)
-    live = sum(x.resident_tokens for x in parts) / len(parts)
-    held, dense = (
-        sum(x) / len(parts) for x in zip(*((y.kv_bytes, y.dense_bytes) for y in parts), strict=True)
-    )
+    names = ("context_tokens", "resident_tokens", "kv_bytes", "dense_bytes")
+    seen, live, held, dense = (sum(getattr(x, y) for x in parts) / len(parts) for y in names)
     return Footprint(seen, live, held, dense, seen / live)
 
 

@@ -217,7 +217,7 @@ def _measure(units: "list[Unit]", store: "RowStore") -> list[dict[str, Any]]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     if store.rows:
-        out.print(f"of {len(units)} results, {store.counted()} are there already", highlight=False)
+        out.print(f"there already, of {len(units)} results: {store.counted()}", highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     rows = []
     with Progress(*columns, console=err, transient=True) as bar:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -60,27 +61,31 @@ def make_gsm_symbolic(
         ValueError: a question alone has no room.
     """
     create = import_module("reasoning_gym").create_dataset
+    rng = random.Random(f"{task}/{length}/{seed}")
+    number = max(1, length // EXAMPLE)
+    drawn = (
+        create(GSM_SYMBOLIC, size=1 + number, seed=rng.randrange(1 << 30)) for _ in range(count)
+    )
+    return [_prompt(list(x), tokenizer, length) for x in drawn]
+
+
+def _prompt(
+    problems: Sequence[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, length: int
+) -> OpenPrompt:
+    """The first problem behind as many of the others, worked, as fit."""
     encode = encoder(tokenizer)
     head, tail = chat_frame(tokenizer)
-    rng = random.Random(f"{task}/{length}/{seed}")
-    found: list[OpenPrompt] = []
-    for _ in range(count):
-        number = max(1, length // EXAMPLE)
-        drawn = create("gsm_symbolic", size=1 + number, seed=rng.randrange(1 << 30))
-        asked = drawn[0]
-        prompt = encode(f"Question: {_plain(asked)}{tail}Answer:")
-        examples = [_worked(drawn[1 + i]) for i in range(number)]
+    asked = encode(f"Question: {_plain(problems[0])}{tail}Answer:")
+    examples = [_worked(x) for x in problems[1:]]
 
-        def context(size: int, texts: list[str] = examples) -> list[int]:
-            return encode(f"{head}{INTRO}\n\n" + "".join(texts[:size]))
+    def context(size: int) -> list[int]:
+        return encode(f"{head}{INTRO}\n\n" + "".join(examples[:size]))
 
-        def used(size: int, ids: list[int] = prompt, context: Any = context) -> int:
-            return len(context(size)) + len(ids)
-
-        size = largest_that_fits(length, used, f"{task} problem")
-        wanted = (str(asked["answer"]),)
-        found.append(Problem(GSM_SYMBOLIC, context(size), prompt, wanted, ANSWER_TOKENS))
-    return found
+    size = largest_that_fits(
+        length, lambda x: len(context(x)) + len(asked), f"{GSM_SYMBOLIC} problem"
+    )
+    wanted = (str(problems[0]["answer"]),)
+    return Problem(GSM_SYMBOLIC, context(size), asked, wanted, ANSWER_TOKENS)
 
 
 def _plain(problem: dict[str, Any]) -> str:

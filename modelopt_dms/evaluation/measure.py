@@ -51,7 +51,6 @@ def parts_of(
     length: int,
     count: int,
     seed: int,
-    batch_size: int = BATCH,
 ) -> list[Callable[[], Part]]:
     """What measures one task at one length, a few samples at a time: exact answers, generated ones, or loss.
 
@@ -60,10 +59,10 @@ def parts_of(
     """
     asked = material_of(tokenizer, task, length, count, seed)
     if task == TEXT:
-        return [partial(text_part, model, batch) for batch in texts_of(asked, batch_size)]
+        return [partial(text_part, model, batch) for batch in texts_of(asked)]
     if task in (*RULER_OPEN, GSM_SYMBOLIC):
         return [partial(_open, model, tokenizer, prompt) for prompt in asked]
-    return [partial(exact_part, model, batch) for batch in batches_of(asked, batch_size)]
+    return [partial(exact_part, model, batch) for batch in batches_of(asked, BATCH)]
 
 
 def measure(
@@ -73,7 +72,6 @@ def measure(
     length: int,
     count: int,
     seed: int,
-    batch_size: int = BATCH,
 ) -> Score:
     """The score of one task at one length.
 
@@ -84,12 +82,11 @@ def measure(
         length: context tokens.
         count: conversations, prompts or texts.
         seed: draws them.
-        batch_size: sequences at a time; has no influence on the result.
 
     Raises:
         ValueError: an unknown task, no samples, or a length that has no room for it.
     """
-    parts = parts_of(model, tokenizer, task, length, count, seed, batch_size)
+    parts = parts_of(model, tokenizer, task, length, count, seed)
     return add_up(metric_of(task), [part() for part in parts])
 
 

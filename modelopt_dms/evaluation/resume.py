@@ -127,10 +127,9 @@ class RowStore:
             for number, part in enumerate(asked):
                 found.append(self.get({**key, "number": number}, part))
                 advance(1.0 / len(asked))
-            whole = {**key, **join(found)}
             for number in range(len(asked)):
                 del self.rows[_key({**key, "number": number})]
-            self.get(key, lambda: whole)
+            self.get(key, lambda: join(found))
         return self.rows[place]
 
     def finish(self, rows: Sequence[Row]) -> list[Row]:

@@ -89,9 +89,7 @@ def test_a_stopped_evaluation_goes_on_behind_the_rows_it_has(
     assert run(monkeypatch, *words, "--json", rows_file) == 0
     assert len(measured) == len(set(measured))  # nothing was measured twice
     assert {("recall", 0), ("text", 0), ("text", 1)} <= {*measured}
-    assert (
-        "of 2 results, 1 result and 1 part of the next are there already" in capsys.readouterr().out
-    )
+    assert "there already, of 2 results: 1 result and 1 part of the next" in capsys.readouterr().out
     assert run(monkeypatch, *words, "--json", whole) == 0
     assert json.loads(whole.read_text()) == json.loads(rows_file.read_text())
 
